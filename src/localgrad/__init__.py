@@ -1,0 +1,56 @@
+"""localgrad: train a deep network as gradient-isolated blocks with momentum auxiliary networks.
+
+    import localgrad as lg
+    model = lg.localize(backbone, blocks=4, method=lg.dgl(), coupling=lg.MAN(), example=x)
+    out = lg.local_backward(model, x, y)
+
+Names are imported from their rooms when first used, so that `import localgrad` alone does not load PyTorch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from localgrad.core.auxiliary import Auxiliary, Method, Site, Term
+    from localgrad.core.backbones import CifarResNet, build
+    from localgrad.core.blocks import Block, Boundary, Unit, units
+    from localgrad.core.couplings import MAN, DeepMAN, MANPlusPlus, update_ema
+    from localgrad.core.engine import LocalModel, StepResult, local_backward, localize, param_groups
+    from localgrad.core.errors import RunError, UserError
+    from localgrad.core.methods import auglocal, bp, dgl, infopro, infopro_weights, predsim
+    from localgrad.core.task import Classification
+    from localgrad.scale.memory import PeakBytes, measure_peak
+
+_HOME = {
+    "core.auxiliary": ("Auxiliary", "Method", "Site", "Term"),
+    "core.backbones": ("CifarResNet", "build"),
+    "core.blocks": ("Block", "Boundary", "Unit", "units"),
+    "core.couplings": ("DeepMAN", "MAN", "MANPlusPlus", "update_ema"),
+    "core.engine": ("LocalModel", "StepResult", "local_backward", "localize", "param_groups"),
+    "core.errors": ("RunError", "UserError"),
+    "core.methods": ("auglocal", "bp", "dgl", "infopro", "infopro_weights", "predsim"),
+    "core.task": ("Classification",),
+    "scale.memory": ("PeakBytes", "measure_peak"),
+}
+_ROOM_OF = {name: room for room, names in _HOME.items() for name in names}
+
+__all__ = [  # noqa: RUF022 (in the order of the rooms)
+    "Auxiliary", "Method", "Site", "Term", "CifarResNet", "build", "Block", "Boundary", "Unit", "units",
+    "DeepMAN", "MAN", "MANPlusPlus", "update_ema", "LocalModel", "StepResult", "local_backward", "localize",
+    "param_groups", "RunError", "UserError", "auglocal", "bp", "dgl", "infopro", "infopro_weights", "predsim",
+    "Classification", "PeakBytes", "measure_peak",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> object:
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module 'localgrad' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"localgrad.{_ROOM_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

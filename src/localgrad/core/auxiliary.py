@@ -1,0 +1,102 @@
+"""What sits on a block's output during training only: an optional coupling, then heads, each with its objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from localgrad.core.blocks import Boundary, Unit
+from localgrad.core.couplings import Momentum
+from localgrad.core.task import Task
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where an auxiliary is built.
+
+    boundary: what its heads read (beyond the coupling). downstream: the backbone's units beyond that. index, count:
+    which of the network's auxiliaries it is. image: [C, H, W] of the network's input. width: channels of the
+    backbone's last unit. head: the name of the classifier, or None for the method's own.
+    """
+
+    boundary: Boundary
+    downstream: tuple[Unit, ...]
+    index: int
+    count: int
+    image: tuple[int, int, int]
+    width: int
+    task: Task
+    head: str | None = None
+
+
+@dataclass(frozen=True)
+class Term:
+    """One head of an auxiliary with the objective on its output. against: what the objective compares with,
+    "targets" or "images" (in [0, 1])."""
+
+    head: nn.Module
+    objective: Callable[[Tensor, Tensor], Tensor]
+    weight: float = 1.0
+    against: str = "targets"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A paper's choice of heads, objectives and depth weights.
+
+    terms: builds those of one site, by name; None trains end to end. head: the classifier to use whatever the
+    coupling prefers. mean, std: of the input's normalisation, by which images are recovered from it.
+    """
+
+    name: str
+    terms: Callable[[Site], dict[str, Term]] | None
+    head: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def images(self, x: Tensor) -> Tensor:
+        """The image in [0, 1] of a normalised input, both [B, C, H, W]."""
+        if self.mean is None or self.std is None:
+            return x
+        mean, std = (torch.tensor(v, dtype=x.dtype, device=x.device).view(-1, 1, 1) for v in (self.mean, self.std))
+        return (x * std + mean).clamp(0, 1)
+
+
+class Auxiliary(nn.Module):
+    """A coupling and the heads of one boundary."""
+
+    def __init__(self, coupling: Momentum | None, terms: dict[str, Term]) -> None:
+        super().__init__()
+        self.coupling = coupling
+        self.heads = nn.ModuleDict({name: term.head for name, term in terms.items()})
+        self.terms = terms
+
+    @property
+    def needs_images(self) -> bool:
+        return any(term.against == "images" for term in self.terms.values())
+
+    def forward(self, h: Tensor) -> dict[str, Tensor]:
+        """h [B, *boundary.shape] -> each head's output by name."""
+        if self.coupling is not None:
+            h = self.coupling(h)
+        return {name: head(h) for name, head in self.heads.items()}
+
+    def losses(self, outputs: dict[str, Tensor], targets: Tensor, images: Tensor | None) -> dict[str, Tensor]:
+        """Each objective's value, unweighted, in float32 or wider."""
+        with_what = {"targets": targets, "images": images}
+        return {
+            name: self.terms[name].objective(full_precision(output), with_what[self.terms[name].against])  # pyright: ignore[reportArgumentType]
+            for name, output in outputs.items()
+        }
+
+    def total(self, losses: dict[str, Tensor]) -> Tensor:
+        """The block's loss: the objectives' weighted sum."""
+        return torch.stack([self.terms[name].weight * loss for name, loss in losses.items()]).sum()
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """x, in float32 if autocast has left it in half precision."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

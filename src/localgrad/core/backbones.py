@@ -1,0 +1,125 @@
+"""The papers' CIFAR ResNets, and the lookup of torchvision and timm networks by name."""
+
+from __future__ import annotations
+
+import difflib
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from localgrad.core.errors import UserError, unknown
+
+CIFAR_DEPTHS = (20, 32, 44, 56, 110, 1202)
+CIFAR_RESNETS = tuple(f"resnet{depth}" for depth in CIFAR_DEPTHS)
+
+
+class ResidualUnit(nn.Module):
+    """Two 3x3 convolutions and a shortcut: [B, C, H, W] -> [B, out, H / stride, W / stride]."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, out, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out)
+        self.downsample = None
+        if stride != 1 or channels != out:
+            self.downsample = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+
+    def forward(self, h: Tensor) -> Tensor:
+        shortcut = h if self.downsample is None else self.downsample(h)
+        h = F.relu(self.bn1(self.conv1(h)), inplace=True)
+        h = self.bn2(self.conv2(h))
+        h += shortcut
+        return F.relu(h, inplace=True)
+
+
+class CifarResNet(nn.Module):
+    """The ResNets of "Deep residual learning" (CVPR 2016), section 4.2, for small images: 3x3 stem, three stages of
+    16, 32 and 64 channels, 6n + 2 layers. As in the published local-learning code, a unit that changes the shape has
+    a 1x1 projection shortcut. [B, in_channels, H, W] -> [B, classes]."""
+
+    def __init__(self, depth: int, classes: int = 10, in_channels: int = 3) -> None:
+        super().__init__()
+        if depth < 8 or (depth - 2) % 6:
+            raise UserError(f"a CIFAR ResNet has 6n + 2 layers, so not {depth}")
+        units = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = self._stage(16, 16, units, stride=1)
+        self.layer2 = self._stage(16, 32, units, stride=2)
+        self.layer3 = self._stage(32, 64, units, stride=2)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(64, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @staticmethod
+    def _stage(channels: int, out: int, units: int, stride: int) -> nn.Sequential:
+        rest = [ResidualUnit(out, out, 1) for _ in range(units - 1)]
+        return nn.Sequential(ResidualUnit(channels, out, stride), *rest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.relu(self.bn1(self.conv1(x)))
+        h = self.layer3(self.layer2(self.layer1(h)))
+        return self.fc(torch.flatten(self.avgpool(h), 1))
+
+
+def build(name: str, *, classes: int, in_channels: int = 3) -> nn.Module:
+    """A backbone by name, untrained: "resnet32" and its kin, "torchvision:resnet50", "timm:resnet101".
+
+    Raises UserError for an unknown name, with the nearest one that exists.
+    """
+    source, _, model = name.rpartition(":")
+    if source == "torchvision":
+        return _torchvision(name, model, classes, in_channels)
+    if source == "timm":
+        return _timm(name, model, classes, in_channels)
+    if name not in CIFAR_RESNETS:
+        raise unknown("model", name, [*CIFAR_RESNETS, "torchvision:NAME", "timm:NAME"])
+    return CifarResNet(int(name.removeprefix("resnet")), classes, in_channels)
+
+
+def _torchvision(name: str, model: str, classes: int, in_channels: int) -> nn.Module:
+    import torchvision
+
+    names = torchvision.models.list_models(module=torchvision.models)
+    if model not in names:
+        raise _no_such(name, "torchvision", model, names)
+    # They offer no argument for init_weights that all share, and two warn unless told not to build auxiliary logits.
+    extra = {"aux_logits": False, "init_weights": True} if model in ("googlenet", "inception_v3") else {}
+    backbone = torchvision.models.get_model(model, weights=None, num_classes=classes, **extra)
+    if in_channels != 3:
+        _change_input(backbone, in_channels)
+    return backbone
+
+
+def _timm(name: str, model: str, classes: int, in_channels: int) -> nn.Module:
+    import timm
+
+    if not timm.is_model(model):
+        raise _no_such(name, "timm", model, timm.list_models())
+    return timm.create_model(model, pretrained=False, num_classes=classes, in_chans=in_channels)
+
+
+def _no_such(name: str, source: str, model: str, names: list[str]) -> UserError:
+    near = difflib.get_close_matches(model, names, n=1)
+    hint = f": did you mean '{source}:{near[0]}'?" if near else f": {source} has none of that name"
+    return UserError(f"unknown model '{name}'{hint}")
+
+
+def _change_input(backbone: nn.Module, in_channels: int) -> None:
+    """Replaces the first convolution by one that reads `in_channels`; torchvision's constructors fix 3."""
+    for name, module in backbone.named_modules():
+        if isinstance(module, nn.Conv2d):
+            new = nn.Conv2d(
+                in_channels, module.out_channels, module.kernel_size, module.stride, module.padding,  # pyright: ignore[reportArgumentType]
+                bias=module.bias is not None,
+            )  # fmt: skip
+            nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+            parent, _, child = name.rpartition(".")
+            setattr(backbone.get_submodule(parent), child, new)
+            return

@@ -1,0 +1,159 @@
+"""Couplings: what carries information across a boundary that no gradient crosses.
+
+MAN: "Momentum Auxiliary Network for Supervised Local Learning" (ECCV 2024). MAN++: arXiv 2507.16279. The published
+code is followed, not the ECCV text, where they differ (`form="pull"` is the text). Deep MAN is this library's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from localgrad.core.blocks import Unit, select_path
+from localgrad.core.errors import UserError
+
+FORMS = ("branches", "pull")
+
+
+@dataclass(frozen=True)
+class MAN:
+    """Momentum Auxiliary Network: `learnable(h) + ema(h)` of the next block's first unit.
+
+    momentum: of the EMA, 0 (a copy of the source) to 1 (never moves). learnable, ema: either branch can be switched
+    off, not both. form: "branches" as published in code, or "pull" after the paper's text: one learnable copy that is
+    moved by the EMA towards its source after each of its own gradient steps. buffers: whether the EMA also averages
+    the source's buffers (batch-norm statistics); the published code does not.
+    """
+
+    momentum: float = 0.995
+    learnable: bool = True
+    ema: bool = True
+    form: str = "branches"
+    buffers: bool = False
+    scaled: ClassVar[bool] = False
+    head: ClassVar[str | None] = None  # of a classifier whose name nobody gave; None is the method's own
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum <= 1:
+            raise UserError(f"momentum must lie between 0 and 1, not {self.momentum}")
+        if not (self.learnable or self.ema):
+            raise UserError("a coupling without its learnable and its EMA branch is coupling none")
+        if self.form not in FORMS:
+            raise UserError(f"form must be {' or '.join(FORMS)}, not '{self.form}'")
+        if self.form == "pull" and not (self.learnable and self.ema and not self.scaled):
+            raise UserError('form="pull" has one branch, both learnable and averaged: it takes MAN or deep MAN as they are')
+
+    def select(self, downstream: Sequence[Unit]) -> list[Unit]:
+        """The units to copy, in the order in which h passes them. downstream: every unit beyond the boundary."""
+        return [downstream[0]]
+
+    def build(self, downstream: Sequence[Unit]) -> Momentum:
+        """The trainable module. Call it after the backbone is initialised or loaded, because copies start there."""
+        return Momentum(self, self.select(downstream))
+
+
+@dataclass(frozen=True)
+class MANPlusPlus(MAN):
+    """MAN++: `s * learnable(h) + (2 - s) * ema(h)` with a learnable scalar s that starts at 1."""
+
+    scaled: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.learnable and self.ema):
+            raise UserError("MAN++ weighs its two branches against each other: switch one off with MAN instead")
+
+
+@dataclass(frozen=True)
+class DeepMAN(MAN):
+    """A path of downstream units: `z_0 = h; z_i = learnable_i(z_{i-1}) + ema_i(z_{i-1})`.
+
+    depth: how many units, those that change the shape first; by default the next unit, then each later one that
+    changes the shape (a later stage's first unit).
+    """
+
+    depth: int | None = None
+    head: ClassVar[str | None] = "0c1f"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.depth is not None and self.depth < 1:
+            raise UserError(f"the depth of deep MAN counts units, so it is at least 1, not {self.depth}")
+
+    def select(self, downstream: Sequence[Unit]) -> list[Unit]:
+        if self.depth is None:
+            return [downstream[0], *(u for u in downstream[1:] if u.changes_shape)]
+        return select_path(downstream, self.depth)
+
+
+class Link(nn.Module):
+    """Both branches of one source unit. A branch that is switched off is None."""
+
+    def __init__(self, spec: MAN, source: Unit) -> None:
+        super().__init__()
+        pull = spec.form == "pull"
+        self.learnable = source.copy(fresh=not pull) if spec.learnable else None
+        self.ema = source.copy(fresh=False).requires_grad_(False) if spec.ema and not pull else None
+        parameter = next(source.module.parameters(), None)
+        like = {} if parameter is None else {"device": parameter.device, "dtype": parameter.dtype}
+        self.scale = nn.Parameter(torch.ones((), **like)) if spec.scaled else None
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.learnable is None or self.ema is None:
+            branch = self.ema if self.learnable is None else self.learnable
+            assert branch is not None
+            return branch(h)
+        if self.scale is None:
+            return self.learnable(h) + self.ema(h)
+        return self.scale * self.learnable(h) + (2 - self.scale) * self.ema(h)
+
+
+class Momentum(nn.Module):
+    """A built coupling: the links of its path, and the units of the backbone that they follow.
+
+    forward: h [B, *boundary.shape] -> [B, *sources[-1].output.shape].
+    """
+
+    def __init__(self, spec: MAN, sources: Sequence[Unit]) -> None:
+        super().__init__()
+        self.spec = spec
+        self.sources = tuple(sources)  # a tuple, so that the backbone's modules are not registered a second time
+        self.links = nn.ModuleList(Link(spec, unit) for unit in sources)
+
+    def forward(self, h: Tensor) -> Tensor:
+        for link in self.links:
+            h = link(h)
+        return h
+
+    def update(self) -> None:
+        """Moves the averaged branches once: `averaged <- momentum * averaged + (1 - momentum) * source`."""
+        for link, source in zip(self.links, self.sources, strict=True):
+            averaged = link.learnable if self.spec.form == "pull" else link.ema
+            if averaged is not None:
+                update_ema(averaged, source.module, self.spec.momentum, buffers=self.spec.buffers)
+
+
+@torch.no_grad()
+def update_ema(average: nn.Module, source: nn.Module, momentum: float, *, buffers: bool = False) -> None:
+    """`average <- momentum * average + (1 - momentum) * source` for each parameter, in place and in one fused pass.
+
+    buffers: floating-point buffers are averaged too, and others (counters) copied.
+    """
+    averaged: list[Tensor] = list(average.parameters())
+    sources: list[Tensor] = list(source.parameters())
+    if buffers:
+        for a, s in zip(average.buffers(), source.buffers(), strict=True):
+            if a.is_floating_point():
+                averaged.append(a)
+                sources.append(s)
+            else:
+                a.copy_(s)
+    if averaged:
+        torch._foreach_lerp_(averaged, sources, 1 - momentum)
+
+
+COUPLINGS = {"none": None, "man": MAN, "man++": MANPlusPlus, "deep-man": DeepMAN}

@@ -1,0 +1,269 @@
+"""The step: K isolated backward passes, each freed before the next block runs. See `local_backward`."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from localgrad.core.auxiliary import Auxiliary, Method, Site, full_precision
+from localgrad.core.blocks import Block, Unit, split, trace_units
+from localgrad.core.couplings import MAN
+from localgrad.core.errors import UserError
+from localgrad.core.task import Classification, Task
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step: `losses[k]` of each block (weighted, scalar), `parts[k]` its objectives by name (unweighted; empty
+    for the last block), and the network's logits [B, classes]. All detached."""
+
+    losses: list[Tensor]
+    parts: list[dict[str, Tensor]]
+    logits: Tensor
+
+
+class LocalModel(nn.Module):
+    """A backbone, the K blocks that reference its modules, and the auxiliaries of the first K - 1.
+
+    backbone: the user's own network, untouched; calling the model calls it. blocks[k]: runs block k.
+    auxiliaries[k]: what trains it. `print(model)` shows a table.
+    """
+
+    def __init__(self, backbone: nn.Module, blocks: Sequence[Block], auxiliaries: Sequence[Auxiliary], method: Method, task: Task) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.auxiliaries = nn.ModuleList(auxiliaries)
+        self.blocks = tuple(blocks)  # a tuple, so that the backbone's modules are not registered a second time
+        self.method = method
+        self.task = task
+
+    def forward(self, x: Tensor) -> Any:
+        return self.backbone(x)
+
+    def train(self, mode: bool = True) -> LocalModel:
+        super().train(mode)
+        for block in self.blocks:
+            block.train(mode)
+        return self
+
+    @property
+    def needs_images(self) -> bool:
+        return any(a.needs_images for a in self.auxiliaries)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def members(self, k: int) -> list[nn.Parameter]:
+        """The trainable parameters of block k and of its auxiliary."""
+        modules = [self.blocks[k], *([self.auxiliaries[k]] if k < len(self.auxiliaries) else [])]
+        return [p for module in modules for p in module.parameters() if p.requires_grad]
+
+    def __repr__(self) -> str:
+        return table(self)
+
+
+def localize(
+    backbone: nn.Module,
+    *,
+    blocks: int | Sequence[str] = 4,
+    method: Method,
+    coupling: MAN | None = None,
+    example: Tensor,
+    task: Task | None = None,
+) -> LocalModel:
+    """Cuts `backbone` into gradient-isolated blocks and builds their auxiliaries, on the backbone's device and dtype.
+
+    blocks: how many, or the last unit of each (`units(backbone, example)` lists the names). coupling: `MAN()`,
+    `MANPlusPlus()`, `DeepMAN()` or None. example: a normalised input batch [B, C, H, W]; one sample of it is run.
+    task: by default classification into as many classes as the backbone gives logits. Copies of the coupling start
+    from the backbone's weights as they are now: load a checkpoint first. Raises UserError for cuts that cannot be.
+    """
+    if method.terms is None and blocks != 1:
+        warnings.warn(f"{method.name} trains end to end: blocks={blocks} has no effect, there is 1", stacklevel=2)
+        blocks = 1
+    all_units, head = trace_units(backbone, example)
+    groups = split(all_units, blocks)
+    if coupling is not None and len(groups) == 1:
+        warnings.warn("a coupling has no effect on a single block", stacklevel=2)
+    task = task or Classification(_outputs(all_units, head, backbone, example))
+    built = [Block(g, head if g is groups[-1] else None) for g in groups]
+    auxiliaries = []
+    for index, group in enumerate(groups[:-1]):
+        downstream = tuple(u for g in groups[index + 1 :] for u in g)
+        site = Site(group[-1].output, downstream, index, len(groups) - 1, _image(example), _width(all_units), task, method.head)
+        auxiliaries.append(_auxiliary(site, method, coupling))
+    parameter = next(backbone.parameters())
+    for auxiliary in auxiliaries:
+        auxiliary.to(parameter.device, parameter.dtype)
+    return LocalModel(backbone, built, auxiliaries, method, task).train()
+
+
+def local_backward(
+    model: LocalModel,
+    x: Tensor,
+    y: Tensor,
+    *,
+    images: Tensor | None = None,
+    scale: float | Tensor = 1.0,
+    autocast: torch.dtype | None = None,
+    after_block: Callable[[int], None] | None = None,
+    micro_batch: tuple[int, int] = (0, 1),
+) -> StepResult:
+    """K isolated backward passes: gradients of every block and auxiliary are added to `.grad`, none crosses.
+
+        h = x
+        for k in 0 .. K-2:
+            h = block[k](h)                                # graph of this block only
+            loss_k = sum_i weight[k][i] * objective_i(auxiliary[k](h), targets, images)
+            backward(loss_k)                               # this block + its auxiliary; its graph is freed here
+            h = h.detach()
+            coupling k: ema <- momentum * ema + (1 - momentum) * source, for each unit it copies
+        loss = criterion(block[K-1](h), targets); backward(loss)
+
+    x: normalised inputs [B, C, H, W]. y: targets [B]. images: [B, C, H, W] in [0, 1] for reconstruction, by default x
+    un-normalised with the method's mean and std. scale: every loss is multiplied by it before its backward pass (for
+    accumulation and gradient scalers). autocast: a dtype to compute each block's forward pass in. after_block(k): is
+    called when block k has its gradients and its coupling has moved; a step of its optimizer belongs there.
+    micro_batch: (which, of how many) when gradients are accumulated: averages move once per optimizer step. With
+    `form="pull"` they move as the next step begins, when the copy has taken its gradient step.
+    """
+    model.task.check_targets(y)
+    which, of = micro_batch
+    if model.needs_images and images is None:
+        images = model.method.images(x)
+    if which == 0:
+        _move(model.auxiliaries, pull=True)
+    losses, parts = [], []
+    h: Tensor = x
+    for k, auxiliary in enumerate(model.auxiliaries):
+        with _autocast(h, autocast):
+            h = model.blocks[k](h)
+            outputs = auxiliary(h)
+        part = auxiliary.losses(outputs, y, images)  # pyright: ignore[reportCallIssue]
+        loss = auxiliary.total(part)  # pyright: ignore[reportCallIssue]
+        _backward(loss, scale)
+        del outputs
+        h = h.detach()
+        losses.append(loss.detach())
+        parts.append({name: value.detach() for name, value in part.items()})
+        del loss, part
+        if which == of - 1:
+            _move([auxiliary], pull=False)
+        if after_block is not None:
+            after_block(k)
+    with _autocast(h, autocast):
+        logits = model.blocks[-1](h)
+    loss = model.task.criterion(full_precision(logits), y)
+    _backward(loss, scale)
+    if after_block is not None:
+        after_block(len(model.blocks) - 1)
+    return StepResult([*losses, loss.detach()], [*parts, {}], logits.detach())
+
+
+def param_groups(
+    model: LocalModel, *, weight_decay: float = 0.0, no_decay: bool = False, lr: float | Sequence[float] | None = None
+) -> list[dict[str, Any]]:
+    """Optimizer groups, one or two per block, each marked with `block`.
+
+    weight_decay: for every trainable parameter; with `no_decay`, none for norms, biases and scales (parameters of
+    fewer than two dimensions). lr: one for all blocks or one for each; the optimizer's own by default. EMA copies and
+    frozen parameters never enter.
+    """
+    count = len(model.blocks)
+    if isinstance(lr, Sequence) and len(lr) != count:
+        raise UserError(f"lr lists {len(lr)} learning rates for {count} blocks")
+    groups = []
+    for k in range(count):
+        rate = lr[k] if isinstance(lr, Sequence) else lr
+        own = {"block": k} if rate is None else {"block": k, "lr": rate}
+        plain = [p for p in model.members(k) if no_decay and p.ndim < 2]
+        decayed = [p for p in model.members(k) if not (no_decay and p.ndim < 2)]
+        for parameters, decay in ((decayed, weight_decay), (plain, 0.0)):
+            if parameters:
+                groups.append({"params": parameters, "weight_decay": decay, **own})
+    return groups
+
+
+def table(model: LocalModel) -> str:
+    """Block, units, boundary shape, auxiliary, parameters and their bytes, as aligned text."""
+    rows = [("block", "units", "hands on", "auxiliary", "parameters", "auxiliary's", "MiB")]
+    for k, block in enumerate(model.blocks):
+        auxiliary = model.auxiliaries[k] if k < len(model.auxiliaries) else None
+        own = list(block.parameters())
+        extra = list(auxiliary.parameters()) if auxiliary is not None else []
+        mib = sum(p.numel() * p.element_size() for p in own + extra) / 2**20
+        units = block.names[0] if len(block.names) == 1 else f"{block.names[0]} .. {block.names[-1]} ({len(block.names)})"
+        hands_on = "x".join(map(str, block.boundary.shape)) if auxiliary is not None else "logits"
+        counts = (f"{sum(p.numel() for p in ps):,}" for ps in (own, extra))
+        rows.append((str(k), units, hands_on, _describe(auxiliary), *counts, f"{mib:.2f}"))
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(c.ljust(w) if i < 4 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))) for r in rows]
+    title = f"{type(model.backbone).__name__}, {model.method.name}, {len(model.blocks)} blocks"
+    return "\n".join(line.rstrip() for line in [title, *lines])
+
+
+def _auxiliary(site: Site, method: Method, coupling: MAN | None) -> Auxiliary:
+    momentum = None
+    if coupling is not None:
+        momentum = coupling.build(site.downstream)
+        end = momentum.sources[-1]
+        beyond = site.downstream[site.downstream.index(end) + 1 :]
+        site = replace(site, boundary=end.output, downstream=beyond, head=site.head or coupling.head)
+    assert method.terms is not None
+    return Auxiliary(momentum, method.terms(site))
+
+
+def _describe(auxiliary: nn.Module | None) -> str:
+    if not isinstance(auxiliary, Auxiliary):
+        return "-"
+    copied = [u.name for u in auxiliary.coupling.sources] if auxiliary.coupling else []
+    name = type(auxiliary.coupling.spec).__name__ if auxiliary.coupling else ""
+    terms = " + ".join(f"{t.weight:g} {name}" if t.weight != 1 else name for name, t in auxiliary.terms.items())
+    return f"{name}({', '.join(copied)}) -> {terms}" if copied else terms
+
+
+def _move(auxiliaries, *, pull: bool) -> None:
+    for auxiliary in auxiliaries:
+        if auxiliary.coupling is not None and (auxiliary.coupling.spec.form == "pull") == pull:
+            auxiliary.coupling.update()
+
+
+def _backward(loss: Tensor, scale: float | Tensor) -> None:
+    # Multiplying by a Python 1.0 would add a node to the graph and break bit-identity with a plain loop in nothing;
+    # it is left out because it is one kernel a block for no effect.
+    (loss if isinstance(scale, float) and scale == 1.0 else loss * scale).backward()
+
+
+def _autocast(h: Tensor, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+    """Opened around one block's forward only: around the whole step, its cache of cast weights would outlive them."""
+    return contextlib.nullcontext() if dtype is None else torch.autocast(h.device.type, dtype)
+
+
+def _image(example: Tensor) -> tuple[int, int, int]:
+    if example.ndim == 4:
+        return (example.shape[1], example.shape[2], example.shape[3])
+    return (example.shape[1], 1, 1)
+
+
+def _width(all_units: Sequence[Unit]) -> int:
+    return all_units[-1].output.channels
+
+
+def _outputs(all_units: Sequence[Unit], head: nn.Module | None, backbone: nn.Module, example: Tensor) -> int:
+    """How many logits the backbone gives."""
+    if head is None:
+        return all_units[-1].output.channels
+    was_training = [m for m in head.modules() if m.training]
+    head.eval()
+    parameter = next(backbone.parameters())
+    with torch.no_grad():
+        h = torch.zeros(1, *all_units[-1].output.shape, device=parameter.device, dtype=parameter.dtype)
+        out = head(h)
+    for m in was_training:
+        m.training = True
+    if out.ndim != 2:
+        raise UserError(f"the backbone gives {tuple(out.shape)}, not one vector of logits a sample: pass a task of your own")
+    return out.shape[1]

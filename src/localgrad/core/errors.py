@@ -1,0 +1,30 @@
+"""What a person is told when a run cannot go on: one sentence, and the exit code that scripts read."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something that the caller asked for and can change: what is wrong, and what would be right. Exit code 2."""
+
+    exit_code = 2
+
+
+class RunError(RuntimeError):
+    """A fault met while running (a damaged file, a loss that is not finite). Exit code 3."""
+
+    exit_code = 3
+
+
+def unknown(kind: str, name: str, options: Iterable[str]) -> UserError:
+    """The error for a name that does not exist, with the nearest one that does.
+
+    >>> print(unknown("method", "dgll", ["bp", "dgl"]))
+    unknown method 'dgll': did you mean 'dgl'? (bp, dgl)
+    """
+    names = sorted(options)
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean '{near[0]}'? " if near else "choose one of "
+    return UserError(f"unknown {kind} '{name}': {hint}({', '.join(names)})")

@@ -1,0 +1,124 @@
+"""What turns a boundary into logits, an image or a similarity feature. Each takes the boundary it reads and returns
+an `nn.Sequential`, so that its layers are named by their place."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from localgrad.core.blocks import Boundary
+from localgrad.core.errors import unknown
+from localgrad.core.task import Task
+
+# Convolutions and linear layers of the heads that `--head` names; "dgl" is built by `dgl_classifier`.
+CONVOLUTIONAL = {"0c1f": (0, 1), "1c1f": (1, 1), "1c2f": (1, 2), "1c3f": (1, 3), "2c2f": (2, 2)}
+HEADS = ("auto", "dgl", *CONVOLUTIONAL)
+
+
+def classifier(head: str, boundary: Boundary, task: Task, *, width: int, hidden: int = 128) -> nn.Sequential:
+    """The classifier `head` by name. width: channels of the network's last stage, which no head exceeds."""
+    if head == "dgl":
+        return dgl_classifier(boundary, task)
+    if head not in CONVOLUTIONAL:
+        raise unknown("head", head, HEADS)
+    return convolutional(boundary, task.output, *CONVOLUTIONAL[head], width=width, hidden=hidden)
+
+
+def convolutional(boundary: Boundary, output, convolutions: int, linears: int, *, width: int, hidden: int = 128) -> nn.Sequential:
+    """`convolutions` x (3x3, norm, ReLU), pool, `linears` layers: [B, *boundary.shape] -> [B, outputs].
+
+    Each convolution doubles the channels up to `width` (never below what it reads) and strides while the map is
+    larger than 8. `output(features)` builds the last layer. Sources: `0c1f` is greedy learning (Belilovsky et al.,
+    ICML 2019), `1c2f` with 128 hidden features is InfoPro's CIFAR auxiliary (ICLR 2021, appendix).
+    """
+    layers = boundary.to_map()
+    channels, size = boundary.channels, max(boundary.size)
+    for _ in range(convolutions):
+        out, stride = max(channels, min(2 * channels, width)), 2 if size > 8 else 1
+        layers += [nn.Conv2d(channels, out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+        channels, size = out, -(-size // stride)
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    for _ in range(linears - 1):
+        layers += [nn.Linear(channels, hidden), nn.ReLU()]
+        channels = hidden
+    return nn.Sequential(*layers, output(channels))
+
+
+def dgl_classifier(boundary: Boundary, task: Task, *, channels: int = 128, hidden: int = 512) -> nn.Sequential:
+    """Pool to at most 8x8, 3 x (1x1 convolution, norm, ReLU), pool, 3 x (linear, norm, ReLU), linear:
+    [B, *boundary.shape] -> [B, classes]. Source: DGL (Belilovsky et al., ICML 2020), the "MLP-SR" auxiliary."""
+    layers = [*boundary.to_map(), *_pool_to(8, boundary.size)]
+    before = boundary.channels
+    for _ in range(3):
+        layers += [nn.Conv2d(before, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
+        before = channels
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    for _ in range(3):
+        layers += [nn.Linear(before, hidden), nn.BatchNorm1d(hidden), nn.ReLU()]
+        before = hidden
+    return nn.Sequential(*layers, task.output(before))
+
+
+def predsim_classifier(boundary: Boundary, task: Task, *, limit: int = 4096) -> nn.Sequential:
+    """Pool until at most `limit` features are left, then one linear layer: [B, *boundary.shape] -> [B, classes].
+    Source: PredSim (ICML 2019), appendix."""
+    side = max(boundary.size)
+    while side > 1 and boundary.channels * side**2 > limit:
+        side = (side + 1) // 2
+    height, width = (min(side, s) for s in boundary.size)
+    features = boundary.channels * height * width
+    return nn.Sequential(*boundary.to_map(), *_pool_to(side, boundary.size), nn.Flatten(), task.output(features))
+
+
+def similarity(boundary: Boundary) -> nn.Sequential:
+    """One 3x3 convolution whose output's similarities are matched: a map of the boundary's own shape (ICML 2019)."""
+    return nn.Sequential(*boundary.to_map(), nn.Conv2d(boundary.channels, boundary.channels, 3, padding=1))
+
+
+def decoder(boundary: Boundary, image: tuple[int, int, int], *, hidden: int = 12) -> nn.Sequential:
+    """Bilinear resize to the image's size, 3x3 to `hidden`, norm, ReLU, 3x3 to the image's channels: logits of the
+    image, [B, *boundary.shape] -> [B, *image]. Source: InfoPro (ICLR 2021), CIFAR auxiliary."""
+    channels, height, width = image
+    return nn.Sequential(
+        *boundary.to_map(),
+        nn.Upsample((height, width), mode="bilinear", align_corners=True),
+        nn.Conv2d(boundary.channels, hidden, 3, padding=1),
+        nn.BatchNorm2d(hidden),
+        nn.ReLU(),
+        nn.Conv2d(hidden, channels, 3, padding=1),
+    )
+
+
+def imagenet_classifier(boundary: Boundary, task: Task) -> nn.Sequential:
+    """1x1 to a quarter of the channels, 3x3/2 to 256, 3x3/2 to 512, 1x1 to 2048, pool, linear:
+    [B, *boundary.shape] -> [B, classes]. Source: InfoPro (ICLR 2021), ImageNet auxiliary."""
+    layers, before = boundary.to_map(), boundary.channels
+    for channels, kernel, stride in ((max(1, before // 4), 1, 1), (256, 3, 2), (512, 3, 2), (2048, 1, 1)):
+        convolution = nn.Conv2d(before, channels, kernel, stride, padding=kernel // 2, bias=False)
+        layers += [convolution, nn.BatchNorm2d(channels), nn.ReLU()]
+        before = channels
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), task.output(before))
+
+
+def imagenet_decoder(boundary: Boundary, image: tuple[int, int, int]) -> nn.Sequential:
+    """x2 bilinear steps, each halving the channels (not below 16) by a 3x3 convolution, to the image's size:
+    logits of the image, [B, *boundary.shape] -> [B, *image]. Source: InfoPro (ICLR 2021), ImageNet auxiliary."""
+    channels, height, width = image
+    layers, before, size = boundary.to_map(), boundary.channels, boundary.size
+    while size[0] < height or size[1] < width:
+        size = (min(2 * size[0], height), min(2 * size[1], width))
+        out = max(16, before // 2)
+        layers += [nn.Upsample(size, mode="bilinear", align_corners=False)]
+        layers += [nn.Conv2d(before, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+        before = out
+    return nn.Sequential(*layers, nn.Conv2d(before, channels, 3, padding=1))
+
+
+def _pool_to(side: int, size: tuple[int, int]) -> list[nn.Module]:
+    """Average pooling to at most side x side: plain where it divides, because the adaptive form is slower and has no
+    deterministic gradient on CUDA."""
+    target = tuple(min(side, s) for s in size)
+    if target == size:
+        return []
+    if all(s % t == 0 for s, t in zip(size, target, strict=True)):
+        return [nn.AvgPool2d((size[0] // target[0], size[1] // target[1]))]
+    return [nn.AdaptiveAvgPool2d(target)]

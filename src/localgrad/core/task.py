@@ -1,0 +1,64 @@
+"""What the network is for: the criterion, the metrics, the check of targets, and how a head's output is built.
+
+The one room that says "image classification"; another task is another class with these four methods.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from localgrad.core.errors import UserError
+
+
+class Task(Protocol):
+    """What the engine, the heads and the loop ask of a task."""
+
+    @property
+    def classes(self) -> int: ...
+
+    def criterion(self, logits: Tensor, targets: Tensor) -> Tensor: ...
+
+    def metrics(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]: ...
+
+    def check_targets(self, targets: Tensor) -> None: ...
+
+    def output(self, features: int) -> nn.Module: ...
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Image classification into `classes`, by cross-entropy with `label_smoothing` (0 to below 1; the auxiliaries
+    are trained with it too)."""
+
+    classes: int
+    label_smoothing: float = 0.0
+
+    def criterion(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy, mean over the batch. logits [B, classes] (float32 or wider); targets [B], integers."""
+        return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+
+    def metrics(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """How many of the batch have their class first ("top1") and among the first five ("top5"), and the plain
+        cross-entropy summed over the batch ("loss"): sums, so that batches of any size add up."""
+        ranked = logits.topk(min(5, self.classes), dim=1).indices
+        hits = ranked == targets[:, None]
+        loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+        return {"top1": hits[:, :1].sum(), "top5": hits.sum(), "loss": loss}
+
+    def check_targets(self, targets: Tensor) -> None:
+        """Raises UserError unless targets are [B] integer classes; values are compared on the CPU only, because
+        reading them from another device would stall it."""
+        if targets.ndim != 1 or targets.dtype != torch.int64:
+            raise UserError(f"targets must be one int64 class a sample, not {tuple(targets.shape)} {targets.dtype}")
+        if targets.device.type == "cpu" and targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < self.classes:
+            low, high = int(targets.min()), int(targets.max())
+            raise UserError(f"targets run from {low} to {high}, but the network has {self.classes} classes")
+
+    def output(self, features: int) -> nn.Module:
+        """The last layer of a head: `features` to one logit a class."""
+        return nn.Linear(features, self.classes)

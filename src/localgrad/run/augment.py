@@ -1,0 +1,102 @@
+"""Augmentation whose every draw is a pure function of (seed, epoch, index): no generator, hence no state to save.
+
+A sample looks the same whichever batch, worker or order it comes in, and no draw touches the global random number
+generators. Seeds, epochs and indices go through SplitMix64 (G. Steele, D. Lea, C. Flood, "Fast splittable pseudorandom
+number generators", OOPSLA 2014; the constants of S. Vigna's public-domain splitmix64.c), vectorised in numpy.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+# One number per use, so that the order of an epoch tells nothing about its crops.
+AUGMENT, ORDER, SUBSET = 0, 1, 2
+_MASK = 2**64 - 1
+_GAMMA = 0x9E3779B97F4A7C15
+
+
+def splitmix64(seeds: NDArray[np.uint64], steps: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Output number `steps` (0 is the first) of the SplitMix64 streams that start at `seeds`; the shapes broadcast."""
+    # Arrays of at least one axis: numpy wraps those silently, as meant here, but warns about scalars.
+    z = np.atleast_1d(seeds) + np.uint64(_GAMMA) * (np.atleast_1d(steps) + np.uint64(1))
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def draws(seed: int, epoch: int, indices: NDArray[np.integer], count: int, stream: int = AUGMENT) -> NDArray[np.uint64]:
+    """`count` draws, uniform over 0 .. 2**64-1, for each of `indices` [N]: uint64 [N, count].
+
+    (seed, stream, epoch) are folded into one key; output i of the key's stream seeds a stream of sample i's own.
+    """
+    key = np.array([seed & _MASK], np.uint64)
+    for word in (stream, epoch):
+        key = splitmix64(key, np.array([word & _MASK], np.uint64))
+    own = splitmix64(key, np.asarray(indices).astype(np.uint64))
+    return splitmix64(own[:, None], np.arange(count, dtype=np.uint64)[None])
+
+
+def permutation(size: int, seed: int, epoch: int, stream: int = ORDER) -> NDArray[np.int64]:
+    """The order of one epoch: 0 .. size-1, int64 [size], sorted by a draw of each.
+
+    Not numpy's Generator.permutation, whose stream may change between numpy versions.
+    """
+    return np.argsort(draws(seed, epoch, np.arange(size), 1, stream)[:, 0], kind="stable")
+
+
+def crop_flip(images: Tensor, indices: NDArray[np.int64], *, pad: int, flip: bool, seed: int, epoch: int) -> Tensor:
+    """Samples `indices` [B] of images uint8 [N,C,H,W], augmented: [B,C,H,W].
+
+    Each is cropped to its own size after padding `pad` pixels (fewer than H and W) by reflection; half are mirrored.
+    """
+    # In numpy, on one thread: gathers of a batch are too small to share, and torch's threads would wait for each other.
+    batch = images.numpy()[indices]
+    _, _, height, width = batch.shape
+    # A remainder by n <= 9 prefers some values by at most n / 2**64, about 5e-19: nothing could measure it.
+    draw = draws(seed, epoch, indices, 3)
+    if pad:
+        top, left = (draw[:, :2] % np.uint64(2 * pad + 1)).astype(np.int64).T
+        padded = batch[:, :, _reflected(height, pad)[:, None], _reflected(width, pad)]
+        # All (2*pad+1)**2 crops as a view, of which each sample copies one.
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(2, 3))
+        batch = windows[np.arange(len(batch)), :, top, left]
+    if flip:
+        mirrored = draw[:, 2] % np.uint64(2) == 1
+        batch[mirrored] = batch[mirrored, :, :, ::-1]
+    return torch.from_numpy(np.ascontiguousarray(batch))
+
+
+def resized_crop_box(
+    height: int, width: int, *, seed: int, epoch: int, index: int
+) -> tuple[tuple[int, int, int, int], bool]:
+    """(top, left, height, width) of a random crop of an image, and whether to mirror it.
+
+    The rule of torchvision's RandomResizedCrop.get_params (area 0.08 .. 1 of the image, aspect ratio 3/4 .. 4/3
+    log-uniform, ten attempts, then the largest central crop of an allowed ratio), fed from `draws`: torchvision's own
+    takes its numbers from the global generator.
+    """
+    draw = draws(seed, epoch, np.array([index]), 41)[0]
+    # The upper 53 bits as a float64 in [0, 1).
+    area, ratio, down, right = ((draw[1:] >> np.uint64(11)) * 2.0**-53).reshape(10, 4).T
+    area = height * width * (0.08 + 0.92 * area)
+    ratio = np.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * ratio)
+    rows, columns = np.rint(np.sqrt(area / ratio)).astype(int), np.rint(np.sqrt(area * ratio)).astype(int)
+    fits = (rows > 0) & (rows <= height) & (columns > 0) & (columns <= width)
+    mirrored = bool(draw[0] % np.uint64(2) == 1)
+    if fits.any():
+        k = int(fits.argmax())
+        h, w = int(rows[k]), int(columns[k])
+        return (int(down[k] * (height - h + 1)), int(right[k] * (width - w + 1)), h, w), mirrored
+    h, w = min(height, round(width / (3 / 4))), min(width, round(height * (4 / 3)))
+    return ((height - h) // 2, (width - w) // 2, h, w), mirrored
+
+
+def _reflected(size: int, pad: int) -> NDArray[np.int64]:
+    """Source position of each of size + 2*pad padded positions; the border pixel itself is not repeated."""
+    at = np.abs(np.arange(-pad, size + pad))
+    return np.where(at >= size, 2 * (size - 1) - at, at)

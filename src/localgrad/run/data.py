@@ -1,0 +1,255 @@
+"""Data sets: images and labels, what is known about them, and the batches of an epoch.
+
+Batches are uint8, so that the loop moves a quarter of the bytes and normalises on its device (`normalize`). Sets that
+fit in memory are tensors; an image folder is decoded by workers. The order of an epoch and every draw of the
+augmentation are pure functions of (seed, epoch, index): a resumed run needs no state of a loader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from localgrad.core.errors import RunError, UserError, unknown
+from localgrad.run import readers
+from localgrad.run.augment import SUBSET, crop_flip, permutation
+from localgrad.run.readers import Files
+
+IMAGE_FOLDER_SIZE = 224  # pixels; the usual crop of ImageNet
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What is known about a data set before it is read.
+
+    `size`: side of its square images in pixels. `mean`, `std`: of the training images in [0, 1], by channel.
+    `pad`, `flip`: augmentation, a crop after padding by reflection, and a horizontal flip. An image folder is cropped
+    by area instead, and its `classes` are 0 until it is read.
+    """
+
+    name: str
+    classes: int
+    channels: int
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    pad: int
+    flip: bool
+
+
+DATASETS: dict[str, DataInfo] = {
+    info.name: info
+    for info in (
+        # Eight pixels leave room for a shift by one, and a mirrored digit is another sign.
+        DataInfo("digits", 10, 1, 8, (0.3054,), (0.3760,), pad=1, flip=False),
+        DataInfo("fashion-mnist", 10, 1, 28, (0.2860,), (0.3530,), pad=2, flip=True),
+        DataInfo("cifar10", 10, 3, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), pad=4, flip=True),
+        DataInfo("cifar100", 100, 3, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), pad=4, flip=True),
+        DataInfo("svhn", 10, 3, 32, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), pad=2, flip=False),
+        DataInfo("stl10", 10, 3, 96, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713), pad=4, flip=True),
+        # ImageNet's mean and deviation, as every published ImageNet recipe uses them.
+        DataInfo("image-folder", 0, 3, IMAGE_FOLDER_SIZE, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 0, True),
+    )
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """A split in memory: images uint8 [N,C,H,W], labels int64 [N]."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """A data set, read: both splits are of the same kind."""
+
+    info: DataInfo
+    train: Images | Files
+    test: Images | Files
+
+
+def load(
+    name: str,
+    *,
+    data_dir: str | None = None,
+    download: bool = False,
+    limit_train: int | None = None,
+    seed: int = 0,
+    image_size: int | None = None,
+) -> Data:
+    """Read a data set from `data_dir` ("data" by default; Fashion-MNIST also from where Debian's package puts it).
+
+    `download`: fetch it into that folder if it is not there. `limit_train`: so many training samples, balanced over
+    classes, chosen by `seed`. `image_size`: side of an image folder's crops, 224 by default.
+    UserError: an unknown name, a set that is not there, a limit or size that it cannot have. RunError: a damaged file,
+    a failed download.
+    """
+    info = _info(name)
+    if name == "image-folder":
+        if image_size is not None and image_size < 1:
+            raise UserError(f"image size must be at least 1 pixel, not {image_size}")
+        place = _locate(name, data_dir, download)
+        classes, train, test = readers.read_folder(place)
+        info = replace(info, classes=len(classes), size=image_size or IMAGE_FOLDER_SIZE)
+    else:
+        if image_size not in (None, info.size):
+            raise UserError(f"the images of {name} are {info.size} pixels wide and are not resized to {image_size}")
+        place = Path() if name == "digits" else _locate(name, data_dir, download)
+        train, test = (_checked(raw, info) for raw in readers.read(name, place))
+    if limit_train is not None:
+        train = _limited(train, limit_train, info.classes, seed)
+    return Data(info, train, test)
+
+
+def present(name: str, data_dir: str | None = None) -> str | None:
+    """Where a data set was found, else None. Looks for its files, opens none."""
+    _info(name)
+    if name == "digits":
+        return "scikit-learn"
+    place = readers.find(name, _root(data_dir))
+    return None if place is None else str(place)
+
+
+def steps_per_epoch(data: Data, batch_size: int) -> int:
+    """How many batches `train_batches` makes: whole ones only, but one if the set is smaller than a batch."""
+    _check_loading(batch_size)
+    return max(1, len(data.train) // batch_size)
+
+
+def train_batches(
+    data: Data, *, batch_size: int, seed: int, epoch: int, workers: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The augmented training batches of one epoch: images uint8 [B,C,H,W], labels int64 [B].
+
+    The last, incomplete batch is dropped (batch norm would weigh its few samples like a whole batch), unless the set
+    is smaller than one batch. `workers` processes decode an image folder; sets in memory need none and ignore it.
+    RunError names an image that cannot be decoded.
+    """
+    _check_loading(batch_size, workers)
+    steps = steps_per_epoch(data, batch_size)
+    chunks = _chunks(permutation(len(data.train), seed, epoch)[: steps * batch_size], batch_size)
+    if isinstance(data.train, Files):
+        return readers.decoded(data.train, data.info.size, chunks, seed=seed, epoch=epoch, workers=workers)
+    return _augmented(data.train, data.info, chunks, seed, epoch)
+
+
+def test_batches(
+    data: Data,
+    *,
+    batch_size: int,
+    workers: int = 0,  # noqa: PT028  (no test, see below)
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """All test samples in order, not augmented: images uint8 [B,C,H,W], labels int64 [B].
+
+    The last batch may be short. `workers` as for `train_batches`.
+    """
+    _check_loading(batch_size, workers)
+    split = data.test
+    if isinstance(split, Files):
+        return readers.decoded(split, data.info.size, _chunks(np.arange(len(split)), batch_size), workers=workers)
+    return zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True)
+
+
+test_batches.__test__ = False  # pyright: ignore[reportFunctionMemberAccess]  (its name looks like a test to pytest)
+
+
+def normalize(images: Tensor, info: DataInfo) -> Tensor:
+    """uint8 [B,C,H,W] -> float32 (x / 255 - mean) / std by channel, on the device where the images are."""
+    mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (info.mean, info.std))
+    return (images.float() / 255 - mean) / std
+
+
+def _info(name: str) -> DataInfo:
+    if name not in DATASETS:
+        raise unknown("data set", name, DATASETS)
+    return DATASETS[name]
+
+
+def _root(data_dir: str | None) -> Path:
+    return Path(data_dir or "data").expanduser()
+
+
+def _locate(name: str, data_dir: str | None, download: bool) -> Path:
+    root = _root(data_dir)
+    if download and name != "image-folder" and readers.find(name, root) is None:
+        readers.fetch(name, root)
+    place = readers.find(name, root)
+    if place is not None:
+        return place
+    if name == "image-folder":
+        need = "train/CLASS/*.jpg and val/CLASS/*.jpg: name the folder that does with --data-dir"
+        raise UserError(f"{root} does not hold {need} (an image folder cannot be downloaded)")
+    *most, last = (str(place) for place in readers.places(name, root))
+    where = f"{', '.join(most)} or {last}" if most else last
+    debian = "install it (apt-get install dataset-fashion-mnist), " if name == "fashion-mnist" else ""
+    files = ", ".join(readers.FILES[name])
+    raise UserError(
+        f"{name} was not found in {where} (its files are {files}): {debian}"
+        "name the folder that holds it with --data-dir, or fetch it with --download"
+    )
+
+
+def _checked(raw: readers.Raw, info: DataInfo) -> Images:
+    """A split in memory, after checks that its images and labels can belong to the set."""
+    shape = (info.channels, info.size, info.size)
+    if not len(raw.labels) or len(raw.images) != len(raw.labels):
+        raise RunError(f"{raw.file} holds {len(raw.labels)} labels for {len(raw.images)} images")
+    if raw.images.shape[1:] != shape or raw.images.dtype != np.uint8:
+        found = f"{raw.images.dtype} {raw.images.shape[1:]}"
+        raise RunError(f"the images beside {raw.file} are {found}, but those of {info.name} are uint8 {shape}")
+    labels = raw.labels.astype(np.int64)
+    if labels.min() < 0 or labels.max() >= info.classes:
+        wrong = next(int(label) for label in labels if not 0 <= label < info.classes)
+        raise RunError(f"{raw.file} holds the label {wrong}, but {info.name} has classes 0 to {info.classes - 1}")
+    # A copy: arrays that come from a file's bytes are read-only, and torch would warn.
+    return Images(torch.from_numpy(raw.images.copy(order="C")), torch.from_numpy(labels))
+
+
+def _limited(split: Images | Files, count: int, classes: int, seed: int) -> Any:
+    """`count` samples of a split, in their old order, as equal a number of each class as the split has to give."""
+    if not classes <= count <= len(split):
+        raise UserError(f"limit_train must be between {classes} (the classes) and {len(split)} (the set), not {count}")
+    labels = split.labels.numpy()
+    # Deal the classes out like cards: the first sample of each class in turn, then the second of each, and so on; a
+    # class that has no more is passed over. Both the samples of a class and the classes come in a seeded order.
+    shuffled = permutation(len(labels), seed, 0, SUBSET)
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    sizes = np.bincount(labels, minlength=classes)
+    turn = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    seat = permutation(classes, seed, 1, SUBSET)[labels[by_class]]
+    chosen = np.sort(by_class[np.lexsort((seat, turn))[:count]])
+    at = torch.from_numpy(chosen)
+    if isinstance(split, Files):
+        return Files(split.paths[chosen], split.labels[at])
+    return Images(split.images[at], split.labels[at])
+
+
+def _check_loading(batch_size: int, workers: int = 0) -> None:
+    if batch_size < 1:
+        raise UserError(f"batch size must be at least 1, not {batch_size}")
+    if workers < 0:
+        raise UserError(f"workers must be 0 or more, not {workers}")
+
+
+def _chunks(order: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _augmented(
+    split: Images, info: DataInfo, chunks: list[NDArray[np.int64]], seed: int, epoch: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    for chunk in chunks:
+        images = crop_flip(split.images, chunk, pad=info.pad, flip=info.flip, seed=seed, epoch=epoch)
+        yield images, split.labels[torch.from_numpy(chunk)]

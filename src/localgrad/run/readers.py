@@ -1,0 +1,314 @@
+"""Files of data sets -> arrays: where they lie, how they are read and fetched. What the classes mean is data.py's."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import http.client
+import os
+import struct
+import sys
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from localgrad.core.errors import RunError, UserError
+from localgrad.run.augment import resized_crop_box
+
+# Debian's package dataset-fashion-mnist.
+DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
+# torchvision's layout under the data folder; a set whose files all exist is there (whether they are whole is seen when
+# they are read). STL-10's 2.6 GB of unlabelled images are not needed.
+FILES: dict[str, tuple[str, ...]] = {
+    "fashion-mnist": tuple(f"{s}-{k}-ubyte" for s in ("train", "t10k") for k in ("images-idx3", "labels-idx1")),
+    "cifar10": tuple(
+        f"cifar-10-batches-py/{n}" for n in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")
+    ),
+    "cifar100": tuple(f"cifar-100-python/{n}" for n in ("train", "test", "meta")),
+    "svhn": ("train_32x32.mat", "test_32x32.mat"),
+    "stl10": tuple(f"stl10_binary/{n}.bin" for n in ("train_X", "train_y", "test_X", "test_y")),
+    "image-folder": ("train", "val"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Files:
+    """A split on disk: paths of image files, encoded bytes [N], labels int64 [N]."""
+
+    paths: NDArray[np.bytes_]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class Raw(NamedTuple):
+    """One split as read: images uint8 [N,C,H,W], labels [N], and the file to blame when they make no sense."""
+
+    images: NDArray[Any]
+    labels: NDArray[Any]
+    file: Path
+
+
+def places(name: str, root: Path) -> list[Path]:
+    """The folders that may hold a set, the first choice first."""
+    return [root, root / "FashionMNIST" / "raw", DEBIAN_FASHION] if name == "fashion-mnist" else [root]
+
+
+def find(name: str, root: Path) -> Path | None:
+    """The first of `places` that has all of the set's files, else None. Opens nothing."""
+    zipped = ("", ".gz") if name == "fashion-mnist" else ("",)
+    for place in places(name, root):
+        if all(any((place / (file + end)).exists() for end in zipped) for file in FILES[name]):
+            return place
+    return None
+
+
+def read(name: str, place: Path) -> tuple[Raw, Raw]:
+    """Train and test split of an in-memory set that `find` found. RunError names a damaged file."""
+    if name == "digits":
+        return _digits()
+    if name == "fashion-mnist":
+        train_x, train_y, test_x, test_y = (_idx_path(place, file) for file in FILES[name])
+        return _idx_split(train_x, train_y), _idx_split(test_x, test_y)
+    return _torchvision_splits(name, place)
+
+
+def read_idx(path: Path, axes: int) -> NDArray[np.uint8]:
+    """An idx file of bytes with that many axes, plain or gzipped (the format of yann.lecun.com/exdb/mnist)."""
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+    start = 4 + 4 * axes
+    if len(content) < start or content[:4] != bytes([0, 0, 8, axes]):
+        raise RunError(f"{path} is not an idx file of bytes with {axes} axes: it begins with 0x{content[:4].hex()}")
+    shape = [int.from_bytes(content[4 * i : 4 * i + 4], "big") for i in range(1, axes + 1)]
+    # Python's integers cannot overflow, so a lying header cannot pass for a short file.
+    wanted = int(np.prod(np.array(shape, dtype=object)))
+    if len(content) - start != wanted:
+        raise RunError(f"{path} holds {len(content) - start} bytes of data where its header announces {wanted}")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def read_folder(place: Path) -> tuple[list[str], Files, Files]:
+    """Class names, then train and val, from train/CLASS/* and val/CLASS/*; nothing is decoded.
+
+    The paths are one array of bytes: workers that share a list of strings copy it whole, by counting references.
+    """
+    from torchvision.datasets import ImageFolder
+
+    try:
+        train, val = ImageFolder(str(place / "train")), ImageFolder(str(place / "val"))
+    except FileNotFoundError as error:
+        raise UserError(f"{place} is no image folder: {error}") from error
+    if odd := set(train.classes) ^ set(val.classes):
+        raise UserError(
+            f"{place / 'train'} and {place / 'val'} must hold the same classes, but only one has {min(odd)}"
+        )
+    train_files, val_files = (
+        Files(np.array([os.fsencode(path) for path, _ in part.samples]), torch.tensor(part.targets))
+        for part in (train, val)
+    )
+    return train.classes, train_files, val_files
+
+
+def decoded(
+    split: Files,
+    size: int,
+    chunks: list[NDArray[np.int64]],
+    *,
+    seed: int | None = None,
+    epoch: int = 0,
+    workers: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches `chunks` of a split: images uint8 [B,3,size,size], labels int64 [B]; RunError names a damaged file.
+
+    With a seed: random crops by area, half of them mirrored. Without: the test split's resize and central crop.
+    """
+    # A loader draws its workers' seeds from the global generator unless it is given one.
+    own = torch.Generator().manual_seed(0)
+    loader = DataLoader(
+        _Decoder(split, size, seed),
+        batch_sampler=_Batches(chunks, epoch),  # pyright: ignore[reportArgumentType]  (any iterable of batches will do)
+        num_workers=workers,
+        collate_fn=_collate,
+        generator=own,
+    )
+    for batch in loader:
+        if isinstance(batch, RunError):
+            raise batch
+        yield batch
+
+
+def fetch(name: str, root: Path) -> None:
+    """Download a set through torchvision into `root`. RunError when that fails; nothing is left of the attempt.
+
+    The files come into a folder of their own and move only once torchvision found their md5 sums right.
+    """
+    failures = (OSError, RuntimeError, EOFError, ValueError, http.client.HTTPException, tarfile.TarError, zlib.error)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        # torchvision reports on standard output, which belongs to the command's result.
+        with (
+            tempfile.TemporaryDirectory(prefix=".download-", dir=root) as folder,
+            contextlib.redirect_stdout(sys.stderr),
+        ):
+            for _ in _torchvision_sets(name, Path(folder), download=True):
+                pass
+            raw, end = ("FashionMNIST/raw/", ".gz") if name == "fashion-mnist" else ("", "")
+            for file in FILES[name]:
+                (root / raw / file).parent.mkdir(parents=True, exist_ok=True)
+                (Path(folder) / raw / (file + end)).replace(root / raw / (file + end))
+    except failures as error:
+        reason = " ".join(str(error).split())
+        raise RunError(f"{name} could not be downloaded into {root}: {reason}") from error
+
+
+def _idx_path(place: Path, file: str) -> Path:
+    # The .gz first: torchvision unpacks beside it, and an interrupted unpacking leaves a short plain file.
+    zipped = place / f"{file}.gz"
+    return zipped if zipped.exists() else place / file
+
+
+def _idx_split(images: Path, labels: Path) -> Raw:
+    return Raw(read_idx(images, 3)[:, None], read_idx(labels, 1), labels)
+
+
+def _digits() -> tuple[Raw, Raw]:
+    """scikit-learn's 1,797 digits (values 0 .. 16), split 80/20 by class, the same whatever the run's seed."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits: Any = load_digits()
+    images = np.rint(digits.images * 255 / 16).astype(np.uint8)[:, None]
+    parts = train_test_split(np.arange(len(images)), test_size=0.2, stratify=digits.target, random_state=0)
+    train, test = (Raw(images[np.sort(part)], digits.target[np.sort(part)], Path("scikit-learn")) for part in parts)
+    return train, test
+
+
+def _torchvision_sets(name: str, root: Path, download: bool = False) -> Iterator[Any]:
+    """torchvision's data sets of both splits, read one by one."""
+    for split in ("train", "test"):
+        which = {"split": split} if name in ("svhn", "stl10") else {"train": split == "train"}
+        yield _torchvision_class(name)(str(root), download=download, **which)
+
+
+def _torchvision_class(name: str) -> Any:
+    from torchvision import datasets
+
+    class LabelledSTL10(datasets.STL10):
+        train_list = datasets.STL10.train_list[:2]  # without the unlabelled images, which it would check as well
+
+    kinds = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "svhn": datasets.SVHN, "stl10": LabelledSTL10}
+    return (kinds | {"fashion-mnist": datasets.FashionMNIST})[name]
+
+
+def _torchvision_splits(name: str, root: Path) -> tuple[Raw, Raw]:
+    # torchvision compares md5 sums before it reads; for CIFAR, whose files are pickles, that check must stay.
+    try:
+        train, test = _torchvision_sets(name, root)
+    except (OSError, RuntimeError) as error:
+        damaged = _damaged(name, root)
+        what = (
+            f"{root} cannot be read as {name}: {error}"
+            if damaged is None
+            else (f"{damaged} is damaged (its md5 sum is not the published one): delete it and fetch the set again")
+        )
+        raise RunError(what) from error
+    return _raw(name, root, train, "train"), _raw(name, root, test, "test")
+
+
+def _damaged(name: str, root: Path) -> Path | None:
+    """The first file whose md5 sum is not the one that torchvision knows."""
+    from torchvision.datasets.utils import check_integrity
+
+    kind = _torchvision_class(name)
+    if name == "svhn":
+        known = [tuple(kind.split_list[split][1:]) for split in ("train", "test")]
+    else:
+        known = [(f"{kind.base_folder}/{file}", md5) for file, md5 in (*kind.train_list, *kind.test_list)]
+    if name.startswith("cifar"):
+        known.append((f"{kind.base_folder}/{kind.meta['filename']}", kind.meta["md5"]))
+    return next((root / file for file, md5 in known if not check_integrity(root / file, md5)), None)
+
+
+def _raw(name: str, root: Path, split: Any, part: str) -> Raw:
+    if name.startswith("cifar"):
+        # CIFAR-10 spreads its training labels over five files, so the folder stands for them.
+        return Raw(split.data.transpose(0, 3, 1, 2), np.asarray(split.targets), root / split.base_folder)
+    file = f"{part}_32x32.mat" if name == "svhn" else f"stl10_binary/{part}_y.bin"
+    return Raw(split.data, np.asarray(split.labels), root / file)
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """The batch sampler of an image folder: (epoch, index) pairs, so that a worker knows all that a draw depends on."""
+
+    chunks: list[NDArray[np.int64]]
+    epoch: int
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return ([(self.epoch, int(index)) for index in chunk] for chunk in self.chunks)
+
+
+class _Decoder(Dataset):
+    """(epoch, index) -> (image uint8 [3,size,size], label), or the RunError that says which file is unreadable.
+
+    Errors are handed over as values: raised in a worker, they would arrive wrapped in the worker's traceback.
+    `seed` None: the test split's resize and central crop.
+    """
+
+    def __init__(self, split: Files, size: int, seed: int | None) -> None:
+        self.split, self.size, self.seed = split, size, seed
+
+    def __getitem__(self, pair: tuple[int, int]) -> tuple[Tensor, int] | RunError:
+        epoch, index = pair
+        image = _decode(Path(os.fsdecode(self.split.paths[index])))
+        if isinstance(image, RunError):
+            return image
+        from torchvision.transforms import functional as F
+
+        if self.seed is None:
+            # torchvision's own evaluation rule: 256 pixels on the short side for a crop of 224.
+            image = F.center_crop(F.resize(image, [round(self.size * 256 / 224)]), [self.size])
+        else:
+            box, mirrored = resized_crop_box(image.height, image.width, seed=self.seed, epoch=epoch, index=index)
+            image = F.resized_crop(image, *box, size=[self.size, self.size])
+            image = F.hflip(image) if mirrored else image
+        return F.pil_to_tensor(image), int(self.split.labels[index])
+
+
+def _collate(items: Sequence[tuple[Tensor, int] | RunError]) -> tuple[Tensor, Tensor] | RunError:
+    good = []
+    for item in items:
+        if isinstance(item, RunError):
+            return item
+        good.append(item)
+    return torch.stack([image for image, _ in good]), torch.tensor([label for _, label in good])
+
+
+def _decode(path: Path) -> Any:
+    """The image at `path` as PIL's RGB, or (returned, not raised) the RunError that names it."""
+    from PIL import Image
+
+    # What PIL raises on damaged files besides OSError depends on the format.
+    unreadable = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except unreadable as error:
+        return RunError(f"{path} is not a readable image: {error}")
