@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -217,7 +216,7 @@ def _checked(raw: readers.Raw, info: DataInfo) -> Images:
     return Images(torch.from_numpy(raw.images.copy(order="C")), torch.from_numpy(labels))
 
 
-def _limited(split: Images | Files, count: int, classes: int, seed: int) -> Any:
+def _limited(split: Images | Files, count: int, classes: int, seed: int) -> Images | Files:
     """`count` samples of a split, in their old order, as equal a number of each class as the split has to give."""
     if not classes <= count <= len(split):
         raise UserError(f"limit_train must be between {classes} (the classes) and {len(split)} (the set), not {count}")

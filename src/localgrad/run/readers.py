@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import http.client
+import math
 import os
 import struct
 import sys
@@ -94,8 +95,7 @@ def read_idx(path: Path, axes: int) -> NDArray[np.uint8]:
     if len(content) < start or content[:4] != bytes([0, 0, 8, axes]):
         raise RunError(f"{path} is not an idx file of bytes with {axes} axes: it begins with 0x{content[:4].hex()}")
     shape = [int.from_bytes(content[4 * i : 4 * i + 4], "big") for i in range(1, axes + 1)]
-    # Python's integers cannot overflow, so a lying header cannot pass for a short file.
-    wanted = int(np.prod(np.array(shape, dtype=object)))
+    wanted = math.prod(shape)
     if len(content) - start != wanted:
         raise RunError(f"{path} holds {len(content) - start} bytes of data where its header announces {wanted}")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
@@ -110,7 +110,7 @@ def read_folder(place: Path) -> tuple[list[str], Files, Files]:
 
     try:
         train, val = ImageFolder(str(place / "train")), ImageFolder(str(place / "val"))
-    except FileNotFoundError as error:
+    except OSError as error:
         raise UserError(f"{place} is no image folder: {error}") from error
     if odd := set(train.classes) ^ set(val.classes):
         raise UserError(

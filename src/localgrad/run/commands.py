@@ -1,0 +1,113 @@
+"""The commands. Each takes what `cli.py` has parsed and returns the exit code."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from localgrad.cli import Compare, Eval, Export, List, Train
+from localgrad.core.backbones import CIFAR_RESNETS, build
+from localgrad.core.errors import RunError, UserError
+from localgrad.run import data as data_room
+from localgrad.run.checkpoint import load_backbone, read_weights, save_weights
+from localgrad.run.recipe import COUPLINGS, HEADS, METHODS, Recipe, override, settle
+from localgrad.run.recipes import RECIPES
+from localgrad.run.runlog import claim, read_recipe, summary_rows
+from localgrad.run.train import evaluate, machine_for, train
+
+
+def run_train(args: Train) -> int:
+    recipe = settle(args.recipe)
+    if claim(args.out, recipe):
+        row = summary_rows(args.out)[-1]
+        print(f"{args.out} holds this run, finished: top1 {row['eval_top1']:.2f}%")
+        return 0
+    train(recipe, args.out, tensorboard=args.tensorboard)
+    print(f"wrote {args.out / 'model.safetensors'}")
+    return 0
+
+
+def run_eval(args: Eval) -> int:
+    recipe = override(finished(args.run), {"device": args.device} | ({"data_dir": args.data_dir} if args.data_dir else {}))
+    data = data_room.load(recipe.data, data_dir=recipe.data_dir, image_size=recipe.image_size)
+    machine = machine_for(recipe)
+    backbone = build(recipe.model, classes=data.info.classes, in_channels=data.info.channels)
+    load_backbone(backbone, args.run / "model.safetensors")
+    backbone.to(machine.device, memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]
+    row = evaluate(backbone, data, recipe, machine)
+    print(f"{len(data.test):,} test images of {recipe.data}, {machine.precision}: loss {row['eval_loss']:.4f}, top1 {row['eval_top1']:.2f}%, top5 {row['eval_top5']:.2f}%")
+    return 0
+
+
+def run_export(args: Export) -> int:
+    recipe = finished(args.run)
+    place = args.out or args.run / f"export.{args.format}"
+    weights = args.run / "model.safetensors"
+    if not place.parent.is_dir() or not os.access(place.parent, os.W_OK):
+        raise UserError(f"cannot write to {place.parent}: choose another --out")
+    if args.format == "safetensors":
+        save_weights(place, read_weights(weights))
+    else:
+        _export_onnx(recipe, weights, place)
+    print(f"wrote {place}")
+    return 0
+
+
+def run_compare(args: Compare) -> int:
+    from localgrad.run.compare import compare
+
+    return compare(args)
+
+
+def run_list(args: List) -> int:
+    console = Console()
+    for title, names in (("methods", METHODS), ("couplings", COUPLINGS), ("heads", HEADS), ("recipes", RECIPES)):
+        console.print(f"[bold]{title}[/]  {', '.join(names)}", highlight=False)
+    models = f"{', '.join(CIFAR_RESNETS)}, torchvision:NAME, timm:NAME"
+    console.print(f"[bold]backbones[/]  {models} (chains of units, such as ResNet-18 to 152 and ResNeXt)", highlight=False)
+    table = Table("data set", "images", "classes", "present", title="data sets", title_justify="left")
+    for name, info in data_room.DATASETS.items():
+        place = data_room.present(name, args.data_dir)
+        folder = name == "image-folder"
+        size = "any" if folder else f"{info.channels}x{info.size}x{info.size}"
+        table.add_row(name, size, "its folders" if folder else str(info.classes), place or "no")
+    console.print(table)
+    return 0
+
+
+def finished(run: Path) -> Recipe:
+    """The recipe of a finished run. Raises UserError if `run` is none."""
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is no run folder: it has no config.yaml")
+    if not (run / "model.safetensors").is_file():
+        raise UserError(f"{run} holds a run that is not finished: train it to its end first")
+    return read_recipe(run / "config.yaml")
+
+
+def _export_onnx(recipe: Recipe, weights: Path, place: Path) -> None:
+    try:
+        import onnx  # noqa: F401  # pyright: ignore[reportUnusedImport]
+        import onnxscript  # noqa: F401  # pyright: ignore[reportUnusedImport, reportMissingImports]
+    except ImportError:
+        raise UserError("onnx is not installed: pip install 'localgrad[onnx]'") from None
+    info = data_room.DATASETS[recipe.data]
+    if recipe.data == "image-folder":
+        info = data_room.load(recipe.data, data_dir=recipe.data_dir, image_size=recipe.image_size).info
+    backbone = build(recipe.model, classes=info.classes, in_channels=info.channels)
+    load_backbone(backbone, weights)
+    example = torch.zeros(2, info.channels, info.size, info.size)
+    part = place.with_name(place.name + ".part")
+    batch = torch.export.Dim("batch")
+    try:
+        torch.onnx.export(
+            backbone.eval(), (example,), str(part), dynamo=True, dynamic_shapes=({0: batch},), external_data=False,
+            input_names=["images"], output_names=["logits"], verbose=False,
+        )  # fmt: skip
+        os.replace(part, place)
+    except Exception as error:  # the exporter raises as many kinds as there are operators
+        part.unlink(missing_ok=True)
+        raise RunError(f"exporting {recipe.model} to ONNX failed: {str(error).splitlines()[0]}") from error

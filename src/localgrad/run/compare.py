@@ -1,0 +1,195 @@
+"""A grid of runs, one process each, and its table: mean, standard deviation and n over the seeds."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from localgrad.cli import Compare, named_recipe, parse_changes
+from localgrad.core.errors import RunError, UserError
+from localgrad.run.recipe import Recipe, as_dict, override
+from localgrad.run.runlog import claim, environment, mib, summary_rows
+
+COLUMNS = ("method", "blocks", "n", "error_mean", "error_std", "peak_bytes", "seconds", "seeds")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid."""
+
+    name: str
+    method: str
+    recipe: Recipe
+
+
+def compare(args: Compare) -> int:
+    cells = grid(args)
+    if args.jobs < 1:
+        raise UserError(f"--jobs must be at least 1, not {args.jobs}")
+    for cell in cells:  # every folder is checked before the first run starts
+        claim(args.out / cell.name, cell.recipe)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {args.out}: {error.strerror}; choose another --out") from error
+    failed = run_all(cells, args.out, args.jobs)
+    rows = summarize(cells, args.out)
+    if rows:
+        write_csv(args.out / "compare.csv", rows)
+        show(rows)
+        _plot(args.out / "compare.png", rows)
+    if failed:
+        raise RunError(f"{len(failed)} of {len(cells)} runs failed: {', '.join(failed)} (see log.txt in {args.out}/NAME.log)")
+    return 0
+
+
+def grid(args: Compare) -> list[Cell]:
+    """Every run of the grid. `bp` knows no number of blocks, so it runs once a seed."""
+    shared = parse_changes(args.set) | ({"data": args.data} if args.data else {})
+    base = dataclasses.replace(named_recipe(args.recipe), **shared)
+    cells: dict[str, Cell] = {}
+    for word in _words(args.methods, "--methods"):
+        method, _, coupling = word.partition("+")
+        for blocks in _numbers(args.blocks, "--blocks"):
+            for seed in _numbers(args.seeds, "--seeds"):
+                changes: dict[str, Any] = {"coupling": coupling or "none", "method": method, "seed": seed}
+                if method != "bp":
+                    changes["blocks"] = str(blocks)
+                elif not coupling:
+                    del changes["coupling"]
+                if "head" in shared:
+                    changes["head"] = shared["head"]
+                recipe = override(base, changes)
+                count = 1 if method == "bp" else blocks
+                name = f"{word}_k{count}_s{seed}"
+                cells[name] = Cell(name, word, recipe)
+    return list(cells.values())
+
+
+def run_all(cells: Sequence[Cell], out: Path, jobs: int) -> list[str]:
+    """Runs what is not finished, `jobs` at a time, and returns the names of those that failed."""
+    waiting = [c for c in cells if not (out / c.name / "model.safetensors").exists()]
+    print(f"{len(cells)} runs, {len(cells) - len(waiting)} of them finished", flush=True)
+    running: dict[str, subprocess.Popen] = {}
+    failed: list[str] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                cell = waiting.pop(0)
+                running[cell.name] = _start(cell, out)
+            for name, process in list(running.items()):
+                if process.poll() is not None:
+                    del running[name]
+                    _report(name, process.returncode, out, failed)
+            time.sleep(0.05)
+    finally:
+        for process in running.values():
+            process.terminate()
+            process.wait()
+    return failed
+
+
+def summarize(cells: Sequence[Cell], out: Path) -> list[dict[str, Any]]:
+    """One row for each method and number of blocks that has finished runs."""
+    groups: dict[tuple[str, str], list[tuple[int, dict[str, float]]]] = {}
+    for cell in cells:
+        rows = summary_rows(out / cell.name)
+        if rows and (out / cell.name / "model.safetensors").exists():
+            blocks = cell.name.rsplit("_k", 1)[1].split("_s")[0]
+            groups.setdefault((cell.method, blocks), []).append((cell.recipe.seed, rows[-1]))
+    table = []
+    for (method, blocks), runs in groups.items():
+        errors = [100 - row["eval_top1"] for _, row in runs]
+        table.append({
+            "method": method, "blocks": int(blocks), "n": len(runs), "error_mean": round(statistics.mean(errors), 3),
+            "error_std": round(statistics.stdev(errors), 3) if len(errors) > 1 else "",
+            "peak_bytes": int(statistics.median(row["peak_bytes"] for _, row in runs)),
+            "seconds": round(statistics.median(row["seconds"] for _, row in runs), 1),
+            "seeds": " ".join(str(seed) for seed, _ in runs),
+        })  # fmt: skip
+    return table
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """The table with the machine and the versions beside each row."""
+    env = environment()
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*COLUMNS, *env])
+        writer.writeheader()
+        writer.writerows({**row, **env} for row in rows)
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    table = Table("method", "blocks", "test error %", "n", "peak memory", "seconds")
+    for row in rows:
+        spread = f" ± {row['error_std']:.2f}" if row["error_std"] != "" else ""
+        cells = (f"{row['error_mean']:.2f}{spread}", str(row["n"]), mib(row["peak_bytes"]), f"{row['seconds']:.0f}")
+        table.add_row(row["method"], str(row["blocks"]), *cells)
+    console = Console()
+    console.print(table)
+    machine = environment()
+    console.print(f"mean ± standard deviation over seeds; median peak and time; {machine['machine']}, torch {machine['torch']}", highlight=False)
+
+
+def _start(cell: Cell, out: Path) -> subprocess.Popen:
+    print(f"{cell.name} ...", flush=True)
+    recipe = out / f"{cell.name}.yaml"
+    recipe.write_text(yaml.safe_dump(as_dict(cell.recipe), sort_keys=False))
+    command = [sys.executable, "-m", "localgrad", "train", "--recipe", str(recipe), "--out", str(out / cell.name)]
+    with (out / f"{cell.name}.log").open("w") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+
+def _report(name: str, code: int, out: Path, failed: list[str]) -> None:
+    if code == 0:
+        row = summary_rows(out / name)[-1]
+        print(f"{name}: test error {100 - row['eval_top1']:.2f}%, peak {mib(row['peak_bytes'])}, {row['seconds']:.0f} s", flush=True)
+    else:
+        failed.append(name)
+        lines = (out / f"{name}.log").read_text().strip().splitlines()
+        print(f"{name} failed ({code}): {lines[-1] if lines else 'no output'}", flush=True)
+
+
+def _plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    try:
+        import matplotlib
+
+        matplotlib.use("agg")
+        from matplotlib import pyplot
+    except ImportError:
+        return  # [plot] is an extra; the table and the CSV hold the same
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for row in rows:
+        x, y = row["peak_bytes"] / 2**20, row["error_mean"]
+        axes.errorbar(x, y, yerr=row["error_std"] or None, fmt="o", capsize=3)
+        axes.annotate(f"{row['method']} K={row['blocks']}", (x, y), textcoords="offset points", xytext=(6, 4), fontsize=8)
+    axes.set(xlabel="peak training memory (MiB)", ylabel="test error (%)", xlim=(0, None))
+    axes.margins(x=0.25, y=0.15)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _words(text: str, flag: str) -> list[str]:
+    words = [w.strip() for w in text.split(",") if w.strip()]
+    if not words:
+        raise UserError(f"{flag} takes names split by commas, not '{text}'")
+    return words
+
+
+def _numbers(text: str, flag: str) -> list[int]:
+    try:
+        return [int(w) for w in _words(text, flag)]
+    except ValueError:
+        raise UserError(f"{flag} takes whole numbers split by commas, not '{text}'") from None

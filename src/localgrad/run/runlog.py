@@ -1,0 +1,195 @@
+"""The run folder and what a person sees while it fills: live on a terminal, one line an interval elsewhere."""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import shutil
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+import localgrad
+from localgrad.core.engine import StepResult
+from localgrad.core.errors import UserError
+from localgrad.run.recipe import Recipe, as_dict, differences
+from localgrad.scale.memory import PeakBytes
+
+INTERVAL = 10.0  # seconds between two lines without a terminal
+SUMMARY = (
+    "epoch", "train_loss", "eval_loss", "eval_top1", "eval_top5", "lr", "peak_bytes", "peak_rss_bytes", "seconds",
+)  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    """What bits and timings depend on beside the recipe."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "localgrad": localgrad.__version__, "torch": str(torch.__version__), "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {processor()}", "threads": str(torch.get_num_threads()),
+        "gpu": device,
+    }  # fmt: skip
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells."""
+    name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name")
+    return str(name or platform.processor() or "unknown processor")
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a YAML file: a run's config.yaml, or fields alone. Raises UserError."""
+    try:
+        content = yaml.safe_load(path.read_text())
+        return Recipe(**(content.get("recipe", content)))
+    except FileNotFoundError:
+        raise UserError(f"no recipe at {path}") from None
+    except (yaml.YAMLError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} holds no recipe: {str(error).splitlines()[0]}") from error
+
+
+def summary_rows(folder: Path) -> list[dict[str, float]]:
+    """The rows of a run's summary.csv; none if it has not got that far."""
+    path = folder / "summary.csv"
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def claim(folder: Path, recipe: Recipe) -> bool:
+    """Checks that `folder` is free for `recipe`: True if the very same run lies finished in it. Raises UserError for
+    another run, other files, or a place that cannot be written."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: choose another --out")
+    config = folder / "config.yaml"
+    if config.exists():
+        found = differences(read_recipe(config), recipe)
+        if found:
+            raise UserError(f"{folder} holds a different run ({'; '.join(found[:3])}): choose another --out")
+        return (folder / "model.safetensors").exists()
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder} holds files of something else: choose another --out")
+    return False
+
+
+class RunLog:
+    """Writes one run's folder. A context: nothing exists before it is entered."""
+
+    def __init__(self, folder: Path, recipe: Recipe, headline: str, total: int, *, tensorboard: bool = False) -> None:
+        self.folder, self.recipe, self.headline, self.total = folder, recipe, headline, total
+        self.console = Console()
+        self.tensorboard = _tensorboard(folder) if tensorboard else None
+        self.progress: Progress | None = None
+        self._since, self._images, self._began = 0.0, 0, 0.0
+
+    def __enter__(self) -> RunLog:
+        try:
+            for old in ("checkpoints", "metrics.jsonl", "summary.csv", "memory_timeline.csv"):
+                path = self.folder / old  # what an unfinished start of the same run has left
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            config = {"recipe": as_dict(self.recipe), "environment": environment()}
+            (self.folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+            self.metrics = (self.folder / "metrics.jsonl").open("w")
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder}: {error.strerror}; choose another --out") from error
+        self.console.print(self.headline, highlight=False, soft_wrap=True)
+        if self.console.is_terminal:
+            columns = [BarColumn(24), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn()]
+            columns += [TextColumn("{task.fields[shown]}")]
+            self.progress = Progress(*columns, console=self.console)
+            self.bar = self.progress.add_task("", total=self.total, shown="")
+            self.progress.start()
+        self._began = self._since = time.monotonic()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+        self.metrics.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+
+    def note(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def step(self, step: int, epoch: int, out: StepResult, accuracy: float, images: int, peak: int) -> None:
+        """Shows a step: on a terminal each, elsewhere one an interval, which is also when it is recorded."""
+        self._images += images
+        now = time.monotonic()
+        due = now - self._since >= INTERVAL or step == self.total
+        if not due and self.progress is None:
+            return
+        losses = torch.stack(out.losses).tolist()
+        speed = self._images / max(now - self._since, 1e-9)
+        shown = f"losses {_short(losses)}  top1 {100 * accuracy:.1f}%  {speed:.0f} images/s  peak {mib(peak)}"
+        if self.progress is not None:
+            self.progress.update(self.bar, completed=step, shown=shown)
+        else:
+            left = (now - self._began) / step * (self.total - step)
+            self.note(f"epoch {epoch + 1} step {step}/{self.total}  {shown}  {left:.0f} s left")
+        if due:
+            self._record({"step": step, "epoch": epoch + 1, "losses": losses, "parts": _parts(out), "train_top1": 100 * accuracy, "images_per_second": speed})
+            self._since, self._images = now, 0
+            if self.tensorboard is not None:
+                for k, loss in enumerate(losses):
+                    self.tensorboard.add_scalar(f"loss/block {k}", loss, step)
+
+    def epoch(self, row: dict[str, float]) -> None:
+        """Adds a row to summary.csv."""
+        path = self.folder / "summary.csv"
+        fresh = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, SUMMARY)
+            if fresh:
+                writer.writeheader()
+            writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
+        self._record(row)
+        if self.tensorboard is not None:
+            for name, value in row.items():
+                self.tensorboard.add_scalar(f"epoch/{name}", value, int(row["epoch"]))
+        self.note(
+            f"epoch {row['epoch']}/{self.recipe.epochs}: train loss {row['train_loss']:.4f}, test loss {row['eval_loss']:.4f}, "
+            f"top1 {row['eval_top1']:.2f}%, top5 {row['eval_top5']:.2f}%, peak {mib(row['peak_bytes'])}, {row['seconds']:.0f} s"
+        )
+
+    def timeline(self, peak: PeakBytes) -> None:
+        """Writes the measured step: bytes live each time that they changed, and during which block."""
+        with (self.folder / "memory_timeline.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("event", "during", "live_bytes"))
+            writer.writerows((i, label or "block 0", live) for i, (label, live) in enumerate(peak.timeline))
+
+    def _record(self, entry: dict[str, Any]) -> None:
+        self.metrics.write(json.dumps(entry) + "\n")
+        self.metrics.flush()
+
+
+def mib(size: float) -> str:
+    return f"{size / 2**20:.1f} MiB"
+
+
+def _parts(out: StepResult) -> list[dict[str, float]]:
+    return [{name: float(value) for name, value in part.items()} for part in out.parts]
+
+
+def _short(losses: list[float]) -> str:
+    """The blocks' losses, first to last; of many, the ends."""
+    texts = [f"{loss:.3f}" for loss in losses]
+    return " ".join(texts if len(texts) <= 8 else [*texts[:4], "..", *texts[-3:]])
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("tensorboard is not installed: pip install 'localgrad[tensorboard]'") from None
+    return SummaryWriter(str(folder / "tensorboard"))
