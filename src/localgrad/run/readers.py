@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import http.client
 import math
 import os
 import struct
-import sys
 import tarfile
 import tempfile
 import zlib
@@ -159,11 +157,7 @@ def fetch(name: str, root: Path) -> None:
     failures = (OSError, RuntimeError, EOFError, ValueError, http.client.HTTPException, tarfile.TarError, zlib.error)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        # torchvision reports on standard output, which belongs to the command's result.
-        with (
-            tempfile.TemporaryDirectory(prefix=".download-", dir=root) as folder,
-            contextlib.redirect_stdout(sys.stderr),
-        ):
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as folder:
             for _ in _torchvision_sets(name, Path(folder), download=True):
                 pass
             raw, end = ("FashionMNIST/raw/", ".gz") if name == "fashion-mnist" else ("", "")
