@@ -149,7 +149,9 @@ def _parse(name: str, args: list[str]) -> Any:
     description = f"{Train.__doc__}\n\n--recipe NAME starts from one of: {', '.join(RECIPES)}; or from a YAML file."
     parsed = tyro.cli(Train, args=rest, prog=prog, default=Train(base), description=description)
     # Only what was typed overrides: bp's single block, say, is implied unless --blocks is there too.
-    typed = {a.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for a in rest if a.startswith("--")}
+    typed = {
+        a.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for a in rest if a.startswith("--")
+    }
     typed |= {a.split("=")[0].removeprefix("--").replace("-", "_") for a in rest if a.startswith("--")}
     fields = {f.name for f in dataclasses.fields(Recipe)}
     changes = {name: getattr(parsed.recipe, name) for name in typed & fields}

@@ -92,6 +92,18 @@ class Auxiliary(nn.Module):
             for name, output in outputs.items()
         }
 
+    def move(self, *, pull: bool) -> None:
+        """Moves the coupling's averages once, if it is one that moves now: form "pull" moves before a step."""
+        if self.coupling is not None and (self.coupling.spec.form == "pull") == pull:
+            self.coupling.update()
+
+    def __repr__(self) -> str:
+        terms = " + ".join(name if t.weight == 1 else f"{t.weight:.3g} {name}" for name, t in self.terms.items())
+        if self.coupling is None:
+            return terms
+        copied = ", ".join(unit.name for unit in self.coupling.sources)
+        return f"{type(self.coupling.spec).__name__}({copied}) -> {terms}"
+
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """The block's loss: the objectives' weighted sum."""
         return torch.stack([self.terms[name].weight * loss for name, loss in losses.items()]).sum()

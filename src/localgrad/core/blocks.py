@@ -7,8 +7,7 @@ runs, never copies or renames them. Only chains are cut here: each traced operat
 from __future__ import annotations
 
 import copy
-import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,27 +44,6 @@ class Boundary:
         return [] if self.layout == "NCHW" else [nn.Unflatten(1, (self.channels, 1, 1))]
 
 
-class Call(nn.Module):
-    """A traced function or tensor method as a module: `function(h, ...)` with the traced constant arguments."""
-
-    def __init__(self, node: fx.Node) -> None:
-        super().__init__()
-        self.node_name = node.name
-        self.function = operator.methodcaller if node.op == "call_method" else node.target
-        self.method = str(node.target) if node.op == "call_method" else None
-        self.args = tuple(_HERE if isinstance(a, fx.Node) else a for a in node.args)
-        self.kwargs = {k: _HERE if isinstance(v, fx.Node) else v for k, v in node.kwargs.items()}
-
-    def forward(self, h: Tensor) -> Tensor:
-        args = [h if a is _HERE else a for a in self.args]
-        kwargs = {k: h if v is _HERE else v for k, v in self.kwargs.items()}
-        if "training" in kwargs:  # traced as a constant, yet it has to follow .train() and .eval()
-            kwargs["training"] = self.training
-        if self.method is not None:
-            return getattr(args[0], self.method)(*args[1:], **kwargs)
-        return self.function(*args, **kwargs)  # pyright: ignore[reportCallIssue]
-
-
 class _Here:
     """Marks the place of the crossing tensor among traced arguments; one object even after a deep copy."""
 
@@ -74,6 +52,25 @@ class _Here:
 
 
 _HERE = _Here()
+
+
+class Call(nn.Module):
+    """A traced function or tensor method as a module: `target(h, ...)` with the traced constant arguments."""
+
+    def __init__(self, target: Callable[..., Tensor] | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.target = target
+        self.args = tuple(_HERE if isinstance(a, fx.Node) else a for a in args)
+        self.kwargs = {name: _HERE if isinstance(a, fx.Node) else a for name, a in kwargs.items()}
+
+    def forward(self, h: Tensor) -> Tensor:
+        args = [h if a is _HERE else a for a in self.args]
+        kwargs = {name: h if a is _HERE else a for name, a in self.kwargs.items()}
+        if "training" in kwargs:  # traced as a constant, yet it has to follow .train() and .eval()
+            kwargs["training"] = self.training
+        if isinstance(self.target, str):
+            return getattr(args[0], self.target)(*args[1:], **kwargs)
+        return self.target(*args, **kwargs)
 
 
 class Clone(nn.Module):
@@ -165,7 +162,9 @@ def split(all_units: Sequence[Unit], blocks: int | Sequence[str]) -> list[list[U
     names = [u.name for u in all_units]
     if isinstance(blocks, int):
         if not 1 <= blocks <= len(names):
-            raise UserError(f"blocks={blocks} is out of range: this network has {len(names)} units, so 1 to {len(names)}")
+            raise UserError(
+                f"blocks={blocks} is out of range: this network has {len(names)} units, so 1 to {len(names)}"
+            )
         ends = [i * len(names) // blocks for i in range(1, blocks + 1)]
     else:
         for name in blocks:
@@ -241,16 +240,20 @@ def _trace(backbone: nn.Module) -> list[fx.Node]:
 def _pieces(backbone: nn.Module, nodes: list[fx.Node]) -> tuple[list[tuple[str, list[fx.Node]]], list[fx.Node]]:
     """Named runs of nodes, one per unit, and the nodes of the network's own head."""
 
-    def module(node: fx.Node) -> nn.Module | None:
-        return backbone.get_submodule(str(node.target)) if node.op == "call_module" else None
+    def module(node: fx.Node) -> nn.Module:
+        return backbone.get_submodule(str(node.target)) if node.op == "call_module" else nn.Identity()
 
     def has_parameters(node: fx.Node) -> bool:
-        return any(True for m in [module(node)] if m is not None for _ in m.parameters())
+        return next(module(node).parameters(), None) is not None
 
     elements = _elements(backbone)
-    composite = [n.target in elements and (m := module(n)) is not None and _is_composite(m) for n in nodes]
+    composite = [n.target in elements and _is_composite(module(n)) for n in nodes]
     plain = not any(composite)
-    starts = [i for i, n in enumerate(nodes) if (has_parameters(n) and not isinstance(module(n), _NORMS) if plain else composite[i])]
+    starts = [
+        i
+        for i, n in enumerate(nodes)
+        if (has_parameters(n) and not isinstance(module(n), _NORMS) if plain else composite[i])
+    ]
     if not starts:
         raise UserError(f"{type(backbone).__name__} cannot be cut into units: it has no module with parameters")
     runs = [(str(nodes[a].target), nodes[a:b]) for a, b in zip(starts, [*starts[1:], len(nodes)], strict=True)]
@@ -268,8 +271,9 @@ def _pieces(backbone: nn.Module, nodes: list[fx.Node]) -> tuple[list[tuple[str, 
 
 
 def _chain(backbone: nn.Module, nodes: Iterable[fx.Node]) -> nn.Module:
-    modules: list[Any] = [
-        backbone.get_submodule(str(n.target)) if n.op == "call_module" else Call(n) for n in nodes
+    modules = [
+        backbone.get_submodule(str(n.target)) if n.op == "call_module" else Call(n.target, n.args, n.kwargs)
+        for n in nodes
     ]
     return modules[0] if len(modules) == 1 else nn.Sequential(*modules)
 

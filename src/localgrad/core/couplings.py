@@ -45,7 +45,9 @@ class MAN:
         if self.form not in FORMS:
             raise UserError(f"form must be {' or '.join(FORMS)}, not '{self.form}'")
         if self.form == "pull" and not (self.learnable and self.ema and not self.scaled):
-            raise UserError('form="pull" has one branch, both learnable and averaged: it takes MAN or deep MAN as they are')
+            raise UserError(
+                'form="pull" has one branch, both learnable and averaged: it takes MAN or deep MAN as they are'
+            )
 
     def select(self, downstream: Sequence[Unit]) -> list[Unit]:
         """The units to copy, in the order in which h passes them. downstream: every unit beyond the boundary."""
@@ -133,7 +135,7 @@ class Momentum(nn.Module):
         """Moves the averaged branches once: `averaged <- momentum * averaged + (1 - momentum) * source`."""
         for link, source in zip(self.links, self.sources, strict=True):
             averaged = link.learnable if self.spec.form == "pull" else link.ema
-            if averaged is not None:
+            if isinstance(averaged, nn.Module):
                 update_ema(averaged, source.module, self.spec.momentum, buffers=self.spec.buffers)
 
 
@@ -153,7 +155,7 @@ def update_ema(average: nn.Module, source: nn.Module, momentum: float, *, buffer
             else:
                 a.copy_(s)
     if averaged:
-        torch._foreach_lerp_(averaged, sources, 1 - momentum)
+        torch._foreach_lerp_(averaged, sources, 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
 
 
 COUPLINGS = {"none": None, "man": MAN, "man++": MANPlusPlus, "deep-man": DeepMAN}

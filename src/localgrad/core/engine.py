@@ -32,16 +32,25 @@ class LocalModel(nn.Module):
     """A backbone, the K blocks that reference its modules, and the auxiliaries of the first K - 1.
 
     backbone: the user's own network, untouched; calling the model calls it. blocks[k]: runs block k.
-    auxiliaries[k]: what trains it. `print(model)` shows a table.
+    auxiliaries[k]: what trains it. image: shape of one input. `print(model)` shows a table.
     """
 
-    def __init__(self, backbone: nn.Module, blocks: Sequence[Block], auxiliaries: Sequence[Auxiliary], method: Method, task: Task) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        blocks: Sequence[Block],
+        auxiliaries: Sequence[Auxiliary],
+        method: Method,
+        task: Task,
+        image: tuple[int, ...],
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.auxiliaries = nn.ModuleList(auxiliaries)
         self.blocks = tuple(blocks)  # a tuple, so that the backbone's modules are not registered a second time
         self.method = method
         self.task = task
+        self.image = image
 
     def forward(self, x: Tensor) -> Any:
         return self.backbone(x)
@@ -53,12 +62,13 @@ class LocalModel(nn.Module):
         return self
 
     @property
-    def needs_images(self) -> bool:
-        return any(a.needs_images for a in self.auxiliaries)  # pyright: ignore[reportAttributeAccessIssue]
+    def isolated(self) -> list[tuple[Block, Auxiliary]]:
+        """The blocks that have an auxiliary, with it: all but the last."""
+        return list(zip(self.blocks[:-1], self.auxiliaries, strict=True))  # pyright: ignore[reportReturnType]
 
     def members(self, k: int) -> list[nn.Parameter]:
         """The trainable parameters of block k and of its auxiliary."""
-        modules = [self.blocks[k], *([self.auxiliaries[k]] if k < len(self.auxiliaries) else [])]
+        modules = [self.blocks[k], *self.auxiliaries[k : k + 1]]
         return [p for module in modules for p in module.parameters() if p.requires_grad]
 
     def __repr__(self) -> str:
@@ -93,12 +103,14 @@ def localize(
     auxiliaries = []
     for index, group in enumerate(groups[:-1]):
         downstream = tuple(u for g in groups[index + 1 :] for u in g)
-        site = Site(group[-1].output, downstream, index, len(groups) - 1, _image(example), _width(all_units), task, method.head)
+        site = Site(
+            group[-1].output, downstream, index, len(groups) - 1, _image(example), _width(all_units), task, method.head
+        )
         auxiliaries.append(_auxiliary(site, method, coupling))
     parameter = next(backbone.parameters())
     for auxiliary in auxiliaries:
         auxiliary.to(parameter.device, parameter.dtype)
-    return LocalModel(backbone, built, auxiliaries, method, task).train()
+    return LocalModel(backbone, built, auxiliaries, method, task, tuple(example.shape[1:])).train()
 
 
 def local_backward(
@@ -131,27 +143,31 @@ def local_backward(
     `form="pull"` they move as the next step begins, when the copy has taken its gradient step.
     """
     model.task.check_targets(y)
-    which, of = micro_batch
-    if model.needs_images and images is None:
+    if tuple(x.shape[1:]) != model.image or len(x) != len(y):
+        expected = " x ".join(map(str, ("batch", *model.image)))
+        raise UserError(
+            f"inputs of shape {tuple(x.shape)} for {len(y)} targets: this model was localized for {expected}"
+        )
+    if images is None and any(auxiliary.needs_images for _, auxiliary in model.isolated):
         images = model.method.images(x)
-    if which == 0:
-        _move(model.auxiliaries, pull=True)
+    which, of = micro_batch
     losses, parts = [], []
-    h: Tensor = x
-    for k, auxiliary in enumerate(model.auxiliaries):
+    h = x
+    for k, (block, auxiliary) in enumerate(model.isolated):
+        if which == 0:
+            auxiliary.move(pull=True)
         with _autocast(h, autocast):
-            h = model.blocks[k](h)
+            h = block(h)
             outputs = auxiliary(h)
-        part = auxiliary.losses(outputs, y, images)  # pyright: ignore[reportCallIssue]
-        loss = auxiliary.total(part)  # pyright: ignore[reportCallIssue]
+        part = auxiliary.losses(outputs, y, images)
+        loss = auxiliary.total(part)
         _backward(loss, scale)
-        del outputs
         h = h.detach()
         losses.append(loss.detach())
         parts.append({name: value.detach() for name, value in part.items()})
-        del loss, part
+        del outputs, part, loss  # or this block's tensors would live on into the next block
         if which == of - 1:
-            _move([auxiliary], pull=False)
+            auxiliary.move(pull=False)
         if after_block is not None:
             after_block(k)
     with _autocast(h, autocast):
@@ -188,21 +204,31 @@ def param_groups(
 
 
 def table(model: LocalModel) -> str:
-    """Block, units, boundary shape, auxiliary, parameters and their bytes, as aligned text."""
+    """Block, units, boundary shape, auxiliary, parameters of both and their MiB, as aligned text."""
     rows = [("block", "units", "hands on", "auxiliary", "parameters", "auxiliary's", "MiB")]
-    for k, block in enumerate(model.blocks):
-        auxiliary = model.auxiliaries[k] if k < len(model.auxiliaries) else None
-        own = list(block.parameters())
-        extra = list(auxiliary.parameters()) if auxiliary is not None else []
+    for k, (block, auxiliary) in enumerate(zip(model.blocks, [*model.auxiliaries, None], strict=True)):
+        own, extra = (list(m.parameters()) if m is not None else [] for m in (block, auxiliary))
         mib = sum(p.numel() * p.element_size() for p in own + extra) / 2**20
-        units = block.names[0] if len(block.names) == 1 else f"{block.names[0]} .. {block.names[-1]} ({len(block.names)})"
-        hands_on = "x".join(map(str, block.boundary.shape)) if auxiliary is not None else "logits"
-        counts = (f"{sum(p.numel() for p in ps):,}" for ps in (own, extra))
-        rows.append((str(k), units, hands_on, _describe(auxiliary), *counts, f"{mib:.2f}"))
-    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(c.ljust(w) if i < 4 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))) for r in rows]
-    title = f"{type(model.backbone).__name__}, {model.method.name}, {len(model.blocks)} blocks"
-    return "\n".join(line.rstrip() for line in [title, *lines])
+        first, last, count = block.names[0], block.names[-1], len(block.names)
+        rows.append(
+            (
+                str(k),
+                first if count == 1 else f"{first} .. {last} ({count})",
+                "logits" if auxiliary is None else "x".join(map(str, block.boundary.shape)),
+                "-" if auxiliary is None else str(auxiliary),
+                f"{sum(p.numel() for p in own):,}",
+                f"{sum(p.numel() for p in extra):,}",
+                f"{mib:.2f}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = [
+        "  ".join(
+            cell.rjust(w) if i >= 4 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join([f"{type(model.backbone).__name__}, {model.method.name}, {len(model.blocks)} blocks", *aligned])
 
 
 def _auxiliary(site: Site, method: Method, coupling: MAN | None) -> Auxiliary:
@@ -216,24 +242,7 @@ def _auxiliary(site: Site, method: Method, coupling: MAN | None) -> Auxiliary:
     return Auxiliary(momentum, method.terms(site))
 
 
-def _describe(auxiliary: nn.Module | None) -> str:
-    if not isinstance(auxiliary, Auxiliary):
-        return "-"
-    copied = [u.name for u in auxiliary.coupling.sources] if auxiliary.coupling else []
-    name = type(auxiliary.coupling.spec).__name__ if auxiliary.coupling else ""
-    terms = " + ".join(f"{t.weight:g} {name}" if t.weight != 1 else name for name, t in auxiliary.terms.items())
-    return f"{name}({', '.join(copied)}) -> {terms}" if copied else terms
-
-
-def _move(auxiliaries, *, pull: bool) -> None:
-    for auxiliary in auxiliaries:
-        if auxiliary.coupling is not None and (auxiliary.coupling.spec.form == "pull") == pull:
-            auxiliary.coupling.update()
-
-
 def _backward(loss: Tensor, scale: float | Tensor) -> None:
-    # Multiplying by a Python 1.0 would add a node to the graph and break bit-identity with a plain loop in nothing;
-    # it is left out because it is one kernel a block for no effect.
     (loss if isinstance(scale, float) and scale == 1.0 else loss * scale).backward()
 
 
@@ -265,5 +274,7 @@ def _outputs(all_units: Sequence[Unit], head: nn.Module | None, backbone: nn.Mod
     for m in was_training:
         m.training = True
     if out.ndim != 2:
-        raise UserError(f"the backbone gives {tuple(out.shape)}, not one vector of logits a sample: pass a task of your own")
+        raise UserError(
+            f"the backbone gives {tuple(out.shape)}, not one vector of logits a sample: pass a task of your own"
+        )
     return out.shape[1]

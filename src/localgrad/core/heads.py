@@ -23,7 +23,9 @@ def classifier(head: str, boundary: Boundary, task: Task, *, width: int, hidden:
     return convolutional(boundary, task.output, *CONVOLUTIONAL[head], width=width, hidden=hidden)
 
 
-def convolutional(boundary: Boundary, output, convolutions: int, linears: int, *, width: int, hidden: int = 128) -> nn.Sequential:
+def convolutional(
+    boundary: Boundary, output, convolutions: int, linears: int, *, width: int, hidden: int = 128
+) -> nn.Sequential:
     """`convolutions` x (3x3, norm, ReLU), pool, `linears` layers: [B, *boundary.shape] -> [B, outputs].
 
     Each convolution doubles the channels up to `width` (never below what it reads) and strides while the map is

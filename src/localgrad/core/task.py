@@ -55,7 +55,11 @@ class Classification:
         reading them from another device would stall it."""
         if targets.ndim != 1 or targets.dtype != torch.int64:
             raise UserError(f"targets must be one int64 class a sample, not {tuple(targets.shape)} {targets.dtype}")
-        if targets.device.type == "cpu" and targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < self.classes:
+        if (
+            targets.device.type == "cpu"
+            and targets.numel()
+            and not 0 <= int(targets.min()) <= int(targets.max()) < self.classes
+        ):
             low, high = int(targets.min()), int(targets.max())
             raise UserError(f"targets run from {low} to {high}, but the network has {self.classes} classes")
 

@@ -13,11 +13,12 @@ from localgrad.cli import Compare, Eval, Export, List, Train
 from localgrad.core.backbones import CIFAR_RESNETS, build
 from localgrad.core.errors import RunError, UserError
 from localgrad.run import data as data_room
+from localgrad.run.build import machine_for
 from localgrad.run.checkpoint import load_backbone, read_weights, save_weights
 from localgrad.run.recipe import COUPLINGS, HEADS, METHODS, Recipe, override, settle
 from localgrad.run.recipes import RECIPES
-from localgrad.run.runlog import claim, read_recipe, summary_rows
-from localgrad.run.train import evaluate, machine_for, train
+from localgrad.run.runlog import claim, read_recipe, scores, summary_rows
+from localgrad.run.train import evaluate, train
 
 
 def run_train(args: Train) -> int:
@@ -32,14 +33,16 @@ def run_train(args: Train) -> int:
 
 
 def run_eval(args: Eval) -> int:
-    recipe = override(finished(args.run), {"device": args.device} | ({"data_dir": args.data_dir} if args.data_dir else {}))
+    recipe = override(
+        finished(args.run), {"device": args.device} | ({"data_dir": args.data_dir} if args.data_dir else {})
+    )
     data = data_room.load(recipe.data, data_dir=recipe.data_dir, image_size=recipe.image_size)
     machine = machine_for(recipe)
     backbone = build(recipe.model, classes=data.info.classes, in_channels=data.info.channels)
     load_backbone(backbone, args.run / "model.safetensors")
     backbone.to(machine.device, memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]
     row = evaluate(backbone, data, recipe, machine)
-    print(f"{len(data.test):,} test images of {recipe.data}, {machine.precision}: loss {row['eval_loss']:.4f}, top1 {row['eval_top1']:.2f}%, top5 {row['eval_top5']:.2f}%")
+    print(f"{len(data.test):,} images of {recipe.data}, {machine.precision}: {scores(row)}")
     return 0
 
 
@@ -68,7 +71,9 @@ def run_list(args: List) -> int:
     for title, names in (("methods", METHODS), ("couplings", COUPLINGS), ("heads", HEADS), ("recipes", RECIPES)):
         console.print(f"[bold]{title}[/]  {', '.join(names)}", highlight=False)
     models = f"{', '.join(CIFAR_RESNETS)}, torchvision:NAME, timm:NAME"
-    console.print(f"[bold]backbones[/]  {models} (chains of units, such as ResNet-18 to 152 and ResNeXt)", highlight=False)
+    console.print(
+        f"[bold]backbones[/]  {models} (chains of units, such as ResNet-18 to 152 and ResNeXt)", highlight=False
+    )
     table = Table("data set", "images", "classes", "present", title="data sets", title_justify="left")
     for name, info in data_room.DATASETS.items():
         place = data_room.present(name, args.data_dir)

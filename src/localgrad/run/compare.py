@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import os
 import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from rich.table import Table
 
 from localgrad.cli import Compare, named_recipe, parse_changes
 from localgrad.core.errors import RunError, UserError
-from localgrad.run.recipe import Recipe, as_dict, override
+from localgrad.run.recipe import Recipe, as_dict, override, settle
 from localgrad.run.runlog import claim, environment, mib, summary_rows
 
 COLUMNS = ("method", "blocks", "n", "error_mean", "error_std", "peak_bytes", "seconds", "seeds")
@@ -51,7 +53,9 @@ def compare(args: Compare) -> int:
         show(rows)
         _plot(args.out / "compare.png", rows)
     if failed:
-        raise RunError(f"{len(failed)} of {len(cells)} runs failed: {', '.join(failed)} (see log.txt in {args.out}/NAME.log)")
+        raise RunError(
+            f"{len(failed)} of {len(cells)} runs failed: {', '.join(failed)} (see log.txt in {args.out}/NAME.log)"
+        )
     return 0
 
 
@@ -71,7 +75,8 @@ def grid(args: Compare) -> list[Cell]:
                     del changes["coupling"]
                 if "head" in shared:
                     changes["head"] = shared["head"]
-                recipe = override(base, changes)
+                with warnings.catch_warnings(action="ignore"):  # each run says for itself what has no effect
+                    recipe = settle(override(base, changes))
                 count = 1 if method == "bp" else blocks
                 name = f"{word}_k{count}_s{seed}"
                 cells[name] = Cell(name, word, recipe)
@@ -88,7 +93,7 @@ def run_all(cells: Sequence[Cell], out: Path, jobs: int) -> list[str]:
         while waiting or running:
             while waiting and len(running) < jobs:
                 cell = waiting.pop(0)
-                running[cell.name] = _start(cell, out)
+                running[cell.name] = _start(cell, out, jobs)
             for name, process in list(running.items()):
                 if process.poll() is not None:
                     del running[name]
@@ -140,22 +145,30 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     console = Console()
     console.print(table)
     machine = environment()
-    console.print(f"mean ± standard deviation over seeds; median peak and time; {machine['machine']}, torch {machine['torch']}", highlight=False)
+    console.print(
+        f"mean ± standard deviation over seeds; median peak and time; {machine['machine']}, torch {machine['torch']}",
+        highlight=False,
+    )
 
 
-def _start(cell: Cell, out: Path) -> subprocess.Popen:
+def _start(cell: Cell, out: Path, jobs: int) -> subprocess.Popen:
     print(f"{cell.name} ...", flush=True)
     recipe = out / f"{cell.name}.yaml"
     recipe.write_text(yaml.safe_dump(as_dict(cell.recipe), sort_keys=False))
     command = [sys.executable, "-m", "localgrad", "train", "--recipe", str(recipe), "--out", str(out / cell.name)]
+    # Runs beside each other share the cores, or each would start a thread a core.
+    threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     with (out / f"{cell.name}.log").open("w") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**threads, **os.environ})
 
 
 def _report(name: str, code: int, out: Path, failed: list[str]) -> None:
     if code == 0:
         row = summary_rows(out / name)[-1]
-        print(f"{name}: test error {100 - row['eval_top1']:.2f}%, peak {mib(row['peak_bytes'])}, {row['seconds']:.0f} s", flush=True)
+        print(
+            f"{name}: test error {100 - row['eval_top1']:.2f}%, peak {mib(row['peak_bytes'])}, {row['seconds']:.0f} s",
+            flush=True,
+        )
     else:
         failed.append(name)
         lines = (out / f"{name}.log").read_text().strip().splitlines()
@@ -174,7 +187,9 @@ def _plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         x, y = row["peak_bytes"] / 2**20, row["error_mean"]
         axes.errorbar(x, y, yerr=row["error_std"] or None, fmt="o", capsize=3)
-        axes.annotate(f"{row['method']} K={row['blocks']}", (x, y), textcoords="offset points", xytext=(6, 4), fontsize=8)
+        axes.annotate(
+            f"{row['method']} K={row['blocks']}", (x, y), textcoords="offset points", xytext=(6, 4), fontsize=8
+        )
     axes.set(xlabel="peak training memory (MiB)", ylabel="test error (%)", xlim=(0, None))
     axes.margins(x=0.25, y=0.15)
     figure.savefig(path, dpi=150)

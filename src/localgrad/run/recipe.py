@@ -1,6 +1,6 @@
 """A run as a value: the frozen recipe that the command line fills, the run folder keeps and the loop reads.
 
-No PyTorch here, so that `--help` is quick. Each field changes the run or is named by `warnings_of`.
+No PyTorch here, so that `--help` is quick. Each field changes the run, or `settle` warns that it does not.
 """
 
 from __future__ import annotations
@@ -95,7 +95,14 @@ class Recipe:
         ):
             if name not in options:
                 raise unknown(kind, name, options)
-        for name, low in (("epochs", 1), ("batch_size", 2), ("accumulate", 1), ("workers", 0), ("depth", 1), ("seed", 0)):
+        for name, low in (
+            ("epochs", 1),
+            ("batch_size", 2),
+            ("accumulate", 1),
+            ("workers", 0),
+            ("depth", 1),
+            ("seed", 0),
+        ):
             value = getattr(self, name)
             if value is not None and value < low:
                 raise UserError(f"{name} must be at least {low}, not {value}")
@@ -139,42 +146,38 @@ PLACES = frozenset({"data_dir", "download", "workers", "device"})
 
 
 def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
-    """`recipe` with other fields. What the changes imply, unless they say otherwise themselves: `bp` has one block
-    and no coupling, and deep MAN its own head."""
+    """`recipe` with other fields. What the changes imply, unless they say otherwise themselves: `bp` has one block and
+    neither coupling nor head, and deep MAN its own head."""
     implied: dict[str, Any] = {}
     if changes.get("method") == "bp":
-        implied |= {"blocks": "1", "coupling": "none"}
-    if changes.get("coupling") == "deep-man":
-        implied["head"] = "auto"
+        implied = {"blocks": "1", "coupling": "none", "head": "auto"}
+    elif changes.get("coupling") == "deep-man":
+        implied = {"head": "auto"}
     return dataclasses.replace(recipe, **{**implied, **changes})
 
 
 def settle(recipe: Recipe) -> Recipe:
     """`recipe` without its options that have no effect; each gets a warning."""
-    defaults, changes = Recipe(), {}
-    if recipe.method == "bp" and recipe.cut != 1:
-        changes["blocks"] = "1"
-        warnings.warn(f"bp trains end to end: blocks={recipe.blocks} has no effect, there is 1", stacklevel=2)
-    idle: list[tuple[str, bool, str]] = [
-        ("coupling", recipe.method == "bp", "bp has no boundary to couple"),
-        ("coupling", recipe.cut == 1, "one block has no boundary to couple"),
-    ]
     single = recipe.method == "bp" or recipe.cut == 1
-    plain = recipe.coupling == "none" or single
+    uncoupled = single or recipe.coupling == "none"
     deep = recipe.coupling == "deep-man" and not single
-    idle += [(name, plain, "there is no coupling") for name in ("momentum", "branches", "form")]
-    idle += [
-        ("momentum", recipe.branches == "learnable", "there is no EMA"),
-        ("head", single, "there is no auxiliary"),
-        ("contrast", recipe.method != "infopro", "only infopro has a contrastive objective"),
-        ("depth", not deep and recipe.method != "auglocal", "only deep-man and auglocal count units"),
-        ("workers", recipe.data != "image-folder", "this data set lies in memory"),
-        ("download", recipe.data == "digits", "digits comes with scikit-learn"),
-        ("data_dir", recipe.data == "digits", "digits comes with scikit-learn"),
+    alone = "one block has no boundary"
+    idle = [
+        ("blocks", recipe.method == "bp", "1", "bp trains end to end, in 1 block"),
+        ("coupling", single, "none", alone),
+        ("head", single, "auto", alone),
+        ("momentum", uncoupled or recipe.branches == "learnable", Recipe.momentum, "there is no EMA"),
+        ("branches", uncoupled, Recipe.branches, "there is no coupling"),
+        ("form", uncoupled, Recipe.form, "there is no coupling"),
+        ("depth", not deep and recipe.method != "auglocal", None, "only deep-man and auglocal count units"),
+        ("contrast", recipe.method != "infopro", False, "only infopro has a contrastive objective"),
+        ("workers", recipe.data != "image-folder", 0, "this data set lies in memory"),
+        ("download", recipe.data == "digits", False, "digits comes with scikit-learn"),
+        ("data_dir", recipe.data == "digits", None, "digits comes with scikit-learn"),
     ]
-    for name, without_effect, why in idle:
-        unset = "none" if name == "coupling" else getattr(defaults, name)
-        if without_effect and name not in changes and getattr(recipe, name) != unset:
+    changes: dict[str, Any] = {}
+    for name, without_effect, unset, why in idle:
+        if without_effect and getattr(recipe, name) != unset:
             changes[name] = unset
             warnings.warn(f"{name.replace('_', '-')} has no effect: {why}", stacklevel=2)
     return dataclasses.replace(recipe, **changes)
@@ -188,5 +191,3 @@ def differences(a: Recipe, b: Recipe) -> list[str]:
     """Fields in which two recipes would give another result, as "lr 0.1 against 0.05"."""
     pairs = ((f.name, getattr(a, f.name), getattr(b, f.name)) for f in fields(Recipe) if f.name not in PLACES)
     return [f"{name} {x} against {y}" for name, x, y in pairs if x != y]
-
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import platform
 import shutil
 import time
@@ -15,9 +16,9 @@ import torch
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 import localgrad
-from localgrad.core.engine import StepResult
 from localgrad.core.errors import UserError
 from localgrad.run.recipe import Recipe, as_dict, differences
 from localgrad.scale.memory import PeakBytes
@@ -77,14 +78,19 @@ def claim(folder: Path, recipe: Recipe) -> bool:
         return (folder / "model.safetensors").exists()
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} holds files of something else: choose another --out")
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(
+            f"cannot write to {folder}: {place} is not a folder that you may write to; choose another --out"
+        )
     return False
 
 
 class RunLog:
     """Writes one run's folder. A context: nothing exists before it is entered."""
 
-    def __init__(self, folder: Path, recipe: Recipe, headline: str, total: int, *, tensorboard: bool = False) -> None:
-        self.folder, self.recipe, self.headline, self.total = folder, recipe, headline, total
+    def __init__(self, folder: Path, recipe: Recipe, total: int, *, tensorboard: bool = False) -> None:
+        self.folder, self.recipe, self.total = folder, recipe, total
         self.console = Console()
         self.tensorboard = _tensorboard(folder) if tensorboard else None
         self.progress: Progress | None = None
@@ -92,16 +98,15 @@ class RunLog:
 
     def __enter__(self) -> RunLog:
         try:
-            for old in ("checkpoints", "metrics.jsonl", "summary.csv", "memory_timeline.csv"):
-                path = self.folder / old  # what an unfinished start of the same run has left
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            for old in ("metrics.jsonl", "summary.csv", "memory_timeline.csv"):
+                (self.folder / old).unlink(missing_ok=True)  # what an unfinished start of the same run has left
+            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
             config = {"recipe": as_dict(self.recipe), "environment": environment()}
             (self.folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
             self.metrics = (self.folder / "metrics.jsonl").open("w")
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror}; choose another --out") from error
-        self.console.print(self.headline, highlight=False, soft_wrap=True)
         if self.console.is_terminal:
             columns = [BarColumn(24), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn()]
             columns += [TextColumn("{task.fields[shown]}")]
@@ -111,7 +116,9 @@ class RunLog:
         self._began = self._since = time.monotonic()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
         if self.progress is not None:
             self.progress.stop()
         self.metrics.close()
@@ -121,23 +128,33 @@ class RunLog:
     def note(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)
 
-    def step(self, step: int, epoch: int, out: StepResult, accuracy: float, images: int, peak: int) -> None:
+    def step(
+        self,
+        step: int,
+        epoch: int,
+        losses: list[float],
+        parts: list[dict[str, Tensor]],
+        top1: float,
+        images: int,
+        peak: int,
+    ) -> None:
         """Shows a step: on a terminal each, elsewhere one an interval, which is also when it is recorded."""
         self._images += images
         now = time.monotonic()
         due = now - self._since >= INTERVAL or step == self.total
         if not due and self.progress is None:
             return
-        losses = torch.stack(out.losses).tolist()
         speed = self._images / max(now - self._since, 1e-9)
-        shown = f"losses {_short(losses)}  top1 {100 * accuracy:.1f}%  {speed:.0f} images/s  peak {mib(peak)}"
+        shown = f"losses {_short(losses)}  top1 {top1:.1f}%  {speed:.0f} images/s  peak {mib(peak)}"
         if self.progress is not None:
             self.progress.update(self.bar, completed=step, shown=shown)
         else:
             left = (now - self._began) / step * (self.total - step)
             self.note(f"epoch {epoch + 1} step {step}/{self.total}  {shown}  {left:.0f} s left")
         if due:
-            self._record({"step": step, "epoch": epoch + 1, "losses": losses, "parts": _parts(out), "train_top1": 100 * accuracy, "images_per_second": speed})
+            values = [{name: float(value) for name, value in part.items()} for part in parts]
+            entry = {"step": step, "epoch": epoch + 1, "losses": losses, "parts": values}
+            self._record({**entry, "train_top1": top1, "images_per_second": speed})
             self._since, self._images = now, 0
             if self.tensorboard is not None:
                 for k, loss in enumerate(losses):
@@ -151,14 +168,15 @@ class RunLog:
             writer = csv.DictWriter(file, SUMMARY)
             if fresh:
                 writer.writeheader()
-            writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
+            texts: dict[str, str] = {n: f"{v:.6g}" if isinstance(v, float) else str(v) for n, v in row.items()}
+            writer.writerow(texts)  # pyright: ignore[reportArgumentType]
         self._record(row)
         if self.tensorboard is not None:
             for name, value in row.items():
                 self.tensorboard.add_scalar(f"epoch/{name}", value, int(row["epoch"]))
+        spent = f"peak {mib(row['peak_bytes'])}, {row['seconds']:.0f} s"
         self.note(
-            f"epoch {row['epoch']}/{self.recipe.epochs}: train loss {row['train_loss']:.4f}, test loss {row['eval_loss']:.4f}, "
-            f"top1 {row['eval_top1']:.2f}%, top5 {row['eval_top5']:.2f}%, peak {mib(row['peak_bytes'])}, {row['seconds']:.0f} s"
+            f"epoch {row['epoch']}/{self.recipe.epochs}: train loss {row['train_loss']:.4f}, {scores(row)}, {spent}"
         )
 
     def timeline(self, peak: PeakBytes) -> None:
@@ -173,12 +191,12 @@ class RunLog:
         self.metrics.flush()
 
 
+def scores(row: dict[str, float]) -> str:
+    return f"test loss {row['eval_loss']:.4f}, top1 {row['eval_top1']:.2f}%, top5 {row['eval_top5']:.2f}%"
+
+
 def mib(size: float) -> str:
     return f"{size / 2**20:.1f} MiB"
-
-
-def _parts(out: StepResult) -> list[dict[str, float]]:
-    return [{name: float(value) for name, value in part.items()} for part in out.parts]
 
 
 def _short(losses: list[float]) -> str:

@@ -1,0 +1,37 @@
+# make demo: trains a real network on real images four ways and prints the table. make test: lint, types, tests.
+# Both make the virtual environment first, from the package registry alone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready-run
+READY_DEV := $(VENV)/.ready-dev
+
+.PHONY: demo test test-slow lint clean
+demo: $(READY)
+	$(BIN)/localgrad compare --data digits --methods bp,dgl,dgl+man,dgl+deep-man --blocks 4 --seeds 0 --out runs/demo
+
+test: lint
+	$(BIN)/python -m pytest -n 2
+
+test-slow: $(READY_DEV)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY_DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(READY): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/pip install -q -c constraints.txt torch torchvision
+	$(BIN)/pip install -q -c constraints.txt -e '.[plot]'
+	touch $@
+
+$(READY_DEV): pyproject.toml constraints.txt $(READY)
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

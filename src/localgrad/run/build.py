@@ -1,0 +1,110 @@
+"""A recipe -> the machine it runs on and the model it trains."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from localgrad.core.auxiliary import Method
+from localgrad.core.backbones import build
+from localgrad.core.couplings import COUPLINGS, MAN
+from localgrad.core.engine import LocalModel, localize
+from localgrad.core.errors import UserError
+from localgrad.core.methods import METHODS
+from localgrad.core.task import Classification
+from localgrad.run.checkpoint import load_backbone
+from localgrad.run.data import Data, DataInfo
+from localgrad.run.recipe import Recipe
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": None}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how to compute: resolved from "auto", and why."""
+
+    device: torch.device
+    precision: str
+    memory_format: torch.memory_format
+    why: str
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        return DTYPES[self.precision]
+
+    def cast(self) -> contextlib.AbstractContextManager:
+        """Autocast for a forward pass, if the precision asks for it."""
+        dtype = self.autocast
+        return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+
+
+def machine_for(recipe: Recipe) -> Machine:
+    """Resolves device, precision and memory format. Raises UserError for what this machine does not have."""
+    cuda = torch.cuda.is_available()
+    try:
+        device = torch.device(("cuda" if cuda else "cpu") if recipe.device == "auto" else recipe.device)
+    except RuntimeError:
+        raise UserError(f"unknown device '{recipe.device}': take auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device '{recipe.device}' is not supported: take auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device '{recipe.device}' is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    fast, why = _fast_bf16(device)
+    precision = ("bf16" if fast else "float32") if recipe.precision == "auto" else recipe.precision
+    if precision == "fp16" and device.type != "cuda":
+        raise UserError("fp16 needs a CUDA device (its gradient scaler does): take bf16 or float32")
+    layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+    return Machine(device, precision, layout, why if recipe.precision == "auto" else "as asked")
+
+
+def build_model(recipe: Recipe, data: Data, machine: Machine) -> LocalModel:
+    """The recipe's backbone, cut and with its auxiliaries, on the machine's device; seeds PyTorch first."""
+    info = data.info
+    torch.manual_seed(recipe.seed)
+    torch.use_deterministic_algorithms(recipe.deterministic)
+    torch.backends.cudnn.benchmark = not recipe.deterministic
+    backbone = build(recipe.model, classes=info.classes, in_channels=info.channels)
+    if recipe.init is not None:
+        load_backbone(backbone, Path(recipe.init))
+    backbone.to(machine.device, memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]
+    model = localize(
+        backbone,
+        blocks=recipe.cut,
+        method=method_of(recipe, info),
+        coupling=coupling_of(recipe),
+        example=torch.zeros(2, info.channels, info.size, info.size),
+        task=Classification(info.classes, recipe.label_smoothing),
+    )
+    return model.to(memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]
+
+
+def method_of(recipe: Recipe, info: DataInfo) -> Method:
+    options: dict = {} if recipe.method == "bp" else {"head": None if recipe.head == "auto" else recipe.head}
+    if recipe.method == "infopro":
+        options |= {"mean": info.mean, "std": info.std, "contrast": recipe.contrast}
+    if recipe.method == "auglocal" and recipe.depth is not None:
+        options["depth"] = recipe.depth
+    return METHODS[recipe.method](**options)
+
+
+def coupling_of(recipe: Recipe) -> MAN | None:
+    kind = COUPLINGS[recipe.coupling]
+    if kind is None:
+        return None
+    depth = {"depth": recipe.depth} if recipe.coupling == "deep-man" and recipe.depth is not None else {}
+    learnable, ema = recipe.branches != "ema", recipe.branches != "learnable"
+    return kind(momentum=recipe.momentum, learnable=learnable, ema=ema, form=recipe.form, **depth)
+
+
+def _fast_bf16(device: torch.device) -> tuple[bool, str]:
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+        return fast, "this GPU has bf16 tensor cores" if fast else "this GPU has no bf16 tensor cores"
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512 BF16")):
+        if capabilities.get(flag):
+            return True, f"this processor has {name}"
+    return False, "this processor has no bf16 arithmetic"
