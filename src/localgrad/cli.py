@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import sys
 import warnings
 from collections.abc import Sequence
@@ -132,7 +134,11 @@ def parse_changes(pairs: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"--set takes KEY=VALUE, not '{pair}'")
         if name not in names:
             raise unknown("field", name, names)
-        parsed = tyro.cli(_FlatRecipe, args=[f"--{name.replace('_', '-')}", value], prog="--set")
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                parsed = tyro.cli(_FlatRecipe, args=[f"--{name.replace('_', '-')}", value])
+        except SystemExit:
+            raise UserError(f"--set {pair}: {name} cannot be '{value}'") from None
         changes[name] = getattr(parsed, name)
     return changes
 
@@ -152,7 +158,6 @@ def _parse(name: str, args: list[str]) -> Any:
     typed = {
         a.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for a in rest if a.startswith("--")
     }
-    typed |= {a.split("=")[0].removeprefix("--").replace("-", "_") for a in rest if a.startswith("--")}
     fields = {f.name for f in dataclasses.fields(Recipe)}
     changes = {name: getattr(parsed.recipe, name) for name in typed & fields}
     return dataclasses.replace(parsed, recipe=override(base, changes))

@@ -66,8 +66,8 @@ class Recipe:
     warmup: float = 0.05
     """Share of the steps in which lr rises linearly."""
     weight_decay: float = 1e-4
-    no_decay: bool = False
-    """No weight decay on norms, biases and scales."""
+    decay_norms: bool = True
+    """Weight decay on norms, biases and scales too."""
     label_smoothing: float = 0.0
     clip: float | None = None
     """Largest gradient norm of a block with its auxiliary."""

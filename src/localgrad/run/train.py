@@ -109,7 +109,7 @@ class Stepper:
         self.measured = min(1, total - 1)  # the second step, because the first makes the optimizer's state
         factors = recipe.block_factors
         rates = None if factors is None else [recipe.lr * f for f in factors]
-        groups = param_groups(model, weight_decay=recipe.weight_decay, no_decay=recipe.no_decay, lr=rates)
+        groups = param_groups(model, weight_decay=recipe.weight_decay, no_decay=not recipe.decay_norms, lr=rates)
         count = len(model.blocks)
         shares = [[g for g in groups if g["block"] == k] for k in range(count)] if recipe.step_as_you_go else [groups]
         self.optimizers = [_optimizer(recipe, share) for share in shares]
@@ -233,7 +233,8 @@ def headline(recipe: Recipe, data: data_room.Data, model: LocalModel, machine: M
     """The first line of a run: what trains on what, where, and in which precision and why."""
     info, device = data.info, str(machine.device)
     if machine.device.type == "cpu":
-        device += f" with {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        device += f" with {threads} thread{'s' if threads > 1 else ''}"
     images = f"{len(data.train):,} train and {len(data.test):,} test images of {info.channels}x{info.size}x{info.size}"
     return (
         f"{recipe.model} on {recipe.data} ({images}): {recipe.label}, {len(model.blocks)} blocks, seed {recipe.seed}; "

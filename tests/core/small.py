@@ -1,0 +1,115 @@
+"""Small networks and looks into a model that the tests of the core share."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import localgrad as lg
+from localgrad.core.couplings import Link, Momentum
+
+
+def batch(count: int = 4, size: int = 8, channels: int = 3, classes: int = 10) -> tuple[Tensor, Tensor]:
+    return torch.randn(count, channels, size, size), torch.arange(count) % classes
+
+
+def resnet(depth: int = 20, **settings: int) -> nn.Module:
+    return lg.build(f"resnet{depth}", **{"classes": 10, **settings})
+
+
+def vgg(channels: int = 3, classes: int = 10) -> nn.Sequential:
+    """Plain layers: units start at 0, 3, 7 and 11; linear layer 15 is the head."""
+    return nn.Sequential(
+        nn.Conv2d(channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True),
+        nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2),
+        nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(inplace=True), nn.MaxPool2d(2),
+        nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(inplace=True),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, classes),
+    )  # fmt: skip
+
+
+def pre_activation(channels: int, out: int, first: nn.Module | None = None) -> nn.Sequential:
+    """A unit that begins in place, unless `first` says otherwise."""
+    return nn.Sequential(first or nn.ReLU(inplace=True), nn.Conv2d(channels, out, 3, padding=1), nn.BatchNorm2d(out))
+
+
+def composite(first: Callable[[], nn.Module] = lambda: nn.ReLU(inplace=True)) -> nn.Sequential:
+    """A stem and three composite units that begin with `first`, then the head."""
+    return nn.Sequential(
+        OrderedDict(
+            stem=nn.Conv2d(3, 4, 3, padding=1),
+            a=pre_activation(4, 4, first()),
+            b=pre_activation(4, 6, first()),
+            c=pre_activation(6, 6, first()),
+            pool=nn.AdaptiveAvgPool2d(1),
+            flat=nn.Flatten(),
+            fc=nn.Linear(6, 10),
+        )
+    )
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(48, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 9), nn.Tanh(),
+        nn.Linear(9, 5),
+    )  # fmt: skip
+
+
+class FunctionalDropout(nn.Module):
+    """Drops features out in its own forward, by a function that is told whether this is training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU())
+        )
+        self.fc = nn.Linear(6, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.dropout(self.layers(x), 0.5, training=self.training)
+        return self.fc(h.mean((2, 3)))
+
+
+def auxiliaries(model: lg.LocalModel) -> list[lg.Auxiliary]:
+    return [cast(lg.Auxiliary, a) for a in model.auxiliaries]
+
+
+def coupling_of(auxiliary: lg.Auxiliary) -> Momentum:
+    assert auxiliary.coupling is not None
+    return auxiliary.coupling
+
+
+def links_of(auxiliary: lg.Auxiliary) -> list[Link]:
+    return [cast(Link, link) for link in coupling_of(auxiliary).links]
+
+
+def branches_of(link: Link) -> tuple[nn.Module, nn.Module]:
+    assert link.learnable is not None
+    assert link.ema is not None
+    return link.learnable, link.ema
+
+
+def chain(model: lg.LocalModel, x: Tensor) -> Tensor:
+    for block in model.blocks:
+        x = block(x)
+    return x
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    """Bit for bit, key for key."""
+    assert a.keys() == b.keys()
+    different = [key for key in a if not torch.equal(a[key], b[key])]
+    assert not different
+
+
+def state(module: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in module.state_dict().items()}

@@ -1,0 +1,93 @@
+"""The papers' CIFAR ResNets, and the lookup of others by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small import batch, resnet
+from torch import nn
+
+import localgrad as lg
+from localgrad.core.backbones import CIFAR_DEPTHS
+from localgrad.core.errors import UserError
+
+
+def parameters_by_arithmetic(depth: int, classes: int, channels: int) -> int:
+    units = (depth - 2) // 6
+    total = channels * 16 * 9 + 2 * 16  # the stem and its norm
+    before = 16
+    for width in (16, 32, 64):
+        total += before * width * 9 + (2 * units - 1) * width * width * 9 + 2 * units * 2 * width
+        total += before * width + 2 * width if before != width else 0  # the projection shortcut and its norm
+        before = width
+    return total + 64 * classes + classes
+
+
+@pytest.mark.parametrize("depth", CIFAR_DEPTHS)
+def test_cifar_resnets_have_the_layers_and_parameters_of_their_depth(depth: int) -> None:
+    with torch.device("meta"):
+        backbone = resnet(depth)
+    assert sum(p.numel() for p in backbone.parameters()) == parameters_by_arithmetic(depth, 10, 3)
+    weighted = [m for m in backbone.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    assert len(weighted) + 1 == depth  # and the linear layer
+
+
+@pytest.mark.parametrize(("depth", "millions"), [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7)])
+def test_parameters_are_the_papers(depth: int, millions: float) -> None:
+    assert parameters_by_arithmetic(depth, 10, 3) == pytest.approx(millions * 1e6, rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "torchvision:resnet18", "timm:resnet18", "torchvision:mobilenet_v2"])
+@pytest.mark.parametrize(("channels", "size"), [(1, 32), (4, 45)])
+def test_backbones_take_any_channels_and_image_size(name: str, channels: int, size: int) -> None:
+    backbone = lg.build(name, classes=5, in_channels=channels).eval()
+    with torch.no_grad():
+        logits = backbone(torch.randn(2, channels, size, size))
+    assert logits.shape == (2, 5)
+    assert float(logits.std()) > 0
+    if name != "torchvision:mobilenet_v2":
+        assert lg.units(backbone, torch.zeros(1, channels, size, size))[0] == "stem"
+
+
+def test_one_channel_changes_the_first_convolution_only() -> None:
+    grey, colour = (lg.build("torchvision:resnet18", classes=5, in_channels=c).state_dict() for c in (1, 3))
+    assert grey.keys() == colour.keys()
+    assert [k for k in grey if grey[k].shape != colour[k].shape] == ["conv1.weight"]
+    assert grey["conv1.weight"].shape == (64, 1, 7, 7)
+
+
+def test_cifar_resnets_run_rectangles() -> None:
+    assert resnet(20, in_channels=2, classes=3)(torch.randn(2, 2, 9, 14)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("depth", [7, 2, 33, 0])
+def test_a_depth_that_is_no_cifar_resnet_is_refused(depth: int) -> None:
+    with pytest.raises(UserError, match=f"6n \\+ 2 layers, so not {depth}"):
+        lg.CifarResNet(depth)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet33", "unknown model 'resnet33': did you mean 'resnet"),
+        ("resnet18", "unknown model 'resnet18'"),
+        ("torchvison:resnet18", "unknown model 'torchvison:resnet18'"),
+        ("torchvision:resnet181", "unknown model 'torchvision:resnet181': did you mean 'torchvision:resnet1"),
+        ("timm:resnext51_32x4d", "unknown model 'timm:resnext51_32x4d': did you mean 'timm:resnext50_32x4d'?"),
+        ("torchvision:", "unknown model 'torchvision:': torchvision has none of that name"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_nearest(name: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        lg.build(name, classes=3)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_two_builds_of_one_seed_are_one_network() -> None:
+    built = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        built.append(resnet(20))
+    x, _ = batch()
+    assert torch.equal(built[0](x), built[1](x))

@@ -1,0 +1,286 @@
+"""Backbones are cut by the names of their own modules; chained, the blocks are the backbone bit for bit."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from small import (
+    FunctionalDropout,
+    assert_same,
+    auxiliaries,
+    batch,
+    chain,
+    composite,
+    mlp,
+    pre_activation,
+    resnet,
+    state,
+    vgg,
+)
+from torch import Tensor, nn
+
+import localgrad as lg
+from localgrad.core.blocks import split, trace_units
+from localgrad.core.errors import UserError
+
+QUICK = lg.dgl("0c1f")
+
+
+def cut(backbone: nn.Module, blocks: int | list[str], x: Tensor) -> lg.LocalModel:
+    return lg.localize(backbone, blocks=blocks, method=QUICK, example=x)
+
+
+# Units
+
+
+def stages(*lengths: int) -> list[str]:
+    return ["stem", *(f"layer{s}.{i}" for s, length in enumerate(lengths, 1) for i in range(length))]
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("resnet20", stages(3, 3, 3)),
+        ("resnet32", stages(5, 5, 5)),
+        ("resnet110", stages(18, 18, 18)),
+        ("torchvision:resnet18", stages(2, 2, 2, 2)),
+        ("torchvision:resnet50", stages(3, 4, 6, 3)),
+        ("timm:resnet18", stages(2, 2, 2, 2)),
+    ],
+)
+def test_units_of_resnets_are_the_stem_and_each_residual_unit(name: str, wanted: list[str]) -> None:
+    assert lg.units(lg.build(name, classes=4), torch.zeros(1, 3, 32, 32)) == wanted
+
+
+def test_units_of_sequentials() -> None:
+    assert lg.units(vgg(), torch.zeros(1, 3, 8, 8)) == ["0", "3", "7", "11"]
+    assert lg.units(composite(), torch.zeros(1, 3, 8, 8)) == ["stem", "a", "b", "c"]
+    assert lg.units(mlp(), torch.zeros(1, 3, 4, 4)) == ["1", "3", "5"]
+    assert lg.units(nn.Sequential(nn.Linear(3, 2)), torch.zeros(1, 3)) == ["0"]
+
+
+def test_boundaries_say_shape_layout_and_stage() -> None:
+    found, head = trace_units(resnet(20), torch.zeros(2, 3, 12, 20))
+    assert [u.output.shape for u in found[::3]] == [(16, 12, 20), (16, 12, 20), (32, 6, 10), (64, 3, 5)]
+    assert [u.output.stage for u in found] == [0] * 4 + [1] * 3 + [2] * 3
+    assert {u.output.layout for u in found} == {"NCHW"}
+    assert all(a.output is b.input for a, b in zip(found, found[1:], strict=False))
+    assert head is not None
+    vectors = trace_units(mlp(), torch.zeros(2, 3, 4, 4))[0]
+    assert [(u.output.shape, u.output.layout) for u in vectors] == [((20,), "NC"), ((20,), "NC"), ((9,), "NC")]
+    assert vectors[0].output.size == (1, 1)
+
+
+# Cuts
+
+
+@pytest.mark.parametrize(("depth", "count"), [(32, 16), (110, 55)])
+def test_every_number_of_blocks_gives_exactly_that_many(depth: int, count: int) -> None:
+    backbone, x = resnet(depth), torch.zeros(1, 3, 8, 8)
+    names = lg.units(backbone, x)
+    assert len(names) == count
+    for k in range(1, count + 1):
+        model = cut(backbone, k, x)
+        assert len(model.blocks) == k
+        assert len(model.auxiliaries) == k - 1
+        assert [name for block in model.blocks for name in block.names] == names
+        sizes = [len(block.names) for block in model.blocks]
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_named_cuts_close_blocks_and_the_last_unit_need_not_be_named() -> None:
+    backbone, x = resnet(20), torch.zeros(1, 3, 8, 8)
+    model = cut(backbone, ["stem", "layer2.0"], x)
+    assert [block.names for block in model.blocks] == [
+        ("stem",),
+        ("layer1.0", "layer1.1", "layer1.2", "layer2.0"),
+        ("layer2.1", "layer2.2", "layer3.0", "layer3.1", "layer3.2"),
+    ]
+    assert [block.boundary.shape for block in model.blocks[:2]] == [(16, 8, 8), (32, 4, 4)]
+    assert len(cut(backbone, ["stem", "layer2.0", "layer3.2"], x).blocks) == 3
+    assert len(cut(backbone, ["layer3.2"], x).blocks) == 1
+
+
+def test_an_uneven_split_gives_early_blocks_the_smaller_share() -> None:
+    found = trace_units(resnet(32), torch.zeros(1, 3, 8, 8))[0]
+    assert [len(group) for group in split(found, 3)] == [5, 5, 6]
+    assert [len(group) for group in split(found, 7)] == [2, 2, 2, 3, 2, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        (0, "blocks=0 is out of range: this network has 10 units, so 1 to 10"),
+        (-1, "blocks=-1 is out of range"),
+        (11, "blocks=11 is out of range"),
+        (["layer1.7"], "unknown unit 'layer1.7': did you mean 'layer1."),
+        (["layer2.0", "layer1.0"], "blocks must list units in their order, each once: got layer2.0, layer1.0"),
+        (["layer1.0", "layer1.0"], "in their order, each once"),
+        ([], "got none"),
+    ],
+)
+def test_impossible_cuts_are_refused_in_one_sentence(blocks: int | list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        cut(resnet(20), blocks, torch.zeros(1, 3, 8, 8))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+class Skipping(nn.Module):
+    """The output of `a` goes past `b`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.c(h + self.b(h)).mean((2, 3))
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (Skipping(), "Skipping is no chain: the tensor of 'a' skips over 'b'"),
+        (Branching(), "Branching cannot be cut into units: tracing it failed"),
+        (nn.Sequential(nn.ReLU(), nn.Flatten()), "Sequential cannot be cut into units: it has no module with param"),
+    ],
+)
+def test_networks_that_are_no_chains_are_refused_in_one_sentence(network: nn.Module, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        lg.units(network, torch.zeros(1, 3, 8, 8))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_boundary_that_is_neither_map_nor_vector_is_refused() -> None:
+    with pytest.raises(UserError, match=r"\(1, 4, 5\) is neither a map"):
+        lg.units(nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 2)), torch.zeros(1, 4, 5))
+
+
+# Blocks are the backbone
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("resnet20", 1), ("resnet20", 10), ("torchvision:resnet18", 5)])
+def test_chained_blocks_equal_the_backbone_bit_for_bit(name: str, blocks: int) -> None:
+    x, _ = batch(size=16)
+    backbone = lg.build(name, classes=10)
+    alone = copy.deepcopy(backbone)
+    model = cut(backbone, blocks, x)
+    assert torch.equal(chain(model, x), alone.train()(x))  # in training mode, with its own batch statistics
+    assert_same(backbone.state_dict(), alone.state_dict())  # and so are the running statistics
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(chain(model, x), alone.eval()(x))
+        assert torch.equal(model(x), alone(x))
+
+
+def test_the_backbone_keeps_its_keys_and_is_stored_once() -> None:
+    x, _ = batch()
+    backbone = resnet(20)
+    before = state(backbone)
+    model = lg.localize(backbone, blocks=4, method=lg.infopro(), coupling=lg.MAN(), example=x)
+    assert_same(backbone.state_dict(), before)
+    stored = model.state_dict()
+    assert {k for k in stored if k.startswith("backbone.")} == {f"backbone.{k}" for k in before}
+    assert all(k.startswith(("backbone.", "auxiliaries.")) for k in stored)
+    places = [value.untyped_storage().data_ptr() for value in stored.values()]
+    assert len(set(places)) == len(places)
+    assert model.backbone is backbone
+
+
+def test_tracing_leaves_flags_statistics_example_and_random_state_as_they_were() -> None:
+    x, _ = batch()
+    backbone = resnet(20).train()
+    backbone.get_submodule("layer2").eval()
+    flags, stored, given = {n: m.training for n, m in backbone.named_modules()}, state(backbone), x.clone()
+    draws = torch.get_rng_state()
+    lg.units(backbone, x)
+    assert torch.equal(torch.get_rng_state(), draws)
+    assert {n: m.training for n, m in backbone.named_modules()} == flags
+    assert_same(backbone.state_dict(), stored)
+    lg.units(nn.Sequential(nn.ReLU(inplace=True), *vgg()), x)
+    assert torch.equal(x, given)
+    assert all(p.grad is None for p in backbone.parameters())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_functional_dropout_follows_train_and_eval_however_it_was_traced(training: bool) -> None:
+    x, _ = batch()
+    backbone = FunctionalDropout().train(training)
+    model = cut(backbone, 2, x)
+    model.eval()
+    wanted = copy.deepcopy(backbone).eval()(x)
+    assert torch.equal(chain(model, x), wanted)
+    model.train()
+    torch.manual_seed(1)
+    got = chain(model, x)
+    torch.manual_seed(1)
+    assert torch.equal(got, backbone.train()(x))
+    assert not torch.equal(got, wanted)
+
+
+# Copies
+
+
+def test_copies_have_storage_of_their_own_and_fresh_ones_are_drawn_anew() -> None:
+    unit = trace_units(resnet(20), torch.zeros(1, 3, 8, 8))[0][1]
+    same, fresh = unit.copy(fresh=False), unit.copy(fresh=True)
+    assert_same(same.state_dict(), unit.module.state_dict())
+    for (name, own), drawn in zip(unit.module.named_parameters(), fresh.parameters(), strict=True):
+        assert own.data_ptr() != drawn.data_ptr()
+        assert torch.equal(own, drawn) == (own.ndim == 1), name  # norms start at 1 and 0 either way
+    assert own.data_ptr() not in {p.data_ptr() for p in same.parameters()}
+
+
+def test_a_bare_parameter_of_a_fresh_copy_keeps_its_value() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.full((3,), 0.25))
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x) * self.gain
+
+    unit = trace_units(nn.Sequential(Scaled(), Scaled(), nn.Linear(3, 2)), torch.zeros(1, 3))[0][0]
+    fresh = unit.copy(fresh=True)
+    assert torch.equal(fresh.get_parameter("gain"), unit.module.get_parameter("gain"))
+    assert not torch.equal(fresh.get_parameter("linear.weight"), unit.module.get_parameter("linear.weight"))
+
+
+@pytest.mark.parametrize("coupling", [lg.MAN(), lg.MANPlusPlus(), lg.DeepMAN()])
+def test_copies_of_units_that_begin_in_place_leave_what_crosses_alone(coupling: lg.MAN) -> None:
+    x, y = batch()
+    backbone = composite()
+    found = trace_units(backbone, x)[0]
+    assert [u.begins_in_place for u in found] == [False, True, True, True]
+    model = lg.localize(backbone, blocks=4, method=lg.infopro(), coupling=coupling, example=x)
+    h = x
+    for k, auxiliary in enumerate(auxiliaries(model)):
+        h = model.blocks[k](h).detach()
+        kept = h.clone()
+        auxiliary(h)
+        assert torch.equal(h, kept)
+    alone = copy.deepcopy(backbone)
+    logits = lg.local_backward(model, x, y).logits
+    assert torch.equal(logits, alone(x))
+
+
+def test_a_copy_of_a_unit_follows_its_source_in_place_or_not() -> None:
+    unit = trace_units(composite(), torch.zeros(1, 3, 8, 8))[0][1]
+    h = torch.randn(2, 4, 8, 8)
+    plain = pre_activation(4, 4, nn.ReLU())
+    plain.load_state_dict(unit.module.state_dict())
+    assert torch.equal(unit.copy(fresh=False).train()(h), plain(h))

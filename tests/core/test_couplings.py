@@ -1,0 +1,326 @@
+"""Couplings against naive formulas: what they compute, how the average moves, who is trained."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from small import (
+    assert_same,
+    auxiliaries,
+    batch,
+    branches_of,
+    coupling_of,
+    links_of,
+    resnet,
+    state,
+    vgg,
+)
+from torch import Tensor, nn
+
+import localgrad as lg
+from localgrad.core.blocks import trace_units
+from localgrad.core.errors import UserError
+
+MOMENTUM = 0.9
+ALL = (lg.MAN, lg.MANPlusPlus, lg.DeepMAN)
+
+
+def build(coupling: lg.MAN, *, blocks: int | list[str] = 4, double: bool = True, depth: int = 20) -> lg.LocalModel:
+    backbone = resnet(depth).double() if double else resnet(depth)
+    return lg.localize(backbone, blocks=blocks, method=lg.dgl("0c1f"), coupling=coupling, example=batch()[0])
+
+
+def crossing(model: lg.LocalModel) -> list[Tensor]:
+    """A tensor for each boundary."""
+    return [torch.randn(4, *block.boundary.shape, dtype=torch.float64) for block in model.blocks[:-1]]
+
+
+# What they compute
+
+
+@pytest.mark.parametrize("coupling", [lg.MAN(), lg.MAN(ema=False), lg.MAN(learnable=False)])
+def test_man_is_the_sum_of_its_branches(coupling: lg.MAN) -> None:
+    model = build(coupling)
+    for auxiliary, h in zip(auxiliaries(model), crossing(model), strict=True):
+        (link,) = links_of(auxiliary)
+        assert (link.learnable is not None, link.ema is not None) == (coupling.learnable, coupling.ema)
+        branches = [copy.deepcopy(b) for b in (link.learnable, link.ema) if b is not None]
+        wanted = branches[0](h) + branches[1](h) if len(branches) == 2 else branches[0](h)
+        assert torch.equal(coupling_of(auxiliary)(h), wanted)
+
+
+def test_man_plus_plus_weighs_its_branches_by_a_learned_scale() -> None:
+    model = build(lg.MANPlusPlus())
+    for auxiliary, h in zip(auxiliaries(model), crossing(model), strict=True):
+        (link,) = links_of(auxiliary)
+        assert isinstance(link.scale, nn.Parameter)
+        assert link.scale.item() == 1
+        with torch.no_grad():
+            link.scale.fill_(1.7)
+        learnable, ema = (copy.deepcopy(b) for b in branches_of(link))
+        a, b = learnable(h), ema(h)
+        out = coupling_of(auxiliary)(h)
+        torch.testing.assert_close(out, 1.7 * a + 0.3 * b, rtol=1e-12, atol=1e-12)
+        noise = torch.randn_like(out)
+        (slope,) = torch.autograd.grad((out * noise).sum(), link.scale)
+        torch.testing.assert_close(slope, ((a - b) * noise).sum(), rtol=1e-9, atol=1e-9)
+
+
+def test_deep_man_walks_a_path_of_sums() -> None:
+    model = build(lg.DeepMAN(), blocks=["layer1.0", "layer2.0"])
+    wanted_paths = (["layer1.1", "layer2.0", "layer3.0"], ["layer2.1", "layer3.0"])
+    for auxiliary, h, names in zip(auxiliaries(model), crossing(model), wanted_paths, strict=True):
+        assert [u.name for u in coupling_of(auxiliary).sources] == names
+        z = h
+        for link in links_of(auxiliary):
+            learnable, ema = (copy.deepcopy(b) for b in branches_of(link))
+            z = learnable(z) + ema(z)
+        out = coupling_of(auxiliary)(h)
+        assert torch.equal(out, z)
+        assert out.shape == (4, 64, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("depth", "names"),
+    [
+        (1, ["layer2.0"]),
+        (2, ["layer2.0", "layer3.0"]),
+        (3, ["layer1.1", "layer2.0", "layer3.0"]),
+        (4, ["layer1.1", "layer2.0", "layer2.2", "layer3.0"]),
+        (99, [f"layer{s}.{i}" for s in (1, 2, 3) for i in range(3)][1:]),
+    ],
+)
+def test_an_integer_depth_takes_that_many_units(depth: int, names: list[str]) -> None:
+    downstream = trace_units(resnet(20), torch.zeros(1, 3, 8, 8))[0][2:]
+    assert [u.name for u in lg.DeepMAN(depth=depth).select(downstream)] == names
+
+
+@pytest.mark.parametrize("coupling", [lg.MAN(), lg.MANPlusPlus()])
+def test_man_copies_the_next_blocks_first_unit(coupling: lg.MAN) -> None:
+    model = build(coupling)
+    for auxiliary, successor in zip(auxiliaries(model), model.blocks[1:], strict=True):
+        (unit,) = coupling_of(auxiliary).sources
+        assert unit.name == successor.names[0]
+        assert unit.module is successor[0]
+
+
+# How the average moves
+
+
+def naive_average(average: list[Tensor], source: list[Tensor], momentum: float) -> None:
+    for e, s in zip(average, source, strict=True):
+        for i in range(e.numel()):
+            e.view(-1)[i] = momentum * e.view(-1)[i] + (1 - momentum) * s.view(-1)[i]
+
+
+@pytest.mark.parametrize("coupling", [lg.MAN(MOMENTUM), lg.MANPlusPlus(MOMENTUM), lg.DeepMAN(MOMENTUM)])
+def test_the_average_after_n_steps_is_the_naive_one(coupling: lg.MAN) -> None:
+    x, y = batch()
+    backbone = vgg().double()
+    model = lg.localize(backbone, blocks=3, method=lg.dgl("0c1f"), coupling=coupling, example=x)
+    optimizer = torch.optim.SGD(lg.param_groups(model), lr=0.5, momentum=0.9)
+    pairs = [
+        (link.ema, source.module)
+        for a in auxiliaries(model)
+        for link, source in zip(links_of(a), coupling_of(a).sources, strict=True)
+    ]
+    naive = [[p.detach().clone() for p in source.parameters()] for _, source in pairs]
+    started = copy.deepcopy(naive)
+    for _ in range(4):
+        for average, (_, source) in zip(naive, pairs, strict=True):  # the sources as they are before the step
+            naive_average(average, [p.detach() for p in source.parameters()], MOMENTUM)
+        lg.local_backward(model, x.double(), y)
+        optimizer.step()
+        optimizer.zero_grad()
+    for average, start, (ema, _) in zip(naive, started, pairs, strict=True):
+        assert ema is not None
+        got = [p.detach() for p in ema.parameters()]
+        torch.testing.assert_close(got, average, rtol=1e-12, atol=1e-14)
+        assert not torch.allclose(got[0], start[0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_momentum_0_is_the_source_and_1_never_moves(make: type[lg.MAN]) -> None:
+    x, y = batch()
+    for momentum in (0, 1):
+        model = build(make(momentum=momentum), double=False)
+        for auxiliary in auxiliaries(model):
+            coupling = coupling_of(auxiliary)
+            for link, source in zip(links_of(auxiliary), coupling.sources, strict=True):
+                before = copy.deepcopy(branches_of(link)[1])
+                with torch.no_grad():
+                    for p in source.module.parameters():
+                        p.mul_(-1.7).add_(0.3)
+                coupling.update()
+                wanted = source.module if momentum == 0 else before
+                for got, want in zip(branches_of(link)[1].parameters(), wanted.parameters(), strict=True):
+                    assert torch.equal(got, want)
+        lg.local_backward(model, x, y)
+
+
+@pytest.mark.parametrize("make", ALL)
+@pytest.mark.parametrize("loaded", [False, True])
+def test_the_average_starts_at_its_source_and_the_learnable_copy_does_not(make: type[lg.MAN], loaded: bool) -> None:
+    backbone = resnet(20)
+    if loaded:
+        with torch.no_grad():
+            other = {k: v + 0.5 if v.is_floating_point() else v + 3 for k, v in backbone.state_dict().items()}
+        backbone.load_state_dict(other)
+    model = lg.localize(backbone, blocks=4, method=lg.dgl("0c1f"), coupling=make(), example=batch()[0])
+    for auxiliary in auxiliaries(model):
+        for link, source in zip(links_of(auxiliary), coupling_of(auxiliary).sources, strict=True):
+            learnable, ema = branches_of(link)
+            assert_same(ema.state_dict(), source.module.state_dict())
+            assert not torch.equal(learnable.get_parameter("conv1.weight"), source.module.get_parameter("conv1.weight"))
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+def test_buffers_are_averaged_when_asked(buffers: bool) -> None:
+    source, average = nn.BatchNorm2d(2), nn.BatchNorm2d(2)
+    assert source.running_mean is not None
+    assert average.running_mean is not None
+    assert average.num_batches_tracked is not None
+    source(torch.randn(8, 2, 3, 3) + 4)
+    mean, counted = source.running_mean.clone(), 1
+    lg.update_ema(average, source, 0.75, buffers=buffers)
+    torch.testing.assert_close(average.running_mean, 0.25 * mean if buffers else torch.zeros(2))
+    assert average.num_batches_tracked.item() == (counted if buffers else 0)
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+def test_a_step_hands_the_wish_for_buffers_on(buffers: bool) -> None:
+    model = build(lg.MAN(momentum=0, buffers=buffers), double=False)
+    lg.local_backward(model, *batch())
+    (auxiliary, *_), source = auxiliaries(model), coupling_of(auxiliaries(model)[0]).sources[0]
+    with torch.no_grad():
+        source.module.get_buffer("bn1.running_mean").fill_(7)
+    coupling_of(auxiliary).update()
+    moved = branches_of(links_of(auxiliary)[0])[1].get_buffer("bn1.running_mean")
+    assert bool((moved == 7).all()) == buffers
+
+
+# Who is trained
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_averages_are_never_trained_and_share_nothing_with_the_backbone(make: type[lg.MAN]) -> None:
+    model = build(make(), double=False)
+    lg.local_backward(model, *batch())
+    trained = {id(p) for group in lg.param_groups(model) for p in group["params"]}
+    own = {p.data_ptr() for p in model.backbone.parameters()}
+    for link in (link for a in auxiliaries(model) for link in links_of(a)):
+        learnable, ema = branches_of(link)
+        for p in ema.parameters():
+            assert not p.requires_grad
+            assert p.grad is None
+            assert id(p) not in trained
+        assert all(id(p) in trained and p.grad is not None for p in learnable.parameters())
+        assert not own & {p.data_ptr() for branch in (learnable, ema) for p in branch.parameters()}
+        assert (link.scale is not None) == (make is lg.MANPlusPlus)
+        assert link.scale is None or id(link.scale) in trained
+
+
+def test_a_switched_off_branch_costs_no_parameters() -> None:
+    def count(coupling: lg.MAN) -> int:
+        return sum(p.numel() for p in build(coupling, double=False).auxiliaries.parameters())
+
+    assert count(lg.MAN(ema=False)) == count(lg.MAN(learnable=False)) < count(lg.MAN())
+    assert count(lg.MAN(form="pull")) == count(lg.MAN(ema=False))
+
+
+# form="pull"
+
+
+def naive_pull(model: lg.LocalModel, batches: list[tuple[Tensor, Tensor]], lr: float, momentum: float) -> None:
+    """The same steps without the engine: the copy's own gradient step, then the move towards its source."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for x, y in batches:
+        grads: dict[int, Tensor] = {}
+        h = x
+        for k, block in enumerate(model.blocks):
+            h = block(h)
+            logits = h if k == len(model.auxiliaries) else auxiliaries(model)[k](h)["classifier"]
+            loss = nn.functional.cross_entropy(logits, y)
+            found = torch.autograd.grad(loss, trained, allow_unused=True)
+            grads |= {i: g for i, g in enumerate(found) if g is not None}
+            h = h.detach()
+        with torch.no_grad():
+            for i, g in grads.items():
+                trained[i] -= lr * g
+            for auxiliary in auxiliaries(model):
+                for link, source in zip(links_of(auxiliary), coupling_of(auxiliary).sources, strict=True):
+                    assert link.learnable is not None
+                    for c, s in zip(link.learnable.parameters(), source.module.parameters(), strict=True):
+                        c.copy_(momentum * c + (1 - momentum) * s)
+
+
+@pytest.mark.parametrize("make", [lg.MAN, lg.DeepMAN])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_pull_moves_the_copy_after_each_of_its_own_steps(make: type[lg.MAN], accumulate: int) -> None:
+    x = torch.randn(4, 4, 3, 8, 8, dtype=torch.float64)
+    y = torch.randint(0, 10, (4, 4))
+    backbone = nn.Sequential(*[m for m in vgg() if not isinstance(m, nn.BatchNorm2d)]).double()  # so halves add up
+    model = lg.localize(
+        backbone, blocks=3, method=lg.dgl("0c1f"), coupling=make(momentum=MOMENTUM, form="pull"), example=x[0]
+    )
+    for auxiliary in auxiliaries(model):
+        for link, source in zip(links_of(auxiliary), coupling_of(auxiliary).sources, strict=True):
+            assert link.ema is None
+            assert link.learnable is not None
+            assert_same(link.learnable.state_dict(), source.module.state_dict())
+    naive = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(lg.param_groups(model), lr=0.1)
+    for step in range(4):
+        for part in range(accumulate):
+            half = slice(part, None, accumulate)
+            lg.local_backward(
+                model, x[step][half], y[step][half], scale=1 / accumulate, micro_batch=(part, accumulate)
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+    for auxiliary in auxiliaries(model):  # the fourth step's move comes as a fifth would begin
+        coupling_of(auxiliary).update()
+    naive_pull(naive, list(zip(x, y, strict=True)), 0.1, MOMENTUM)
+    for (name, got), wanted in zip(model.named_parameters(), naive.parameters(), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_pull_does_not_move_within_a_step() -> None:
+    model = build(lg.MAN(0.5, form="pull"), double=False)
+    before = state(model.auxiliaries)
+    lg.local_backward(model, *batch())
+    after = state(model.auxiliaries)
+    weights = [k for k in before if k.endswith("weight")]
+    assert_same({k: before[k] for k in weights}, {k: after[k] for k in weights})
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"momentum": -0.1}, "momentum must lie between 0 and 1, not -0.1"),
+        ({"momentum": 1.5}, "momentum must lie between 0 and 1, not 1.5"),
+        ({"learnable": False, "ema": False}, "is coupling none"),
+        ({"form": "push"}, "form must be branches or pull, not 'push'"),
+        ({"form": "pull", "ema": False}, "has one branch"),
+    ],
+)
+@pytest.mark.parametrize("make", [lg.MAN, lg.DeepMAN])
+def test_impossible_couplings_are_refused(make: type[lg.MAN], settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make(**settings)
+
+
+def test_couplings_with_rules_of_their_own_keep_them() -> None:
+    with pytest.raises(UserError, match=r"at least 1, not 0"):
+        lg.DeepMAN(depth=0)
+    with pytest.raises(UserError, match="weighs its two branches"):
+        lg.MANPlusPlus(ema=False)
+    with pytest.raises(UserError, match="has one branch"):
+        lg.MANPlusPlus(form="pull")
+    assert replace(lg.MAN(), momentum=0.5).momentum == 0.5

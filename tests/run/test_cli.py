@@ -1,0 +1,210 @@
+"""The command line as a person meets it: help, each command, and one sentence for each mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from localgrad.cli import COMMANDS, main
+from localgrad.core.errors import UserError
+from localgrad.run.recipe import Recipe
+from localgrad.run.runlog import summary_rows
+
+QUICK = ["--model", "resnet20", "--limit-train", "64", "--batch-size", "16", "--epochs", "1", "--precision", "float32"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    assert main(["train", *QUICK, "--out", str(folder)]) == 0
+    return folder
+
+
+def fails(capsys: pytest.CaptureFixture[str], argv: list[str], code: int = 2) -> str:
+    """Runs a command that must fail; its single line on stderr."""
+    assert main(argv) == code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("localgrad: ")
+    return lines[0]
+
+
+def test_help_is_quick_and_loads_no_torch() -> None:
+    probe = (
+        "import sys, time; start = time.perf_counter()\n"
+        "from localgrad.cli import main\n"
+        "try: main(['train', '--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules\n"
+        "print(time.perf_counter() - start, file=sys.stderr)"
+    )
+    tries = [
+        subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True) for _ in range(3)
+    ]
+    assert min(float(t.stderr) for t in tries) < 0.5
+    assert "--coupling" in tries[0].stdout
+
+
+@pytest.mark.parametrize("argv", [["--help"], *[[name, "--help"] for name in COMMANDS]])
+def test_help(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        assert main(argv) == 0
+    except SystemExit as stop:  # tyro ends a subcommand's help this way
+        assert stop.code == 0
+    assert "usage: localgrad" in capsys.readouterr().out
+
+
+def test_the_flags_of_train_are_the_recipe_and_three_more(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = set(re.findall(r"--((?!no-)[a-z][a-z-]*)", capsys.readouterr().out))
+    fields = {f.name.replace("_", "-") for f in dataclasses.fields(Recipe)}
+    assert shown == fields | {"out", "tensorboard", "help", "recipe"}
+
+
+def test_eval_agrees_with_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert f"top1 {summary_rows(run)[-1]['eval_top1']:.2f}%" in out
+    assert "360 images of digits, float32" in out
+
+
+def test_a_finished_run_is_not_trained_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run / "model.safetensors").stat().st_mtime_ns
+    assert main(["train", *QUICK, "--out", str(run)]) == 0
+    assert "finished" in capsys.readouterr().out
+    assert (run / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_config_file_is_a_recipe(run: Path, tmp_path: Path) -> None:
+    assert main(["train", "--recipe", str(run / "config.yaml"), "--out", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
+
+
+def test_export_safetensors(run: Path, tmp_path: Path) -> None:
+    assert main(["export", str(run), "--out", str(tmp_path / "w.safetensors")]) == 0
+    assert (tmp_path / "w.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporter warns about its own insides
+def test_export_onnx_gives_the_same_logits(run: Path, tmp_path: Path) -> None:
+    import onnxruntime
+
+    from localgrad.core.backbones import build
+
+    assert main(["export", str(run), "--format", "onnx", "--out", str(tmp_path / "w.onnx")]) == 0
+    backbone = build("resnet20", classes=10, in_channels=1)
+    backbone.load_state_dict(load_file(run / "model.safetensors"))
+    images = torch.rand(3, 1, 8, 8)
+    with torch.no_grad():
+        expected = backbone.eval()(images)
+    session = onnxruntime.InferenceSession(str(tmp_path / "w.onnx"), providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {"images": images.numpy()})
+    assert torch.allclose(torch.from_numpy(got), expected, atol=1e-4)
+    assert [p.name for p in tmp_path.iterdir()] == ["w.onnx"]
+
+
+def test_list_shows_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    for word in ("auglocal", "deep-man", "1c2f", "resnet1202", "timm:NAME", "fashion_small", "digits", "scikit-learn"):
+        assert word in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--model", "resnet33"], "did you mean 'resnet32'"),
+        (["--model", "timm:resnet11"], "did you mean 'timm:resnet"),
+        (["--model", "torchvision:resnet51"], "did you mean 'torchvision:resnet"),
+        (["--method", "infpro"], "did you mean 'infopro'"),
+        (["--coupling", "deepman"], "did you mean 'deep-man'"),
+        (["--head", "1c"], "unknown head '1c'"),
+        (["--data", "digit"], "did you mean 'digits'"),
+        (["--recipe", "fashion"], "did you mean 'fashion_small'"),
+        (["--recipe"], "--recipe takes a name"),
+        (["--recipe", "nowhere.yaml"], "no recipe at nowhere.yaml"),
+        (["--blocks", "11"], "so 1 to 10"),
+        (["--blocks", "0"], "out of range"),
+        (["--blocks", "layer1.9"], "did you mean 'layer1."),
+        (["--blocks", "layer2.0,layer1.0"], "in their order"),
+        (["--data", "cifar10", "--data-dir", "nowhere"], "nowhere"),
+        (["--image-size", "32"], "8"),
+        (["--limit-train", "5"], "5"),
+        (["--init", "nowhere.safetensors"], "no checkpoint at nowhere.safetensors"),
+        (["--batch-size", "1"], "at least 2"),
+        (["--accumulate", "99"], "more than the training set holds"),
+    ],
+)
+def test_mistakes_get_one_sentence(
+    flags: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = [] if "--recipe" in flags else QUICK
+    assert says in fails(capsys, ["train", *base, "--out", "run", *flags])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mistakes_of_other_commands(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean 'train'" in fails(capsys, ["trian"])
+    assert "is no run folder" in fails(capsys, ["eval", str(tmp_path)])
+    assert "different run" in fails(capsys, ["train", *QUICK, "--lr", "0.7", "--out", str(run)])
+    assert "cannot write" in fails(capsys, ["export", str(run), "--out", str(tmp_path / "no" / "w")])
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "config.yaml").write_text((run / "config.yaml").read_text())
+    assert "not finished" in fails(capsys, ["eval", str(tmp_path / "half")])
+    (tmp_path / "half" / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes()[:1000])
+    assert "is damaged" in fails(capsys, ["eval", str(tmp_path / "half")], code=3)
+
+
+def test_a_wrong_flag_is_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--epoch", "3"])
+    assert stop.value.code == 2
+    assert "--epochs" in capsys.readouterr().err
+
+
+def test_an_init_of_another_network_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    init = ["--init", str(run / "model.safetensors"), "--model", "resnet32"]
+    assert "does not fit this backbone" in fails(capsys, ["train", *QUICK, *init, "--out", str(tmp_path / "r")])
+
+
+def test_options_without_effect_warn(tmp_path: Path) -> None:
+    flags = ["--coupling", "none", "--momentum", "0.9", "--blocks", "2"]
+    command = [sys.executable, "-m", "localgrad", "train", *QUICK, *flags, "--out", str(tmp_path / "r")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "localgrad: warning: momentum has no effect: there is no EMA"
+
+
+def test_interrupt_ends_with_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "localgrad", "train", *QUICK, "--epochs", "500", "--out", str(tmp_path / "r")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "r" / "summary.csv").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.strip() == "localgrad: stopped"
+    assert not (tmp_path / "r" / "model.safetensors").exists()
+
+
+def test_set_parses_like_the_flags() -> None:
+    from localgrad.cli import parse_changes
+
+    assert parse_changes(["lr=0.05", "decay-norms=False", "limit_train=100", "blocks=stem"]) == {
+        "lr": 0.05, "decay_norms": False, "limit_train": 100, "blocks": "stem",
+    }  # fmt: skip
+    for wrong in ("lr", "lr=", "lrr=1", "lr=x", "lr=-1", "method=foo"):
+        with pytest.raises(UserError):
+            parse_changes([wrong])

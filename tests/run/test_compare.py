@@ -1,0 +1,97 @@
+"""The grid: its cells, one process each, going on after a stop, and the table's arithmetic."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from pathlib import Path
+
+import pytest
+
+from localgrad.cli import Compare, main
+from localgrad.core.errors import UserError
+from localgrad.run.compare import Cell, grid, run_all, summarize
+from localgrad.run.recipe import Recipe, as_dict
+from localgrad.run.runlog import read_recipe, summary_rows
+
+SET = ("limit-train=64", "batch-size=16", "epochs=1", "precision=float32")
+
+
+def test_the_grid_splits_method_and_coupling_at_the_first_plus() -> None:
+    cells = grid(Compare(methods="bp,dgl,dgl+man++,infopro+deep-man", blocks="2,4", seeds="0,1", set=SET))
+    assert len(cells) == 2 + 3 * 4
+    by_name = {cell.name: cell.recipe for cell in cells}
+    assert (by_name["bp_k1_s1"].blocks, by_name["bp_k1_s1"].seed) == ("1", 1)
+    plus = by_name["dgl+man++_k4_s0"]
+    assert (plus.method, plus.coupling, plus.blocks, plus.head, plus.epochs) == ("dgl", "man++", "4", "1c2f", 1)
+    deep = by_name["infopro+deep-man_k2_s0"]
+    assert (deep.method, deep.coupling, deep.head) == ("infopro", "deep-man", "auto")
+    assert by_name["dgl_k2_s0"].coupling == "none"
+
+
+def test_a_head_that_is_set_holds_for_deep_man_too() -> None:
+    (cell,) = grid(Compare(methods="dgl+deep-man", set=("head=1c1f",)))
+    assert cell.recipe.head == "1c1f"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"methods": "dgl+mann"}, "did you mean 'man'"),
+        ({"methods": ","}, "--methods takes names"),
+        ({"blocks": "2,x"}, "--blocks takes whole numbers"),
+        ({"seeds": ""}, "--seeds takes whole numbers"),
+        ({"set": ("lr",)}, "KEY=VALUE"),
+        ({"recipe": "demoo"}, "did you mean 'demo'"),
+    ],
+)
+def test_a_wrong_grid_is_refused(wrong: dict, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        grid(Compare(**wrong))
+
+
+def test_a_grid_runs_stops_and_goes_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "grid"
+    flags = [f for value in SET for f in ("--set", value)]
+    assert main(["compare", "--methods", "bp,dgl+man", "--blocks", "2", *flags, "--out", str(out)]) == 0
+    first = {p: p.stat().st_mtime_ns for p in out.glob("*/model.safetensors")}
+    assert len(first) == 2
+    seeds = ["--methods", "bp,dgl+man", "--blocks", "2", "--seeds", "0,1", "--jobs", "2", *flags, "--out", str(out)]
+    assert main(["compare", *seeds]) == 0
+    assert all(p.stat().st_mtime_ns == t for p, t in first.items())
+    with (out / "compare.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["method"], r["blocks"], r["n"], r["seeds"]) for r in rows] == [
+        ("bp", "1", "2", "0 1"),
+        ("dgl+man", "2", "2", "0 1"),
+    ]
+    errors = [100 - summary_rows(out / f"bp_k1_s{s}")[-1]["eval_top1"] for s in (0, 1)]
+    assert float(rows[0]["error_mean"]) == pytest.approx(statistics.mean(errors), abs=1e-3)
+    assert float(rows[0]["error_std"]) == pytest.approx(statistics.stdev(errors), abs=1e-3)
+    assert rows[0]["torch"]
+    assert (out / "compare.png").stat().st_size > 1000
+    shown = capfd.readouterr().out
+    assert "4 runs, 2 of them finished" in shown
+    assert "mean ± standard deviation" in shown
+    assert read_recipe(out / "bp_k1_s1" / "config.yaml").seed == 1
+
+
+def test_a_grid_of_other_settings_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    out = tmp_path / "grid"
+    (out / "dgl_k4_s0").mkdir(parents=True)
+    import yaml
+
+    (out / "dgl_k4_s0" / "config.yaml").write_text(yaml.safe_dump({"recipe": as_dict(Recipe(lr=0.7))}))
+    assert main(["compare", "--methods", "bp,dgl", "--out", str(out)]) == 2
+    assert [p.name for p in out.iterdir()] == ["dgl_k4_s0"]
+
+
+def test_a_failed_run_is_named_and_the_others_go_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    quick = {"model": "resnet20", "limit_train": 64, "batch_size": 16, "epochs": 1, "precision": "float32"}
+    cells = [
+        Cell("bad_k4_s0", "bad", Recipe(**quick, data="cifar10", data_dir=str(tmp_path / "none"))),
+        Cell("dgl+man_k4_s0", "dgl+man", Recipe(**quick)),
+    ]
+    assert run_all(cells, tmp_path, jobs=1) == ["bad_k4_s0"]
+    assert "bad_k4_s0 failed (2): localgrad: " in capfd.readouterr().out
+    assert [row["method"] for row in summarize(cells, tmp_path)] == ["dgl+man"]

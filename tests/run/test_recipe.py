@@ -1,0 +1,163 @@
+"""Recipes: checks, what changes imply, and that every field changes the run or warns that it does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from localgrad.core.errors import UserError
+from localgrad.run.build import machine_for
+from localgrad.run.recipe import PLACES, Recipe, differences, override, settle
+from localgrad.run.recipes import RECIPES
+from localgrad.run.runlog import read_recipe
+from localgrad.run.train import train
+
+TINY = Recipe(model="resnet20", limit_train=64, batch_size=16, epochs=1, precision="float32", head="1c2f", lr=0.02)
+
+# A changed value for every field. A field that is missing here fails `test_every_field_has_a_changed_value`.
+CHANGED = {
+    "model": "resnet32", "data": "fashion-mnist", "data_dir": "elsewhere", "download": True, "image_size": 8,
+    "limit_train": 80, "method": "predsim", "coupling": "man++", "blocks": "3", "head": "1c1f", "momentum": 0.5,
+    "branches": "ema", "form": "pull", "depth": 2, "contrast": True, "epochs": 2, "batch_size": 32, "accumulate": 2,
+    "optimizer": "adamw", "lr": 0.04, "block_lr": "1,1,0.5,0.5", "warmup": 0.5, "weight_decay": 0.1, "decay_norms": False,
+    "label_smoothing": 0.1, "clip": 0.1, "step_as_you_go": True, "precision": "bf16", "channels_last": False,
+    "device": "cpu:0", "seed": 1, "deterministic": True, "workers": 1,
+}  # fmt: skip
+NEEDS = {  # the setting in which a field has an effect
+    "depth": {"coupling": "deep-man"},
+    "contrast": {"method": "infopro"},
+    "momentum": {"epochs": 2},
+    "form": {"epochs": 2},
+    "decay_norms": {"weight_decay": 0.5},
+}
+
+
+def outcome(recipe: Recipe, folder: Path) -> tuple[str, float, bool]:
+    """The trained weights, the peak of a step, and whether kernels are deterministic."""
+    row = train(recipe, folder)
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes())
+    flag = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    return digest.hexdigest(), row["peak_bytes"], flag
+
+
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, float, bool]:
+    return outcome(TINY, tmp_path_factory.mktemp("base") / "run")
+
+
+def test_every_field_has_a_changed_value() -> None:
+    assert {f.name for f in dataclasses.fields(Recipe)} == set(CHANGED) | {"init"}
+
+
+def test_the_same_recipe_gives_the_same_bytes(baseline: tuple[str, float, bool], tmp_path: Path) -> None:
+    assert outcome(TINY, tmp_path / "run") == baseline
+
+
+@pytest.mark.parametrize("field", sorted(CHANGED))
+def test_a_field_changes_the_run_or_warns(field: str, baseline: tuple[str, float, bool], tmp_path: Path) -> None:
+    setting = dataclasses.replace(TINY, **NEEDS.get(field, {}))
+    changed = dataclasses.replace(setting, **{field: CHANGED[field]})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        settled = settle(changed)
+    if caught:
+        assert field.replace("_", "-") in str(caught[0].message)
+        assert settled == setting
+        return
+    if field in ("image_size", "device"):  # these place the run; both are refused where they cannot be
+        with pytest.raises(UserError):
+            train(dataclasses.replace(changed, **{field: {"image_size": 9, "device": "tpu"}[field]}), tmp_path / "run")
+        return
+    if field == "channels_last":  # a format of tensors: the same bits are no fault
+        assert (machine_for(settled).memory_format, machine_for(TINY).memory_format) == (
+            torch.contiguous_format,
+            torch.channels_last,
+        )
+        return
+    before = outcome(setting, tmp_path / "before") if field in NEEDS else baseline
+    assert outcome(settled, tmp_path / "run") != before
+
+
+def test_init_starts_from_a_checkpoint(tmp_path: Path) -> None:
+    train(TINY, tmp_path / "first")
+    started = dataclasses.replace(TINY, init=str(tmp_path / "first" / "model.safetensors"))
+    first, again = outcome(TINY, tmp_path / "a"), outcome(started, tmp_path / "b")
+    assert first[0] != again[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"method": "dgll"}, "did you mean 'dgl'"),
+        ({"coupling": "mann"}, "did you mean 'man'"),
+        ({"head": "1c2"}, "did you mean '1c2f'"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"momentum": 1.5}, "between 0 and 1"),
+        ({"lr": -1.0}, "lr must be above 0"),
+        ({"lr": float("nan")}, "lr must be above 0"),
+        ({"weight_decay": -1.0}, "not be negative"),
+        ({"step_as_you_go": True, "accumulate": 2}, "cannot accumulate"),
+    ],
+)
+def test_wrong_values_are_refused(fields: dict, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        Recipe(**fields)
+
+
+def test_block_lr_is_a_number_a_block(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="numbers split by commas"):
+        _ = Recipe(block_lr="1,x").block_factors
+    with pytest.raises(UserError, match="3 learning rates for 4 blocks"):
+        train(dataclasses.replace(TINY, block_lr="1,1,1"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_changes_imply_what_goes_with_them() -> None:
+    small = RECIPES["fashion_small"]()
+    bp = override(small, {"method": "bp"})
+    assert (bp.blocks, bp.coupling, bp.head) == ("1", "none", "auto")
+    assert override(small, {"method": "bp", "blocks": "4"}).blocks == "4"
+    assert override(small, {"coupling": "deep-man"}).head == "auto"
+    assert override(small, {"coupling": "deep-man", "head": "1c1f"}).head == "1c1f"
+    assert override(small, {"coupling": "man++"}).head == "1c2f"
+
+
+def test_settled_recipes_do_not_warn_again() -> None:
+    with pytest.warns(UserWarning, match="blocks has no effect"):
+        settled = settle(Recipe(method="bp", coupling="none", blocks="4"))
+    assert settle(settled) == settled
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_recipes_are_sound_and_documented(name: str) -> None:
+    recipe = RECIPES[name]()
+    assert settle(recipe) == recipe
+    assert f"--recipe {name}" in (RECIPES[name].__doc__ or "")
+
+
+def test_the_papers_rows() -> None:
+    row = RECIPES["cifar10_resnet32_k16"]()
+    assert (row.blocks, row.epochs, row.batch_size, row.lr, row.weight_decay) == ("16", 400, 1024, 0.8, 1e-4)
+    stl = RECIPES["stl10_resnet110_k55"]()
+    assert (stl.blocks, stl.batch_size, stl.lr) == ("55", 128, 0.1)
+    assert RECIPES["imagenet_resnet152_k4"]().cut == ["layer2.6", "layer3.13", "layer3.25"]
+
+
+def test_differences_leave_places_out() -> None:
+    assert differences(Recipe(), Recipe(data_dir="x", workers=3)) == []
+    assert differences(Recipe(), Recipe(lr=0.2)) == ["lr 0.1 against 0.2"]
+    assert {f.name for f in dataclasses.fields(Recipe)} >= PLACES
+
+
+@pytest.mark.parametrize("text", ["recipe: {lr: x}", "recipe: {nope: 1}", "- a", "{", "recipe: 3"])
+def test_a_file_that_holds_no_recipe(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match="holds no recipe"):
+        read_recipe(path)

@@ -1,0 +1,187 @@
+"""The loop: it learns, its folder is whole, its faults say where, and its variants agree with the plain form."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from localgrad.core.backbones import build
+from localgrad.core.errors import RunError, UserError
+from localgrad.run import data as data_room
+from localgrad.run.build import build_model, machine_for
+from localgrad.run.recipe import Recipe
+from localgrad.run.runlog import SUMMARY, claim, summary_rows
+from localgrad.run.train import Stepper, evaluate, rate, to_device, train
+
+TINY = Recipe(model="resnet20", limit_train=64, batch_size=16, epochs=1, precision="float32", head="1c2f", lr=0.02)
+
+
+def test_learns_digits(tmp_path: Path) -> None:
+    row = train(
+        Recipe(model="resnet20", epochs=3, batch_size=64, lr=0.05, head="1c2f", precision="float32"), tmp_path / "r"
+    )
+    assert row["eval_top1"] > 75
+    assert row["eval_top5"] > 97
+
+
+def test_the_folder_is_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train(dataclasses.replace(TINY, epochs=3), folder)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "checkpoints", "config.yaml", "memory_timeline.csv", "metrics.jsonl", "model.safetensors", "summary.csv",
+    ]  # fmt: skip
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["best", "step-12", "step-8"]
+    with (folder / "summary.csv").open(newline="") as file:
+        assert tuple(next(csv.reader(file))) == SUMMARY
+    rows = summary_rows(folder)
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert all(0 <= row["eval_top1"] <= row["eval_top5"] <= 100 for row in rows)
+    assert rows[-1]["peak_rss_bytes"] > rows[-1]["peak_bytes"] > 0
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = [e for e in entries if "losses" in e][-1]
+    assert len(last["losses"]) == 4
+    assert last["parts"][0]["classifier"] == pytest.approx(last["losses"][0])
+
+
+def test_the_timeline_peaks_at_the_summarys_bytes(tmp_path: Path) -> None:
+    row = train(TINY, tmp_path / "run")
+    with (tmp_path / "run" / "memory_timeline.csv").open(newline="") as file:
+        timeline = list(csv.DictReader(file))
+    assert max(int(line["live_bytes"]) for line in timeline) == row["peak_bytes"]
+    assert [*dict.fromkeys(line["during"] for line in timeline)] == [*(f"block {k}" for k in range(4)), "update"]
+
+
+def test_the_trained_backbone_loads_strictly_and_evaluates_alike(tmp_path: Path) -> None:
+    row = train(TINY, tmp_path / "run")
+    backbone = build("resnet20", classes=10, in_channels=1)
+    backbone.load_state_dict(load_file(tmp_path / "run" / "model.safetensors"), strict=True)
+    machine = machine_for(TINY)
+    again = evaluate(backbone.to(memory_format=machine.memory_format), data_room.load("digits"), TINY, machine)  # pyright: ignore[reportCallIssue]
+    assert again["eval_top1"] == row["eval_top1"]
+
+
+def test_timm_loads_the_trained_backbone(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(TINY, model="timm:resnet18", blocks="2", limit_train=32, head="auto")
+    train(recipe, tmp_path / "run")
+    path = tmp_path / "run" / "model.safetensors"
+    model = timm.create_model("resnet18", num_classes=10, in_chans=1, checkpoint_path=str(path))
+    assert all(torch.equal(t, load_file(path)[name]) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("coupling", ["none", "man", "deep-man"])
+def test_step_as_you_go_is_the_plain_step(coupling: str, tmp_path: Path) -> None:
+    plain = dataclasses.replace(TINY, coupling=coupling)
+    rows = [train(dataclasses.replace(plain, step_as_you_go=go), tmp_path / str(go)) for go in (False, True)]
+    a, b = ((tmp_path / str(go) / "model.safetensors").read_bytes() for go in (False, True))
+    assert a == b
+    assert rows[1]["peak_bytes"] < rows[0]["peak_bytes"]
+
+
+def test_accumulation_steps_once_for_several_batches() -> None:
+    recipe = dataclasses.replace(TINY, accumulate=2, warmup=0.0)
+    machine, data = machine_for(recipe), data_room.load("digits", limit_train=64)
+    stream = data_room.train_batches(data, batch_size=16, seed=0, epoch=0)
+    batches = [to_device(batch, data.info, machine) for batch in stream][:2]
+    model = build_model(recipe, data, machine)
+    stepper = Stepper(recipe, model, machine, total=10)
+    before = [p.detach().clone() for p in model.backbone.parameters()]
+    _, losses = stepper(batches)
+    assert stepper.step == 1
+    assert len(losses) == 4
+    changed = [not torch.equal(a, b) for a, b in zip(before, model.backbone.parameters(), strict=True)]
+    assert all(changed)
+
+
+def test_the_schedule_rises_then_falls() -> None:
+    rates = [rate(step, 100, 0.1) for step in range(100)]
+    assert rates[9] == rates[10] == 1.0
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[55] == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.5)))
+    assert sorted(rates[10:], reverse=True) == rates[10:]
+    assert rate(0, 1, 0.0) == 1.0
+
+
+def test_clip_bounds_each_blocks_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    norms: list[float] = []
+    clip = nn.utils.clip_grad_norm_
+
+    def spy(parameters: list[nn.Parameter], limit: float) -> torch.Tensor:
+        clip(parameters, limit)
+        norms.append(float(torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm()))
+        return torch.tensor(0.0)
+
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", spy)
+    train(dataclasses.replace(TINY, clip=0.05), tmp_path / "run")
+    assert len(norms) == 4 * 4
+    assert max(norms) <= 0.05 * 1.001
+
+
+def test_a_loss_that_is_not_finite_names_block_and_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from localgrad.core import task
+
+    calls: list[int] = []
+    criterion = task.Classification.criterion
+
+    def poisoned(self: task.Classification, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        loss = criterion(self, logits, targets)
+        return loss * float("nan") if len(calls) == 4 + 3 else loss  # the third block of the second step
+
+    monkeypatch.setattr(task.Classification, "criterion", poisoned)
+    with pytest.raises(RunError, match=r"block 2 \(layer\d\.\d\) is nan at step 2"):
+        train(TINY, tmp_path / "run")
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_nothing_is_written_when_the_recipe_cannot_run(tmp_path: Path) -> None:
+    for bad in ({"blocks": "99"}, {"model": "resnet21"}, {"data": "cifar10", "data_dir": str(tmp_path)}):
+        with pytest.raises(UserError):
+            train(dataclasses.replace(TINY, **bad), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_is_claimed_by_one_run(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert claim(folder, TINY) is False
+    train(TINY, folder)
+    assert claim(folder, TINY) is True
+    with pytest.raises(UserError, match=r"different run \(lr 0.02 against 0.5\)"):
+        claim(folder, dataclasses.replace(TINY, lr=0.5))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(UserError, match="something else"):
+        claim(tmp_path / "other", TINY)
+    with pytest.raises(UserError, match="is not a folder that you may write to"):
+        claim(tmp_path / "other" / "file" / "run", TINY)
+    (folder / "model.safetensors").unlink()
+    assert claim(folder, TINY) is False  # the same run, unfinished: it starts again
+    train(TINY, folder)
+    assert claim(folder, TINY) is True
+
+
+def test_fp16_is_refused_on_the_cpu() -> None:
+    with pytest.raises(UserError, match="fp16 needs a CUDA device"):
+        machine_for(Recipe(precision="fp16", device="cpu"))
+
+
+def test_no_such_device() -> None:
+    with pytest.raises(UserError, match="unknown device"):
+        machine_for(Recipe(device="gpu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "float32"])
+def test_trains_on_cuda(precision: str, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(TINY, device="cuda", epochs=3, limit_train=640, precision=precision)
+    row = train(recipe, tmp_path / "run")
+    assert row["eval_top1"] > 30
+    assert row["peak_bytes"] > 0
