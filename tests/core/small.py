@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,18 @@ class FunctionalDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = F.dropout(self.layers(x), 0.5, training=self.training)
         return self.fc(h.mean((2, 3)))
+
+
+ALL_COUPLINGS = [None, lg.MAN(0.9), lg.MANPlusPlus(0.9), lg.DeepMAN(0.9), lg.MAN(0.9, form="pull")]
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3)
+
+
+def local(coupling: lg.MAN | None = None, blocks: int = 4, backbone: nn.Module | None = None) -> lg.LocalModel:
+    backbone = backbone or resnet(20)
+    return lg.localize(backbone, blocks=blocks, method=lg.dgl("1c1f"), coupling=coupling, example=batch()[0])
 
 
 def auxiliaries(model: lg.LocalModel) -> list[lg.Auxiliary]:

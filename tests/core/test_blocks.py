@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_boundaries_say_shape_layout_and_stage() -> None:
     assert [u.output.shape for u in found[::3]] == [(16, 12, 20), (16, 12, 20), (32, 6, 10), (64, 3, 5)]
     assert [u.output.stage for u in found] == [0] * 4 + [1] * 3 + [2] * 3
     assert {u.output.layout for u in found} == {"NCHW"}
-    assert all(a.output is b.input for a, b in zip(found, found[1:], strict=False))
+    assert all(a.output is b.input for a, b in pairwise(found))
     assert head is not None
     vectors = trace_units(mlp(), torch.zeros(2, 3, 4, 4))[0]
     assert [(u.output.shape, u.output.layout) for u in vectors] == [((20,), "NC"), ((20,), "NC"), ((9,), "NC")]

@@ -249,7 +249,7 @@ def naive_pull(model: lg.LocalModel, batches: list[tuple[Tensor, Tensor]], lr: f
             h = h.detach()
         with torch.no_grad():
             for i, g in grads.items():
-                trained[i] -= lr * g
+                trained[i].sub_(lr * g)
             for auxiliary in auxiliaries(model):
                 for link, source in zip(links_of(auxiliary), coupling_of(auxiliary).sources, strict=True):
                     assert link.learnable is not None
@@ -276,9 +276,7 @@ def test_pull_moves_the_copy_after_each_of_its_own_steps(make: type[lg.MAN], acc
     for step in range(4):
         for part in range(accumulate):
             half = slice(part, None, accumulate)
-            lg.local_backward(
-                model, x[step][half], y[step][half], scale=1 / accumulate, micro_batch=(part, accumulate)
-            )
+            lg.local_backward(model, x[step][half], y[step][half], scale=1 / accumulate, micro_batch=(part, accumulate))
         optimizer.step()
         optimizer.zero_grad()
     for auxiliary in auxiliaries(model):  # the fourth step's move comes as a fifth would begin

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import torch
 from hypothesis import given, settings
@@ -66,7 +67,7 @@ def test_any_sequential_under_any_cut_is_itself_bit_for_bit(network: nn.Sequenti
 def fake_units(widths: list[int]) -> list[Unit]:
     """Units between boundaries of these widths."""
     ends = [Boundary((width, 4, 4), "NCHW", 0) for width in widths]
-    return [Unit(str(i), nn.Identity(), a, b) for i, (a, b) in enumerate(zip(ends, ends[1:], strict=False))]
+    return [Unit(str(i), nn.Identity(), a, b) for i, (a, b) in enumerate(pairwise(ends))]
 
 
 @settings(max_examples=200, deadline=None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -62,7 +64,7 @@ def test_convolutional_heads_follow_the_rule(name: str, channels: int, side: int
         before, size = convolution.out_channels, -(-size // stride)
     layers = [(m.in_features, m.out_features) for m in of(head, nn.Linear)]
     widths = [before, *[128] * (linears - 1), 7]
-    assert layers == list(zip(widths, widths[1:], strict=False))
+    assert layers == list(pairwise(widths))
     assert len(of(head, nn.BatchNorm2d)) == convolutions
 
 
@@ -88,7 +90,9 @@ def test_pooling_is_the_adaptive_average(size: tuple[int, int]) -> None:
     torch.testing.assert_close(pooled, nn.functional.adaptive_avg_pool2d(h, target))
 
 
-@pytest.mark.parametrize(("channels", "side", "features"), [(16, 32, 4096), (32, 16, 2048), (64, 2, 256), (5000, 3, 5000)])
+@pytest.mark.parametrize(
+    ("channels", "side", "features"), [(16, 32, 4096), (32, 16, 2048), (64, 2, 256), (5000, 3, 5000)]
+)
 def test_predsims_classifier_reads_at_most_4096_features_unless_one_pixel_has_more(
     channels: int, side: int, features: int
 ) -> None:

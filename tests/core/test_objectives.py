@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -51,7 +52,8 @@ def naive_matching(features: Tensor, targets: Tensor, classes: int) -> float:
     for i in range(count):
         for j in range(count):
             ours, theirs = (
-                sum(a * b for a, b in zip(centred(rows[i]), centred(rows[j]), strict=True)) for rows in (samples, labels)
+                sum(a * b for a, b in zip(centred(rows[i]), centred(rows[j]), strict=True))
+                for rows in (samples, labels)
             )
             total += (ours - theirs) ** 2
     return total / count**2
@@ -122,7 +124,7 @@ def test_a_ramp_is_linear_between_its_ends(first: float, last: float, count: int
     values = [ramp(first, last, i, count) for i in range(count)]
     assert values[0] == first
     assert values[-1] == pytest.approx(last, abs=1e-12)
-    steps = [b - a for a, b in zip(values, values[1:], strict=False)]
+    steps = [b - a for a, b in pairwise(values)]
     assert steps == pytest.approx([(last - first) / (count - 1)] * (count - 1), abs=1e-12)
 
 

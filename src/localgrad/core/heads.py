@@ -11,7 +11,7 @@ from localgrad.core.task import Task
 
 # Convolutions and linear layers of the heads that `--head` names; "dgl" is built by `dgl_classifier`.
 CONVOLUTIONAL = {"0c1f": (0, 1), "1c1f": (1, 1), "1c2f": (1, 2), "1c3f": (1, 3), "2c2f": (2, 2)}
-HEADS = ("auto", "dgl", *CONVOLUTIONAL)
+HEADS = ("dgl", *CONVOLUTIONAL)
 
 
 def classifier(head: str, boundary: Boundary, task: Task, *, width: int, hidden: int = 128) -> nn.Sequential:

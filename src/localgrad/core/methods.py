@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
@@ -10,6 +11,7 @@ from localgrad.core import heads, objectives
 from localgrad.core.auxiliary import Method, Site, Term
 from localgrad.core.blocks import select_path
 from localgrad.core.errors import UserError
+from localgrad.core.task import Classification
 
 IMAGENET_SIZE = 128  # images at least this large get InfoPro's ImageNet auxiliaries
 
@@ -75,15 +77,14 @@ def infopro(
             paper = weights[site.index]
         else:
             raise UserError(f"infopro got {len(weights)} pairs of weights for {site.count} auxiliaries")
-        if contrast:
-            convolutions, linears = heads.CONVOLUTIONAL[site.head or "1c2f"]
-            embed = partial(_embedding, features)
-            own = heads.convolutional(site.boundary, embed, convolutions, linears, width=site.width, hidden=features)
-            classify = Term(own, partial(objectives.supervised_contrastive, temperature=temperature), paper[1])
+        cifar = partial(heads.classifier, "1c2f", width=site.width, hidden=features)
+        own = heads.imagenet_classifier if large else cifar
+        if contrast:  # the same classifier, but its outputs are components to compare, not logits
+            embedding = _classifier(replace(site, task=Classification(features)), own)
+            compare = partial(objectives.supervised_contrastive, temperature=temperature)
+            classify = Term(embedding, compare, paper[1])
         else:
-            cifar = partial(heads.classifier, "1c2f", width=site.width, hidden=features)
-            own = _classifier(site, heads.imagenet_classifier if large else cifar)
-            classify = Term(own, site.task.criterion, paper[1])
+            classify = Term(_classifier(site, own), site.task.criterion, paper[1])
         decode = heads.imagenet_decoder if large else heads.decoder
         reconstruct = Term(decode(site.boundary, site.image), objectives.reconstruction, paper[0], against="images")
         return {"classifier": classify, "decoder": reconstruct}
@@ -102,12 +103,15 @@ def infopro_weights(index: int, count: int) -> tuple[float, float]:
 
 def auglocal(head: str | None = None, *, depth: int = 6, shrink: float = 0.5) -> Method:
     """AugLocal (Ma et al., "Scaling supervised local learning with augmented auxiliary networks", ICLR 2024): the
-    head is `depth` units drawn uniformly from the rest of the backbone, initialised anew, then pool and linear.
+    head is `depth` units of the rest of the backbone, initialised anew, then pool and linear.
 
-    The units are spread evenly over the rest, as in the paper, those that change the shape always among them, so that
-    they chain. The depth shrinks linearly to `(1 - shrink) * depth` at the last auxiliary (the paper's pyramid);
-    where nothing is left to draw, the head is pool and linear.
+    The units are drawn uniformly in the paper's sense, spread evenly over the rest with no chance in it; those that
+    change the shape are always among them, even beyond `depth`, so that they chain. The depth shrinks linearly to
+    `(1 - shrink) * depth` at the last auxiliary (the paper's pyramid);
+    where nothing is left to draw, the head is pool and linear. Raises UserError for a depth below 1.
     """
+    if depth < 1:
+        raise UserError(f"the depth of auglocal counts units, so it is at least 1, not {depth}")
 
     def terms(site: Site) -> dict[str, Term]:
         wanted = round(objectives.ramp(depth, (1 - shrink) * depth, site.index, site.count))
@@ -124,10 +128,6 @@ def _classifier(site: Site, own) -> nn.Module:
     if site.head is None:
         return own(site.boundary, site.task)
     return heads.classifier(site.head, site.boundary, site.task, width=site.width)
-
-
-def _embedding(components: int, features: int) -> nn.Module:
-    return nn.Linear(features, components)
 
 
 METHODS = {"bp": bp, "dgl": dgl, "predsim": predsim, "infopro": infopro, "auglocal": auglocal}

@@ -53,9 +53,7 @@ def compare(args: Compare) -> int:
         show(rows)
         _plot(args.out / "compare.png", rows)
     if failed:
-        raise RunError(
-            f"{len(failed)} of {len(cells)} runs failed: {', '.join(failed)} (see log.txt in {args.out}/NAME.log)"
-        )
+        raise RunError(f"{len(failed)} of {len(cells)} runs failed: {', '.join(failed)} (see {args.out}/NAME.log)")
     return 0
 
 

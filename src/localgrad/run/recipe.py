@@ -54,7 +54,9 @@ class Recipe:
     """InfoPro: supervised contrastive instead of cross-entropy."""
 
     epochs: int = 20
+    """Passes over the training images."""
     batch_size: int = 128
+    """Images of one forward pass."""
     accumulate: int = 1
     """Gradients of so many batches are summed before a step."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
@@ -66,9 +68,11 @@ class Recipe:
     warmup: float = 0.05
     """Share of the steps in which lr rises linearly."""
     weight_decay: float = 1e-4
+    """Of blocks and auxiliaries."""
     decay_norms: bool = True
     """Weight decay on norms, biases and scales too."""
     label_smoothing: float = 0.0
+    """Of the cross-entropies, the auxiliaries' too."""
     clip: float | None = None
     """Largest gradient norm of a block with its auxiliary."""
     step_as_you_go: bool = False
@@ -77,9 +81,11 @@ class Recipe:
     precision: Literal["auto", "bf16", "fp16", "float32"] = "auto"
     """auto is bf16 where the processor is fast at it."""
     channels_last: bool = True
+    """Memory format of images and weights."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     seed: int = 0
+    """Of the weights, the order, the augmentation and the subset."""
     deterministic: bool = False
     """Only deterministic kernels."""
     workers: int = 0

@@ -126,7 +126,7 @@ class RunLog:
             self.tensorboard.close()
 
     def note(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def step(
         self,

@@ -1,0 +1,228 @@
+"""The step: equal to plain backpropagation where it has to be, isolated, accumulated, stepped either way."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+from weakref import ref
+
+import pytest
+import torch
+from small import ALL_COUPLINGS, assert_same, auxiliaries, batch, gradients, local, resnet, sgd, state
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import localgrad as lg
+
+# One block
+
+
+@pytest.mark.parametrize("method", [lg.bp(), lg.dgl(), lg.infopro()], ids=lambda m: m.name)
+@pytest.mark.parametrize("depth", [20, 110])
+def test_one_block_is_plain_backpropagation_bit_for_bit(method: lg.Method, depth: int) -> None:
+    backbone = resnet(depth)
+    plain = copy.deepcopy(backbone)
+    model = lg.localize(backbone, blocks=1, method=method, example=batch()[0])
+    ours, theirs = sgd(lg.param_groups(model, weight_decay=1e-3)), sgd(plain.parameters())
+    for _ in range(5):
+        x, y = batch()
+        out = lg.local_backward(model, x, y)
+        logits = plain(x)
+        loss = nn.functional.cross_entropy(logits, y)
+        loss.backward()
+        assert torch.equal(out.logits, logits)
+        assert torch.equal(out.losses[0], loss)
+        for optimizer in (ours, theirs):
+            optimizer.step()
+            optimizer.zero_grad()
+        assert_same(backbone.state_dict(), plain.state_dict())
+    assert len(out.losses) == len(out.parts) == 1
+
+
+# Losses
+
+
+def test_losses_are_those_of_each_block_and_detached() -> None:
+    x, y = batch()
+    model = local()
+    twin = copy.deepcopy(model)
+    out = lg.local_backward(model, x, y)
+    h, wanted = x, []
+    for block, auxiliary in zip(twin.blocks, auxiliaries(twin), strict=False):
+        h = block(h)
+        wanted.append(nn.functional.cross_entropy(auxiliary(h)["classifier"], y))
+    logits = twin.blocks[-1](h)
+    wanted.append(nn.functional.cross_entropy(logits, y))
+    assert all(torch.equal(a, b) for a, b in zip(out.losses, wanted, strict=True))
+    assert torch.equal(out.logits, logits)
+    assert [sorted(part) for part in out.parts] == [["classifier"]] * 3 + [[]]
+    values = [*out.losses, out.logits, *(v for part in out.parts for v in part.values())]
+    assert not any(v.requires_grad for v in values)
+
+
+def test_scale_multiplies_every_gradient_and_no_loss() -> None:
+    x, y = batch()
+    model = local(lg.MANPlusPlus())
+    one, four, tensor = (copy.deepcopy(model) for _ in range(3))
+    losses = [
+        lg.local_backward(m, x, y, scale=s).losses for m, s in ((one, 1.0), (four, 4.0), (tensor, torch.tensor(4.0)))
+    ]
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*losses, strict=True))
+    grads, scaled, again = (gradients(m) for m in (one, four, tensor))
+    assert grads.keys() == scaled.keys()
+    assert all(torch.equal(4 * grads[k], scaled[k]) for k in grads)  # powers of two are exact
+    assert_same(scaled, again)
+
+
+# Accumulation
+
+
+@pytest.mark.parametrize("coupling", ALL_COUPLINGS, ids=str)
+def test_two_halves_accumulate_what_they_give_apart_and_averages_move_once(coupling: lg.MAN | None) -> None:
+    x, y = batch(8)
+    model = local(coupling)
+    halves = [(x[:4], y[:4]), (x[4:], y[4:])]
+    if coupling is not None and coupling.form == "branches":  # so that a move shows
+        with torch.no_grad():
+            model.backbone.get_parameter("layer3.0.conv1.weight").mul_(2)
+    apart = []
+    for which, (u, v) in enumerate(halves):
+        alone = copy.deepcopy(model)
+        lg.local_backward(alone, u, v, scale=0.5, micro_batch=(which, 2))
+        apart.append(gradients(alone))
+    averages = state(model.auxiliaries)
+    lg.local_backward(model, *halves[0], scale=0.5, micro_batch=(0, 2))
+    assert_same(of_averages(averages), of_averages(state(model.auxiliaries)))
+    lg.local_backward(model, *halves[1], scale=0.5, micro_batch=(1, 2))
+    assert_same(gradients(model), {k: apart[0][k] + apart[1][k] for k in apart[0]})
+    moves = coupling is not None and coupling.form == "branches"
+    once = copy.deepcopy(model)
+    once.auxiliaries.load_state_dict(averages)
+    if moves:
+        for auxiliary in auxiliaries(once):
+            auxiliary.move(pull=False)
+    assert_same(of_averages(state(once.auxiliaries)), of_averages(state(model.auxiliaries)))
+    moved = [k for k, v in of_averages(averages).items() if not torch.equal(v, model.auxiliaries.state_dict()[k])]
+    assert bool(moved) == moves
+
+
+def of_averages(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v for k, v in stored.items() if ".ema." in k and k.endswith(("weight", "bias"))}
+
+
+def test_halves_without_batch_statistics_are_the_whole_batch() -> None:
+    x, y = batch(8)
+    model = local(lg.MAN())
+    model.eval()  # a norm in evaluation mode reads no batch
+    whole = copy.deepcopy(model)
+    lg.local_backward(whole, x, y)
+    for which in range(2):
+        lg.local_backward(model, x[which::2], y[which::2], scale=0.5, micro_batch=(which, 2))
+    wanted = gradients(whole)
+    for name, got in gradients(model).items():
+        torch.testing.assert_close(got, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+# Step after the pass, or as you go
+
+
+def test_after_block_comes_in_order_with_that_blocks_gradients() -> None:
+    model = local(lg.MAN(), blocks=5)
+    seen: list[int] = []
+
+    def after_block(k: int) -> None:
+        seen.append(k)
+        for other in range(5):
+            has = [p.grad is not None for p in model.members(other)]
+            assert all(has) if other <= k else not any(has)
+
+    lg.local_backward(model, *batch(), after_block=after_block)
+    assert seen == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("coupling", ALL_COUPLINGS, ids=str)
+def test_stepping_as_you_go_equals_stepping_after_the_pass_bit_for_bit(coupling: lg.MAN | None) -> None:
+    """Each average reads blocks further down, which have not stepped yet, either way."""
+    model = local(coupling)
+    going = copy.deepcopy(model)
+    whole = sgd(lg.param_groups(model, weight_decay=1e-3))
+    each = [sgd(going.members(k)) for k in range(4)]
+
+    def step(k: int) -> None:
+        each[k].step()
+        each[k].zero_grad()
+
+    for _ in range(3):
+        x, y = batch()
+        out, theirs = lg.local_backward(model, x, y), lg.local_backward(going, x, y, after_block=step)
+        whole.step()
+        whole.zero_grad()
+        assert all(torch.equal(a, b) for a, b in zip(out.losses, theirs.losses, strict=True))
+        assert_same(model.state_dict(), going.state_dict())
+    assert not any(p.grad is not None for p in going.parameters())
+
+
+# Autocast
+
+
+class LiveHalves(TorchDispatchMode):
+    """Which bfloat16 storages of a weight's size are alive."""
+
+    def __init__(self, sizes: set[int]) -> None:
+        super().__init__()
+        self.sizes, self.seen = sizes, []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.dtype == torch.bfloat16 and out.numel() in self.sizes:
+            self.seen.append(ref(out.untyped_storage()))
+        return out
+
+    def alive(self) -> int:
+        return sum(storage() is not None for storage in self.seen)
+
+
+def live_halves(model: lg.LocalModel, x: Tensor, y: Tensor) -> tuple[list[int], int]:
+    """Cast weights alive after each block, and how many were made."""
+    alive: list[int] = []
+    with LiveHalves({p.numel() for p in model.parameters() if p.ndim == 4}) as halves:
+        lg.local_backward(model, x, y, autocast=torch.bfloat16, after_block=lambda k: alive.append(halves.alive()))
+    return alive, len(halves.seen)
+
+
+def test_autocast_leaves_no_cast_weights_behind() -> None:
+    x, y = batch(3)  # of three, so that no activation has the size of a weight
+    model = local()
+    alive, made = live_halves(model, x, y)
+    assert made > 20
+    assert alive == [0] * 4
+    with torch.autocast("cpu", torch.bfloat16):  # around the whole step, its cache holds on to them
+        assert live_halves(model, x, y)[0][-1] > 20
+
+
+@pytest.mark.parametrize("method", [lg.dgl(), lg.infopro(), lg.infopro(contrast=True), lg.predsim()])
+def test_autocast_losses_are_float32_and_close(method: lg.Method) -> None:
+    x, y = batch(8, 16)
+    y[1] = y[0]
+    model = lg.localize(resnet(20), blocks=4, method=method, coupling=lg.MAN(), example=x)
+    exact = lg.local_backward(copy.deepcopy(model), x, y)
+    out = lg.local_backward(model, x, y, autocast=torch.bfloat16)
+    assert out.logits.dtype == torch.bfloat16
+    assert {loss.dtype for loss in out.losses} == {torch.float32}
+    assert {v.dtype for part in out.parts for v in part.values()} <= {torch.float32}
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+    for got, wanted in zip(out.losses, exact.losses, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0.05, atol=0.05)
+    assert any(not torch.equal(a, b) for a, b in zip(out.losses, exact.losses, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_on_cuda(dtype: torch.dtype) -> None:
+    x, y = (t.to("cuda") for t in batch(8, 16))
+    model = lg.localize(resnet(20).to("cuda"), blocks=4, method=lg.infopro(), coupling=lg.MAN(), example=x)
+    assert {p.device.type for p in model.parameters()} == {"cuda"}
+    exact = lg.local_backward(copy.deepcopy(model), x, y)
+    out = lg.local_backward(model, x, y, autocast=dtype, scale=torch.tensor(2.0, device="cuda"))
+    for got, wanted in zip(out.losses, exact.losses, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0.05, atol=0.05)

@@ -1,0 +1,195 @@
+"""The localized model: its optimizer groups, table, state and task; what warns and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from small import (
+    ALL_COUPLINGS,
+    assert_same,
+    auxiliaries,
+    batch,
+    chain,
+    composite,
+    coupling_of,
+    gradients,
+    local,
+    mlp,
+    resnet,
+    sgd,
+    state,
+    vgg,
+)
+from torch import Tensor, nn
+
+import localgrad as lg
+from localgrad.core.errors import UserError
+
+# Optimizer groups
+
+
+@pytest.mark.parametrize("coupling", ALL_COUPLINGS, ids=str)
+@pytest.mark.parametrize("no_decay", [False, True])
+def test_groups_hold_every_trainable_parameter_exactly_once(coupling: lg.MAN | None, no_decay: bool) -> None:
+    model = local(coupling)
+    model.backbone.get_parameter("conv1.weight").requires_grad_(False)
+    groups = lg.param_groups(model, weight_decay=0.1, no_decay=no_decay)
+    listed = [p for group in groups for p in group["params"]]
+    assert len({id(p) for p in listed}) == len(listed)
+    assert {id(p) for p in listed} == {id(p) for p in model.parameters() if p.requires_grad}
+    for group in groups:
+        own = {id(p) for p in model.members(group["block"])}
+        assert {id(p) for p in group["params"]} <= own
+        assert "lr" not in group
+        plain = {p.ndim < 2 for p in group["params"]}
+        assert group["weight_decay"] == (0 if no_decay and plain == {True} else 0.1)
+        assert not no_decay or len(plain) == 1
+    assert {group["block"] for group in groups} == {0, 1, 2, 3}
+
+
+def test_learning_rates_are_one_or_one_for_each_block() -> None:
+    model = local()
+    assert {g["lr"] for g in lg.param_groups(model, lr=0.3)} == {0.3}
+    groups = lg.param_groups(model, lr=[0.1, 0.2, 0.3, 0.4], no_decay=True)
+    assert {(g["block"], g["lr"]) for g in groups} == {(0, 0.1), (1, 0.2), (2, 0.3), (3, 0.4)}
+    assert torch.optim.SGD(groups, lr=1.0).param_groups[-1]["lr"] == 0.4
+    with pytest.raises(UserError, match="lr lists 2 learning rates for 4 blocks"):
+        lg.param_groups(model, lr=[0.1, 0.2])
+
+
+# The model
+
+
+def test_evaluation_needs_no_labels_and_no_auxiliaries() -> None:
+    x, _ = batch()
+    model = local(lg.DeepMAN())
+    model.eval()
+    with torch.no_grad():
+        logits = model(x)
+        model.auxiliaries = nn.ModuleList()
+        assert torch.equal(model(x), logits)
+        assert torch.equal(chain(model, x), logits)
+    assert not any(m.training for block in model.blocks for m in block.modules())
+
+
+def test_the_table_shows_each_block() -> None:
+    model = lg.localize(resnet(32), blocks=4, method=lg.infopro(), coupling=lg.DeepMAN(), example=batch()[0])
+    title, header, *rows = str(model).splitlines()
+    assert title == "CifarResNet, infopro, 4 blocks"
+    assert header.split() == ["block", "units", "hands", "on", "auxiliary", "parameters", "auxiliary's", "MiB"]
+    assert len(rows) == 4
+    for k, row in enumerate(rows):
+        own = sum(p.numel() for p in model.blocks[k].parameters())
+        extra = sum(p.numel() for p in model.auxiliaries[k].parameters()) if k < 3 else 0
+        assert row.split()[0] == str(k)
+        assert row.split()[-3:] == [f"{own:,}", f"{extra:,}", f"{4 * (own + extra) / 2**20:.2f}"]
+    assert "stem .. layer1.2 (4)" in rows[0]
+    assert "16x8x8" in rows[0]
+    assert "DeepMAN(layer1.3, layer2.0, layer3.0) -> 0.5 classifier + 5 decoder" in rows[0]
+    assert "logits" in rows[3]
+
+
+def test_a_deep_copy_is_a_model_of_its_own() -> None:
+    x, y = batch()
+    model = local(lg.MAN(0.5))
+    twin = copy.deepcopy(model)
+    assert not {id(p) for p in model.parameters()} & {id(p) for p in twin.parameters()}
+    kept = state(model)
+    optimizer = sgd(lg.param_groups(twin, weight_decay=1e-3))
+    for _ in range(2):
+        lg.local_backward(twin, x, y)
+        optimizer.step()
+    assert_same(model.state_dict(), kept)
+    assert coupling_of(auxiliaries(twin)[0]).sources[0].module is twin.blocks[1][0]  # which follows the copy
+    assert coupling_of(auxiliaries(model)[0]).sources[0].module is model.blocks[1][0]
+
+
+def test_a_state_goes_to_another_model_and_on_from_there() -> None:
+    model, other = local(lg.MANPlusPlus()), local(lg.MANPlusPlus())
+    lg.local_backward(model, *batch())
+    other.load_state_dict(model.state_dict())
+    x, y = batch()
+    for a, b in zip(lg.local_backward(model, x, y).losses, lg.local_backward(other, x, y).losses, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("build", [resnet, vgg, composite])
+def test_the_default_task_has_the_backbones_classes(build: Callable[[], nn.Module]) -> None:
+    assert lg.localize(build(), blocks=2, method=lg.dgl(), example=batch()[0]).task.classes == 10
+    assert lg.localize(mlp(), blocks=2, method=lg.dgl(), example=batch(size=4)[0]).task.classes == 5
+
+
+def test_a_task_of_ones_own_is_used() -> None:
+    class Doubled(lg.Classification):
+        def criterion(self, logits: Tensor, targets: Tensor) -> Tensor:
+            return 2 * super().criterion(logits, targets)
+
+    x, y = batch()
+    plain = local()
+    own = lg.localize(plain.backbone, blocks=4, method=lg.dgl("1c1f"), example=x, task=Doubled(10))
+    own.load_state_dict(plain.state_dict())
+    for a, b in zip(lg.local_backward(plain, x, y).losses, lg.local_backward(own, x, y).losses, strict=True):
+        torch.testing.assert_close(2 * a, b)
+
+
+def test_everything_follows_the_backbones_dtype() -> None:
+    x, y = batch()
+    model = lg.localize(resnet(20).double(), blocks=4, method=lg.infopro(), coupling=lg.MANPlusPlus(), example=x)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    out = lg.local_backward(model, x.double(), y)
+    assert {loss.dtype for loss in out.losses} == {torch.float64}
+
+
+def test_one_sample_more_or_less_is_no_matter_of_the_example() -> None:
+    x, y = batch(6)
+    model = lg.localize(resnet(20), blocks=3, method=lg.dgl("0c1f"), example=x[:1])
+    assert lg.local_backward(model, x, y).logits.shape == (6, 10)
+
+
+# What warns, what is refused
+
+
+def test_options_without_effect_warn() -> None:
+    x = batch()[0]
+    with pytest.warns(UserWarning, match="bp trains end to end: blocks=4 has no effect, there is 1"):
+        model = lg.localize(resnet(20), blocks=4, method=lg.bp(), example=x)
+    assert len(model.blocks) == 1
+    with pytest.warns(UserWarning, match="a coupling has no effect on a single block"):
+        model = lg.localize(resnet(20), blocks=1, method=lg.dgl(), coupling=lg.MAN(), example=x)
+    assert len(model.auxiliaries) == 0
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        (torch.zeros(2, 3, 8, 8), torch.tensor([0, 10]), "targets run from 0 to 10, but the network has 10 classes"),
+        (torch.zeros(2, 3, 8, 8), torch.tensor([0.0, 1.0]), "one int64 class a sample"),
+        (torch.zeros(2, 1, 8, 8), torch.tensor([0, 1]), r"inputs of shape \(2, 1, 8, 8\)"),
+        (torch.zeros(2, 3, 9, 8), torch.tensor([0, 1]), "localized for batch x 3 x 8 x 8"),
+        (torch.zeros(3, 3, 8, 8), torch.tensor([0, 1]), "for 2 targets"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_moves(x: Tensor, y: Tensor, message: str) -> None:
+    model = local(lg.MAN(0.0))
+    kept = state(model)
+    with pytest.raises(UserError, match=message):
+        lg.local_backward(model, x, y)
+    assert_same(model.state_dict(), kept)
+    assert not gradients(model)
+
+
+def test_a_backbone_without_a_vector_of_logits_needs_a_task_of_its_own() -> None:
+    class Maps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.units = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1)), nn.Sequential(nn.Conv2d(4, 4, 1)))
+            self.last = nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.units(x))
+
+    with pytest.raises(UserError, match=r"gives \(1, 2, 8, 8\), not one vector of logits a sample"):
+        lg.localize(Maps(), blocks=2, method=lg.dgl(), example=batch()[0])

@@ -1,0 +1,70 @@
+"""Recipes become models: the papers' rows cut where they say, options reach the parts that they name."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from localgrad.core.couplings import DeepMAN
+from localgrad.core.engine import LocalModel
+from localgrad.run.build import build_model, coupling_of, machine_for, method_of
+from localgrad.run.data import DATASETS, Data, Images
+from localgrad.run.recipe import Recipe
+from localgrad.run.recipes import RECIPES
+
+
+def model_of(recipe: Recipe, size: int | None = None) -> LocalModel:
+    """The recipe's model on the CPU, without its data."""
+    info = DATASETS[recipe.data]
+    info = dataclasses.replace(info, classes=info.classes or 10, size=size or info.size)
+    nothing = Images(torch.zeros(0, info.channels, info.size, info.size, dtype=torch.uint8), torch.zeros(0).long())
+    recipe = dataclasses.replace(recipe, device="cpu", precision="float32")
+    return build_model(recipe, Data(info, nothing, nothing), machine_for(recipe))
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith("imagenet")])
+def test_small_recipes_have_the_blocks_that_they_say(name: str) -> None:
+    recipe = RECIPES[name]()
+    assert len(model_of(recipe).blocks) == int(recipe.blocks)
+
+
+@pytest.mark.parametrize("name", ["imagenet_resnet101_k4", "imagenet_resnet152_k2", "imagenet_resnext101_k4"])
+def test_imagenet_recipes_cut_where_the_paper_does(name: str) -> None:
+    recipe = RECIPES[name]()
+    model = model_of(recipe, size=224)
+    cuts = recipe.cut
+    assert isinstance(cuts, list)
+    assert [block.names[-1] for block in model.blocks] == [*cuts, "layer4.2"]
+    weights = [[term.weight for term in auxiliary.terms.values()] for _, auxiliary in model.isolated]
+    assert weights == [[0.75, 5.0]] * len(cuts)
+
+
+def test_options_reach_the_coupling() -> None:
+    recipe = Recipe(coupling="deep-man", momentum=0.9, branches="ema", depth=3)
+    assert coupling_of(recipe) == DeepMAN(momentum=0.9, learnable=False, depth=3)
+    assert coupling_of(Recipe(coupling="none")) is None
+    pull = coupling_of(Recipe(form="pull"))
+    assert pull is not None
+    assert pull.form == "pull"
+
+
+def test_options_reach_the_method() -> None:
+    info = DATASETS["digits"]
+    method = method_of(Recipe(method="infopro", head="1c1f"), info)
+    assert (method.head, method.mean, method.std) == ("1c1f", info.mean, info.std)
+    assert method_of(Recipe(method="bp", coupling="none"), info).terms is None
+
+
+def test_the_memory_format_reaches_the_weights() -> None:
+    for asked in (True, False):
+        model = model_of(Recipe(model="resnet20", channels_last=asked))
+        weight = model.backbone.get_parameter("layer1.0.conv1.weight")
+        assert weight.is_contiguous(memory_format=torch.channels_last) == asked
+
+
+def test_the_seed_fixes_the_weights() -> None:
+    a, b, c = (model_of(Recipe(model="resnet20", seed=s)).state_dict() for s in (0, 0, 1))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["backbone.conv1.weight"], c["backbone.conv1.weight"])
