@@ -62,7 +62,7 @@ class Compare:
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Recipe fields that all runs share: --set lr=0.05 --set epochs=3."""
     out: Path = Path("runs/compare")
-    """Folder of the grid: a run folder each, compare.csv, and compare.png with localgrad[plot]."""
+    """Folder of the grid: a folder for each run, runs.csv, compare.csv, and compare.png with localgrad[plot]."""
     jobs: int = 1
     """Runs at a time."""
 

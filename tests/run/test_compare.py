@@ -10,7 +10,7 @@ import pytest
 
 from localgrad.cli import Compare, main
 from localgrad.core.errors import UserError
-from localgrad.run.compare import Cell, grid, run_all, summarize
+from localgrad.run.compare import Cell, finished_runs, grid, run_all, summarize
 from localgrad.run.recipe import Recipe, as_dict
 from localgrad.run.runlog import read_recipe, summary_rows
 
@@ -89,9 +89,25 @@ def test_a_grid_of_other_settings_is_refused_before_anything_runs(tmp_path: Path
 def test_a_failed_run_is_named_and_the_others_go_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     quick = {"model": "resnet20", "limit_train": 64, "batch_size": 16, "epochs": 1, "precision": "float32"}
     cells = [
-        Cell("bad_k4_s0", "bad", Recipe(**quick, data="cifar10", data_dir=str(tmp_path / "none"))),
-        Cell("dgl+man_k4_s0", "dgl+man", Recipe(**quick)),
+        Cell("bad", 4, Recipe(**quick, data="cifar10", data_dir=str(tmp_path / "none"))),
+        Cell("dgl+man", 4, Recipe(**quick)),
     ]
     assert run_all(cells, tmp_path, jobs=1) == ["bad_k4_s0"]
     assert "bad_k4_s0 failed (2): localgrad: " in capfd.readouterr().out
-    assert [row["method"] for row in summarize(cells, tmp_path)] == ["dgl+man"]
+    assert [run["method"] for run in finished_runs(cells, tmp_path)] == ["dgl+man"]
+
+
+def test_the_table_is_over_seeds() -> None:
+    runs = [
+        {"method": m, "blocks": 4, "seed": s, "error": e, "peak_bytes": 10 * s, "seconds": 2.0}
+        for m, s, e in (("dgl", 0, 1.0), ("man", 0, 5.0), ("dgl", 1, 3.0), ("dgl", 2, 8.0))
+    ]
+    dgl, man = summarize(runs)
+    assert (dgl["n"], dgl["error_mean"], dgl["error_std"], dgl["peak_bytes"], dgl["seeds"]) == (
+        3,
+        4,
+        3.606,
+        10,
+        "0 1 2",
+    )
+    assert (man["n"], man["error_std"]) == (1, "")

@@ -24,7 +24,8 @@ CHANGED = {
     "model": "resnet32", "data": "fashion-mnist", "data_dir": "elsewhere", "download": True, "image_size": 8,
     "limit_train": 80, "method": "predsim", "coupling": "man++", "blocks": "3", "head": "1c1f", "momentum": 0.5,
     "branches": "ema", "form": "pull", "depth": 2, "contrast": True, "epochs": 2, "batch_size": 32, "accumulate": 2,
-    "optimizer": "adamw", "lr": 0.04, "block_lr": "1,1,0.5,0.5", "warmup": 0.5, "weight_decay": 0.1, "decay_norms": False,
+    "optimizer": "adamw", "lr": 0.04, "block_lr": "1,1,0.5,0.5", "warmup": 0.5, "weight_decay": 0.1,
+    "decay_norms": False,
     "label_smoothing": 0.1, "clip": 0.1, "step_as_you_go": True, "precision": "bf16", "channels_last": False,
     "device": "cpu:0", "seed": 1, "deterministic": True, "workers": 1,
 }  # fmt: skip

@@ -178,6 +178,16 @@ def test_no_such_device() -> None:
         machine_for(Recipe(device="gpu"))
 
 
+@pytest.mark.filterwarnings("ignore")  # TensorBoard's own
+def test_tensorboard_events_are_written(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    row = train(TINY, tmp_path / "run", tensorboard=True)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert events.Scalars("epoch/eval_top1")[0].value == pytest.approx(row["eval_top1"])
+    assert len(events.Scalars("loss/block 3")) == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "float32"])
 def test_trains_on_cuda(precision: str, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import pytest
@@ -13,6 +13,14 @@ import localgrad as lg
 from localgrad.scale.memory import MemoryMeter
 
 CUTS = ["layer1.6", "layer1.14", "layer2.8"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def peak(step: Callable[[], object]) -> int:
@@ -103,7 +111,7 @@ def test_saved_activations_count_until_their_backward_pass() -> None:
             forward()
 
     assert peak(lambda: forward().backward()) > 5 * 4000
-    assert peak(unused) < 4 * 4000
+    assert peak(unused) < 5 * 4000  # x, h, its successor, the product and a scalar
     live = lg.measure_peak(lambda: forward().backward()).timeline[-1][1]
     assert live < 2 * 4000  # x and the gradient of w
 
@@ -138,8 +146,8 @@ def test_measuring_changes_no_number() -> None:
     model.zero_grad()
     seen = []
     lg.measure_peak(lambda: seen.append(lg.local_backward(model, x, y)))
-    for k in range(3):  # up to the last block, which no average feeds: running averages do not enter the losses
-        assert torch.equal(plain.losses[k], seen[0].losses[k]) or k >= 0
+    # Nothing has stepped, so the averages have moved nowhere, and running statistics do not enter a training step.
+    assert all(torch.equal(a, b) for a, b in zip(plain.losses, seen[0].losses, strict=True))
     assert torch.equal(plain.logits, seen[0].logits)
 
 
@@ -179,13 +187,14 @@ def test_the_peak_of_backpropagation_covers_its_activations() -> None:
 
 
 def test_four_blocks_need_less_than_backpropagation() -> None:
-    (saved,) = savings(20, [4], 16, 32)
-    assert saved > 0.3
+    (saved,) = savings(20, [4], 32, 32)
+    assert 0.15 < saved < 0.5
 
 
 def test_more_blocks_save_more_on_a_deep_network() -> None:
-    four, most = savings(110, [CUTS, 55], 32, 8)
-    assert four > 0.3
+    # At batch 128 the auxiliaries' own parameters weigh less than here, so that more is saved: see below.
+    four, most = savings(110, [CUTS, 55], 32, 24)
+    assert four > 0.55
     assert most > four
 
 

@@ -24,16 +24,18 @@ from localgrad.core.errors import RunError, UserError
 from localgrad.run.recipe import Recipe, as_dict, override, settle
 from localgrad.run.runlog import claim, environment, mib, summary_rows
 
-COLUMNS = ("method", "blocks", "n", "error_mean", "error_std", "peak_bytes", "seconds", "seeds")
-
 
 @dataclass(frozen=True)
 class Cell:
     """One run of the grid."""
 
-    name: str
     method: str
+    blocks: int
     recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}_k{self.blocks}_s{self.recipe.seed}"
 
 
 def compare(args: Compare) -> int:
@@ -47,8 +49,10 @@ def compare(args: Compare) -> int:
     except OSError as error:
         raise UserError(f"cannot write to {args.out}: {error.strerror}; choose another --out") from error
     failed = run_all(cells, args.out, args.jobs)
-    rows = summarize(cells, args.out)
-    if rows:
+    runs = finished_runs(cells, args.out)
+    if runs:
+        rows = summarize(runs)
+        write_csv(args.out / "runs.csv", runs)
         write_csv(args.out / "compare.csv", rows)
         show(rows)
         _plot(args.out / "compare.png", rows)
@@ -75,9 +79,8 @@ def grid(args: Compare) -> list[Cell]:
                     changes["head"] = shared["head"]
                 with warnings.catch_warnings(action="ignore"):  # each run says for itself what has no effect
                     recipe = settle(override(base, changes))
-                count = 1 if method == "bp" else blocks
-                name = f"{word}_k{count}_s{seed}"
-                cells[name] = Cell(name, word, recipe)
+                cell = Cell(word, 1 if method == "bp" else blocks, recipe)
+                cells[cell.name] = cell
     return list(cells.values())
 
 
@@ -104,34 +107,39 @@ def run_all(cells: Sequence[Cell], out: Path, jobs: int) -> list[str]:
     return failed
 
 
-def summarize(cells: Sequence[Cell], out: Path) -> list[dict[str, Any]]:
-    """One row for each method and number of blocks that has finished runs."""
-    groups: dict[tuple[str, str], list[tuple[int, dict[str, float]]]] = {}
+def finished_runs(cells: Sequence[Cell], out: Path) -> list[dict[str, Any]]:
+    """The last epoch of each finished run, errors in percent."""
+    rows = []
     for cell in cells:
-        rows = summary_rows(out / cell.name)
-        if rows and (out / cell.name / "model.safetensors").exists():
-            blocks = cell.name.rsplit("_k", 1)[1].split("_s")[0]
-            groups.setdefault((cell.method, blocks), []).append((cell.recipe.seed, rows[-1]))
+        if (out / cell.name / "model.safetensors").exists():
+            last = summary_rows(out / cell.name)[-1]
+            row = {"method": cell.method, "blocks": cell.blocks, "seed": cell.recipe.seed}
+            row |= {"error": round(100 - last["eval_top1"], 3), "train_loss": last["train_loss"]}
+            rows.append(row | {"peak_bytes": int(last["peak_bytes"]), "seconds": round(last["seconds"], 1)})
+    return rows
+
+
+def summarize(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each method and number of blocks: over its seeds, mean and standard deviation (of the sample) of the
+    test error, medians of peak and time."""
     table = []
-    for (method, blocks), runs in groups.items():
-        errors = [100 - row["eval_top1"] for _, row in runs]
-        table.append({
-            "method": method, "blocks": int(blocks), "n": len(runs), "error_mean": round(statistics.mean(errors), 3),
-            "error_std": round(statistics.stdev(errors), 3) if len(errors) > 1 else "",
-            "peak_bytes": int(statistics.median(row["peak_bytes"] for _, row in runs)),
-            "seconds": round(statistics.median(row["seconds"] for _, row in runs), 1),
-            "seeds": " ".join(str(seed) for seed, _ in runs),
-        })  # fmt: skip
+    for method, blocks in dict.fromkeys((run["method"], run["blocks"]) for run in runs):
+        group = [run for run in runs if (run["method"], run["blocks"]) == (method, blocks)]
+        errors = [run["error"] for run in group]
+        row = {"method": method, "blocks": blocks, "n": len(group), "error_mean": round(statistics.mean(errors), 3)}
+        row |= {"error_std": round(statistics.stdev(errors), 3) if len(errors) > 1 else ""}
+        row |= {name: statistics.median(run[name] for run in group) for name in ("peak_bytes", "seconds")}
+        table.append(row | {"seeds": " ".join(str(run["seed"]) for run in group)})
     return table
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """The table with the machine and the versions beside each row."""
-    env = environment()
+    """The rows with the machine and the versions beside each."""
+    full = [{**row, **environment()} for row in rows]
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, *env])
+        writer = csv.DictWriter(file, list(full[0]))
         writer.writeheader()
-        writer.writerows({**row, **env} for row in rows)
+        writer.writerows(full)
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:

@@ -1,0 +1,210 @@
+"""Rules of the repository that reading alone would not keep: no trick code, imports point down, names agree."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import localgrad as lg
+from localgrad.core import couplings, heads, methods
+from localgrad.run import recipe
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "localgrad"
+FLOORS = ("core", "scale", "run")
+PYTHON = sorted(path for folder in ("src", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+OURS = [path for path in PYTHON if ROOT / "tests" not in path.parents]
+TEXT = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".json", ".csv", ".cff", ".html", ".svg", ".sh", ""}
+NOT_TRACKED = {".git", ".venv", "runs", "build", "dist", "__pycache__", ".hypothesis", ".ruff_cache", ".pytest_cache"}
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def offences(node: ast.AST) -> Iterator[str]:
+    """What no Python file here may contain."""
+    match node:
+        case ast.Call(func=ast.Name(id="eval" | "exec" as name)):
+            yield name
+        case ast.Call(func=ast.Attribute(attr="cuda", value=value)) if not is_torch(value):
+            yield ".cuda()"
+        case ast.Global():
+            yield "global"
+        case ast.ExceptHandler(type=None):
+            yield "bare except"
+        case ast.ImportFrom(names=[ast.alias(name="*")]):
+            yield "import *"
+        case ast.Attribute(value=ast.Name(id="pickle"), attr="load" | "loads" | "Unpickler" as name):
+            yield f"pickle.{name}"
+        case ast.ImportFrom(module="pickle" | "dill" | "cloudpickle" | "joblib" | "marshal" | "shelve" as name):
+            yield f"from {name}"
+        case ast.keyword(arg="weights_only", value=ast.Constant(value=False)):
+            yield "weights_only=False"
+        case ast.keyword(arg="allow_pickle", value=ast.Constant(value=True)):
+            yield "allow_pickle=True"
+        case _:
+            pass
+
+
+def is_torch(value: ast.AST) -> bool:
+    return isinstance(value, ast.Name) and value.id == "torch"
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=name_of)
+def test_no_trick_code(path: Path) -> None:
+    assert [f"{offence}, line {node.lineno}" for node in ast.walk(tree(path)) for offence in offences(node)] == []  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=name_of)
+def test_no_file_is_long(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+@pytest.mark.parametrize(
+    ("code", "offence"),
+    [
+        ("eval('1')", "eval"),
+        ("exec('1')", "exec"),
+        ("x.cuda()", ".cuda()"),
+        ("def f():\n    global a", "global"),
+        ("try:\n    a\nexcept:\n    b", "bare except"),
+        ("from a import *", "import *"),
+        ("pickle.load(a)", "pickle.load"),
+        ("from pickle import loads", "from pickle"),
+        ("torch.load(a, weights_only=False)", "weights_only=False"),
+        ("np.load(a, allow_pickle=True)", "allow_pickle=True"),
+        ("model.eval(); torch.cuda.synchronize(); torch.load(a, weights_only=True)", None),
+    ],
+)
+def test_the_rules_see_what_they_forbid(code: str, offence: str | None) -> None:
+    found = [o for node in ast.walk(ast.parse(code)) for o in offences(node)]
+    assert found == ([] if offence is None else [offence])
+
+
+# Imports
+
+
+def imports(path: Path, *, top: bool = False) -> list[tuple[str, int]]:
+    """Modules that a file imports, with their lines; `top`: those that importing the file itself would load."""
+    nodes = list(ast.walk(tree(path)))
+    if top:
+        inside = {
+            id(inner)
+            for node in nodes
+            if isinstance(node, ast.FunctionDef | ast.If)
+            for inner in ast.walk(node)
+            if inner is not node
+        }
+        nodes = [node for node in nodes if id(node) not in inside]
+    found = []
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(path)} imports relatively"
+            assert node.module is not None
+            found += [(node.module, node.lineno)]
+            found += [(f"{node.module}.{alias.name}", node.lineno) for alias in node.names]
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.glob("*/*.py")), ids=name_of)
+def test_imports_point_down(path: Path) -> None:
+    floor = path.parent.name
+    assert floor in FLOORS
+    above = [f"localgrad.{name}" for name in FLOORS[FLOORS.index(floor) + 1 :]] + ["localgrad.__main__"]
+    if floor != "run":  # whose commands are the other half of the command line
+        above.append("localgrad.cli")
+    wrong = [(module, line) for module, line in imports(path) if module.startswith(tuple(above))]
+    assert not wrong
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.glob("core/*.py")), ids=name_of)
+def test_the_core_asks_nobody_for_the_package_itself(path: Path) -> None:
+    assert "localgrad" not in {module for module, _ in imports(path)}
+
+
+@pytest.mark.parametrize("module", ["localgrad", "localgrad.cli", "localgrad.run.recipe", "localgrad.run.recipes"])
+def test_the_command_line_starts_without_torch(module: str) -> None:
+    heavy = "('torch', 'torchvision', 'timm', 'sklearn', 'numpy')"
+    code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_command_line_imports_no_torch_at_its_top() -> None:
+    assert not [name for name, _ in imports(SOURCE / "cli.py", top=True) if name.partition(".")[0] == "torch"]
+
+
+# Names
+
+
+def test_the_recipe_offers_what_the_core_has() -> None:
+    assert tuple(methods.METHODS) == recipe.METHODS
+    assert tuple(couplings.COUPLINGS) == recipe.COUPLINGS
+    assert ("auto", *heads.HEADS) == recipe.HEADS
+
+
+@pytest.mark.parametrize("name", lg.__all__)
+def test_public_names_are_there_and_documented(name: str) -> None:
+    thing = getattr(lg, name)
+    assert thing.__name__ == name
+    assert thing.__doc__
+    assert not thing.__doc__.startswith(f"{name}(")  # what a dataclass says of itself
+
+
+def test_the_public_door_lists_each_name_once_and_no_other() -> None:
+    assert len(set(lg.__all__)) == len(lg.__all__)
+    assert set(lg.__all__) <= set(dir(lg))
+    with pytest.raises(AttributeError, match="no attribute 'loclize'"):
+        _ = lg.loclize  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    assert not [name_of(path) for path in OURS if not ast.get_docstring(tree(path))]
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.glob("core/*.py")), ids=name_of)
+def test_examples_in_docstrings_are_true(path: Path) -> None:
+    module = importlib.import_module(".".join(path.relative_to(ROOT / "src").with_suffix("").parts))
+    assert doctest.testmod(module).failed == 0
+
+
+# Places
+
+
+def tracked() -> Iterator[Path]:
+    for folder, folders, files in os.walk(ROOT):
+        folders[:] = [name for name in folders if name not in NOT_TRACKED and not name.endswith(".egg-info")]
+        for path in (Path(folder, name) for name in files):
+            if path.suffix in TEXT and path.stat().st_size < 2**20:
+                yield path
+
+
+def test_no_file_knows_a_machine_or_a_registry() -> None:
+    folders = [f"/{name}/" for name in ("work", "root", "home", "Users")]
+    hosts = ["pypi" + ".org", "python" + "hosted.org", "download." + "pytorch.org", "index" + "-url"]
+    found = [
+        (name_of(path), word)
+        for path in tracked()
+        for word in (*folders, *hosts)
+        if word in path.read_text(encoding="utf-8", errors="replace")
+    ]
+    assert not found
+
+
+def test_no_file_has_a_name_that_windows_reserves() -> None:
+    assert not [name_of(path) for path in PYTHON if path.stem.lower() in {"aux", "con", "nul", "prn"}]
