@@ -2,89 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import tyro
 
 from localgrad.core.errors import RunError, UserError, unknown
+from localgrad.run.arguments import Compare, Eval, Export, List, Train
 from localgrad.run.recipe import Recipe, override
-from localgrad.run.recipes import RECIPES
-
-
-@dataclass(frozen=True)
-class Train:
-    """Train one network into a run folder. Flags override the recipe's fields."""
-
-    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
-    out: Path = Path("runs/train")
-    """The run folder."""
-    tensorboard: bool = False
-    """Also write TensorBoard events (needs localgrad[tensorboard])."""
-
-
-@dataclass(frozen=True)
-class Eval:
-    """Evaluate a run's trained backbone on its test images."""
-
-    run: tyro.conf.Positional[Path]
-    """The run folder."""
-    data_dir: str | None = None
-    """Where the data lies, if not where the run had it."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-
-
-@dataclass(frozen=True)
-class Compare:
-    """Train a grid of methods, numbers of blocks and seeds, one process a run, and print the table.
-
-    A grid that was stopped goes on where it stopped.
-    """
-
-    methods: str = "bp,dgl,dgl+man,dgl+deep-man"
-    """Methods with their couplings: METHOD or METHOD+COUPLING."""
-    blocks: str = "4"
-    """Numbers of blocks."""
-    seeds: str = "0"
-    """Seeds: 0,1,2."""
-    recipe: str = "demo"
-    """Recipe that all runs share: a name or a YAML file."""
-    data: str | None = None
-    """Data set, if not the recipe's."""
-    set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Recipe fields that all runs share: --set lr=0.05 --set epochs=3."""
-    out: Path = Path("runs/compare")
-    """Folder of the grid: a folder for each run, runs.csv, compare.csv, and compare.png with localgrad[plot]."""
-    jobs: int = 1
-    """Runs at a time."""
-
-
-@dataclass(frozen=True)
-class Export:
-    """Export a run's trained backbone, without auxiliaries."""
-
-    run: tyro.conf.Positional[Path]
-    """The run folder."""
-    format: Literal["safetensors", "onnx"] = "safetensors"
-    out: Path | None = None
-    """The file; by default RUN/export.safetensors or RUN/export.onnx."""
-
-
-@dataclass(frozen=True)
-class List:
-    """Show methods, couplings, heads, backbones, recipes, and the data sets with where each is present."""
-
-    data_dir: str | None = None
-    """Where to look for data."""
-
+from localgrad.run.recipes import RECIPES, named_recipe
 
 COMMANDS: dict[str, type] = {"train": Train, "eval": Eval, "compare": Compare, "export": Export, "list": List}
 USAGE = """usage: localgrad COMMAND [flags]    (localgrad COMMAND --help shows the flags)
@@ -123,29 +52,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def parse_changes(pairs: Sequence[str]) -> dict[str, Any]:
-    """Recipe fields from KEY=VALUE pairs, of the types that the fields have. Raises UserError."""
-    changes = {}
-    names = {f.name for f in dataclasses.fields(Recipe)}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        name = key.replace("-", "_")
-        if not equals or not value:
-            raise UserError(f"--set takes KEY=VALUE, not '{pair}'")
-        if name not in names:
-            raise unknown("field", name, names)
-        try:
-            with contextlib.redirect_stderr(io.StringIO()):
-                parsed = tyro.cli(_FlatRecipe, args=[f"--{name.replace('_', '-')}", value])
-        except SystemExit:
-            raise UserError(f"--set {pair}: {name} cannot be '{value}'") from None
-        changes[name] = getattr(parsed, name)
-    return changes
-
-
-_FlatRecipe = tyro.conf.FlagConversionOff[Recipe]
-
-
 def _parse(name: str, args: list[str]) -> Any:
     kind, prog = COMMANDS[name], f"localgrad {name}"
     if kind is not Train:
@@ -161,17 +67,6 @@ def _parse(name: str, args: list[str]) -> Any:
     fields = {f.name for f in dataclasses.fields(Recipe)}
     changes = {name: getattr(parsed.recipe, name) for name in typed & fields}
     return dataclasses.replace(parsed, recipe=override(base, changes))
-
-
-def named_recipe(name: str) -> Recipe:
-    """A recipe by its name, or from a YAML file (a run's config.yaml). Raises UserError."""
-    if name in RECIPES:
-        return RECIPES[name]()
-    if name.endswith((".yaml", ".yml")):
-        from localgrad.run.runlog import read_recipe
-
-        return read_recipe(Path(name))
-    raise unknown("recipe", name, RECIPES)
 
 
 def _take_recipe(args: list[str]) -> tuple[str | None, list[str]]:

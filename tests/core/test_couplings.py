@@ -52,6 +52,19 @@ def test_man_is_the_sum_of_its_branches(coupling: lg.MAN) -> None:
         assert torch.equal(coupling_of(auxiliary)(h), wanted)
 
 
+@pytest.mark.parametrize("make", ALL)
+def test_a_block_learns_through_both_branches(make: type[lg.MAN]) -> None:
+    model = build(make())
+    auxiliary, h = auxiliaries(model)[0], crossing(model)[0].requires_grad_()
+    (got,) = torch.autograd.grad(coupling_of(auxiliary)(h).square().sum(), h)
+    z = h
+    for link in links_of(auxiliary):
+        learnable, ema = (copy.deepcopy(b) for b in branches_of(link))
+        z = learnable(z) + ema(z)
+    (wanted,) = torch.autograd.grad(z.square().sum(), h)
+    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12)
+
+
 def test_man_plus_plus_weighs_its_branches_by_a_learned_scale() -> None:
     model = build(lg.MANPlusPlus())
     for auxiliary, h in zip(auxiliaries(model), crossing(model), strict=True):

@@ -199,7 +199,7 @@ def test_interrupt_ends_with_one_line(tmp_path: Path) -> None:
 
 
 def test_set_parses_like_the_flags() -> None:
-    from localgrad.cli import parse_changes
+    from localgrad.run.arguments import parse_changes
 
     assert parse_changes(["lr=0.05", "decay-norms=False", "limit_train=100", "blocks=stem"]) == {
         "lr": 0.05, "decay_norms": False, "limit_train": 100, "blocks": "stem",

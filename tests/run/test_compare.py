@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from localgrad.cli import Compare, main
+from localgrad.cli import main
 from localgrad.core.errors import UserError
+from localgrad.run.arguments import Compare
 from localgrad.run.compare import Cell, finished_runs, grid, run_all, summarize
-from localgrad.run.recipe import Recipe, as_dict
-from localgrad.run.runlog import read_recipe, summary_rows
+from localgrad.run.recipe import Recipe, as_dict, read_recipe
+from localgrad.run.runlog import summary_rows
 
 SET = ("limit-train=64", "batch-size=16", "epochs=1", "precision=float32")
 

@@ -12,9 +12,8 @@ import torch
 
 from localgrad.core.errors import UserError
 from localgrad.run.build import machine_for
-from localgrad.run.recipe import PLACES, Recipe, differences, override, settle
+from localgrad.run.recipe import PLACES, Recipe, differences, override, read_recipe, settle
 from localgrad.run.recipes import RECIPES
-from localgrad.run.runlog import read_recipe
 from localgrad.run.train import train
 
 TINY = Recipe(model="resnet20", limit_train=64, batch_size=16, epochs=1, precision="float32", head="1c2f", lr=0.02)

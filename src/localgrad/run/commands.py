@@ -9,15 +9,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from localgrad.cli import Compare, Eval, Export, List, Train
 from localgrad.core.backbones import CIFAR_RESNETS, build
 from localgrad.core.errors import RunError, UserError
 from localgrad.run import data as data_room
+from localgrad.run.arguments import Compare, Eval, Export, List, Train
 from localgrad.run.build import machine_for
 from localgrad.run.checkpoint import load_backbone, read_weights, save_weights
-from localgrad.run.recipe import COUPLINGS, HEADS, METHODS, Recipe, override, settle
+from localgrad.run.recipe import COUPLINGS, HEADS, METHODS, Recipe, override, read_recipe, settle
 from localgrad.run.recipes import RECIPES
-from localgrad.run.runlog import claim, read_recipe, scores, summary_rows
+from localgrad.run.runlog import claim, scores, summary_rows
 from localgrad.run.train import evaluate, train
 
 

@@ -19,9 +19,10 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from localgrad.cli import Compare, named_recipe, parse_changes
 from localgrad.core.errors import RunError, UserError
+from localgrad.run.arguments import Compare, parse_changes
 from localgrad.run.recipe import Recipe, as_dict, override, settle
+from localgrad.run.recipes import named_recipe
 from localgrad.run.runlog import claim, environment, mib, summary_rows
 
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
+
+import yaml
 
 from localgrad.core.errors import UserError, unknown
 
@@ -197,3 +200,14 @@ def differences(a: Recipe, b: Recipe) -> list[str]:
     """Fields in which two recipes would give another result, as "lr 0.1 against 0.05"."""
     pairs = ((f.name, getattr(a, f.name), getattr(b, f.name)) for f in fields(Recipe) if f.name not in PLACES)
     return [f"{name} {x} against {y}" for name, x, y in pairs if x != y]
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a YAML file: a run's config.yaml, or fields alone. Raises UserError."""
+    try:
+        content = yaml.safe_load(path.read_text())
+        return Recipe(**(content.get("recipe", content)))
+    except FileNotFoundError:
+        raise UserError(f"no recipe at {path}") from None
+    except (yaml.YAMLError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} holds no recipe: {str(error).splitlines()[0]}") from error

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
-from localgrad.run.recipe import Recipe
+from localgrad.core.errors import unknown
+from localgrad.run.recipe import Recipe, read_recipe
 
 
 def demo() -> Recipe:
@@ -156,3 +158,12 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         imagenet_resnet152_k2, imagenet_resnet152_k4, imagenet_resnext101_k2, imagenet_resnext101_k4,
     )
 }  # fmt: skip
+
+
+def named_recipe(name: str) -> Recipe:
+    """A recipe by its name, or from a YAML file (a run's config.yaml). Raises UserError."""
+    if name.endswith((".yaml", ".yml")):
+        return read_recipe(Path(name))
+    if name not in RECIPES:
+        raise unknown("recipe", name, RECIPES)
+    return RECIPES[name]()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import localgrad
 from localgrad.core.errors import UserError
-from localgrad.run.recipe import Recipe, as_dict, differences
+from localgrad.run.recipe import Recipe, as_dict, differences, read_recipe
 from localgrad.scale.memory import PeakBytes
 
 INTERVAL = 10.0  # seconds between two lines without a terminal
@@ -43,17 +43,6 @@ def processor() -> str:
     """The processor's name, as far as the system tells."""
     name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name")
     return str(name or platform.processor() or "unknown processor")
-
-
-def read_recipe(path: Path) -> Recipe:
-    """The recipe in a YAML file: a run's config.yaml, or fields alone. Raises UserError."""
-    try:
-        content = yaml.safe_load(path.read_text())
-        return Recipe(**(content.get("recipe", content)))
-    except FileNotFoundError:
-        raise UserError(f"no recipe at {path}") from None
-    except (yaml.YAMLError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} holds no recipe: {str(error).splitlines()[0]}") from error
 
 
 def summary_rows(folder: Path) -> list[dict[str, float]]:

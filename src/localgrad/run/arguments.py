@@ -1,0 +1,103 @@
+"""What each command takes: one dataclass a command, whose docstrings are the help texts. No PyTorch here."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from localgrad.core.errors import UserError, unknown
+from localgrad.run.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train one network into a run folder. Flags override the recipe's fields."""
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    out: Path = Path("runs/train")
+    """The run folder."""
+    tensorboard: bool = False
+    """Also write TensorBoard events (needs localgrad[tensorboard])."""
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Evaluate a run's trained backbone on its test images."""
+
+    run: tyro.conf.Positional[Path]
+    """The run folder."""
+    data_dir: str | None = None
+    """Where the data lies, if not where the run had it."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Train a grid of methods, numbers of blocks and seeds, one process a run, and print the table.
+
+    A grid that was stopped goes on where it stopped.
+    """
+
+    methods: str = "bp,dgl,dgl+man,dgl+deep-man"
+    """Methods with their couplings: METHOD or METHOD+COUPLING."""
+    blocks: str = "4"
+    """Numbers of blocks."""
+    seeds: str = "0"
+    """Seeds: 0,1,2."""
+    recipe: str = "demo"
+    """Recipe that all runs share: a name or a YAML file."""
+    data: str | None = None
+    """Data set, if not the recipe's."""
+    set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Recipe fields that all runs share: --set lr=0.05 --set epochs=3."""
+    out: Path = Path("runs/compare")
+    """Folder of the grid: a folder for each run, runs.csv, compare.csv, and compare.png with localgrad[plot]."""
+    jobs: int = 1
+    """Runs at a time."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Export a run's trained backbone, without auxiliaries."""
+
+    run: tyro.conf.Positional[Path]
+    """The run folder."""
+    format: Literal["safetensors", "onnx"] = "safetensors"
+    out: Path | None = None
+    """The file; by default RUN/export.safetensors or RUN/export.onnx."""
+
+
+@dataclass(frozen=True)
+class List:
+    """Show methods, couplings, heads, backbones, recipes, and the data sets with where each is present."""
+
+    data_dir: str | None = None
+    """Where to look for data."""
+
+
+def parse_changes(pairs: Sequence[str]) -> dict[str, Any]:
+    """Recipe fields from KEY=VALUE pairs, of the types that the fields have. Raises UserError."""
+    changes = {}
+    names = {f.name for f in dataclasses.fields(Recipe)}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        name = key.replace("-", "_")
+        if not equals or not value:
+            raise UserError(f"--set takes KEY=VALUE, not '{pair}'")
+        if name not in names:
+            raise unknown("field", name, names)
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                parsed = tyro.cli(tyro.conf.FlagConversionOff[Recipe], args=[f"--{name.replace('_', '-')}", value])
+        except SystemExit:
+            raise UserError(f"--set {pair}: {name} cannot be '{value}'") from None
+        changes[name] = getattr(parsed, name)
+    return changes
