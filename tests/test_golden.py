@@ -45,16 +45,14 @@ def golden_parameters(model: lg.LocalModel, tensors: dict[str, Tensor]) -> dict[
     found: dict[str, Tensor] = {f"backbone.{name}": p for name, p in model.backbone.named_parameters()}
     for k, auxiliary in enumerate(model.auxiliaries):
         assert isinstance(auxiliary, Auxiliary)
-        assert auxiliary.coupling is not None
-        link = auxiliary.coupling.links[0]
-        for branch in ("learnable", "ema"):
-            module = getattr(link, branch)
-            found |= {f"aux.{k}.{branch}.{name}": p for name, p in module.named_parameters()}
-        if link.scale is not None:
-            found[f"aux.{k}.scale"] = link.scale  # pyright: ignore[reportArgumentType]
+        if auxiliary.coupling is not None:  # "links.0.learnable.conv1.weight", "links.0.scale"
+            own = auxiliary.coupling.named_parameters()
+            found |= {f"aux.{k}.{name.removeprefix('links.0.')}": p for name, p in own}
         for head, module in auxiliary.heads.items():
             prefix = f"aux.{k}.{head}."
-            places = sorted({int(name.removeprefix(prefix).split(".")[0]) for name in tensors if name.startswith(prefix)})
+            places = sorted(
+                {int(name.removeprefix(prefix).split(".")[0]) for name in tensors if name.startswith(prefix)}
+            )
             layers = [m for m in module.modules() if not list(m.children()) and list(m.parameters())]
             for place, layer in zip(places, layers, strict=True):
                 found |= {f"{prefix}{place}.{name}": p for name, p in layer.named_parameters()}
@@ -70,13 +68,14 @@ def test_replays(name: str) -> None:
     inputs, targets = (images - mean) / std, tensors["targets"]
 
     classes = tensors["backbone.fc.weight"].shape[0]
-    coupling = lg.MANPlusPlus if record["method"].endswith("manpp") else lg.MAN
+    couplings = {"man": lg.MAN, "manpp": lg.MANPlusPlus}
+    coupling = couplings.get(record["method"].partition("_")[2])
     backbone = lg.build(record["arch"], classes=classes).double()
     model = lg.localize(
         backbone,
         blocks=record["blocks_end_at"],
         method=method_of(record, tensors),
-        coupling=coupling(momentum=record["momentum"], buffers=record["ema_buffers"]),
+        coupling=coupling and coupling(momentum=record["momentum"], buffers=record["ema_buffers"]),
         example=inputs[0],
     )
     assert len(model.blocks) == len(record["blocks_end_at"])

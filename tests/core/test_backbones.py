@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from small import batch, resnet
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import localgrad as lg
-from localgrad.core.backbones import CIFAR_DEPTHS
+from localgrad.core.backbones import CIFAR_DEPTHS, ResidualUnit
 from localgrad.core.errors import UserError
 
 
@@ -58,6 +59,41 @@ def test_one_channel_changes_the_first_convolution_only() -> None:
 
 def test_cifar_resnets_run_rectangles() -> None:
     assert resnet(20, in_channels=2, classes=3)(torch.randn(2, 2, 9, 14)).shape == (2, 3)
+
+
+@pytest.mark.parametrize(("channels", "out", "stride"), [(4, 4, 1), (4, 6, 2), (4, 6, 1)])
+def test_a_residual_unit_is_two_convolutions_and_a_shortcut(channels: int, out: int, stride: int) -> None:
+    unit = ResidualUnit(channels, out, stride).eval()
+    weights = unit.state_dict()
+    for name, value in weights.items():
+        if name.endswith(("running_mean", "bias")):
+            value.normal_()
+
+    def normed(h: Tensor, convolution: str, norm: str, stride: int = 1, padding: int = 1) -> Tensor:
+        h = F.conv2d(h, weights[f"{convolution}.weight"], None, stride, padding)
+        mean, var, gain, bias = (
+            weights[f"{norm}.{k}"].view(-1, 1, 1) for k in ("running_mean", "running_var", "weight", "bias")
+        )
+        return (h - mean) / (var + 1e-5).sqrt() * gain + bias
+
+    h = torch.randn(2, channels, 8, 8)
+    shortcut = h if unit.downsample is None else normed(h, "downsample.0", "downsample.1", stride, 0)
+    inside = normed(h, "conv1", "bn1", stride).clamp(min=0)
+    wanted = (normed(inside, "conv2", "bn2") + shortcut).clamp(min=0)
+    with torch.no_grad():
+        torch.testing.assert_close(unit(h.clone()), wanted, rtol=1e-4, atol=1e-5)
+    assert (unit.downsample is None) == (channels == out and stride == 1)
+
+
+def test_the_network_is_stem_stages_and_head() -> None:
+    backbone, x = lg.CifarResNet(20).eval(), torch.randn(2, 3, 8, 8)
+    h = backbone.layer3(backbone.layer2(backbone.layer1(backbone.bn1(backbone.conv1(x)).clamp(min=0))))
+    torch.testing.assert_close(backbone(x), backbone.fc(h.mean((2, 3))))
+    convolutions = [m for m in backbone.modules() if isinstance(m, nn.Conv2d)]
+    assert sum(m.stride == (2, 2) for m in convolutions) == 4  # a convolution and a shortcut at two stages
+    for m in convolutions:  # normal, of the variance that keeps gradients: 2 / fan out
+        fan = m.out_channels * m.kernel_size[0] * m.kernel_size[1]
+        assert m.weight.std().item() == pytest.approx((2 / fan) ** 0.5, rel=0.2)
 
 
 @pytest.mark.parametrize("depth", [7, 2, 33, 0])

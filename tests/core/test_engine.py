@@ -162,6 +162,25 @@ def test_stepping_as_you_go_equals_stepping_after_the_pass_bit_for_bit(coupling:
     assert not any(p.grad is not None for p in going.parameters())
 
 
+# What lives on
+
+
+def test_a_blocks_tensors_are_gone_before_the_next_block_runs() -> None:
+    x, y = batch()
+    model = lg.localize(resnet(20), blocks=4, method=lg.infopro(), coupling=lg.MAN(), example=x)
+    made: list[Any] = []
+    for module in [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d | nn.Linear)]:
+        module.register_forward_hook(lambda m, args, out: made.append(ref(out)))
+    alive: list[int] = []
+
+    def after_block(k: int) -> None:
+        alive.append(sum(tensor() is not None for tensor in made))
+
+    lg.local_backward(model, x, y, after_block=after_block)
+    assert len(made) > 40
+    assert alive == [0, 0, 0, 1]  # the logits
+
+
 # Autocast
 
 

@@ -214,6 +214,21 @@ def test_infopro_contrasts_features_of_the_asked_number() -> None:
     assert linear.out_features == 24
 
 
+@pytest.mark.parametrize("head", ["dgl", "0c1f", "2c2f"])
+def test_infopro_contrasts_the_components_of_any_head(head: str) -> None:
+    x, y = batch()
+    model = lg.localize(resnet(20), blocks=2, method=lg.infopro(head, contrast=True, features=24), example=x)
+    (auxiliary,) = auxiliaries(model)
+    assert auxiliary(model.blocks[0](x))["classifier"].shape == (4, 24)
+    assert bool(lg.local_backward(model, x, y).losses[0].isfinite())
+
+
+@pytest.mark.parametrize("method", [lg.dgl("1c2g"), lg.infopro("1c2g", contrast=True), lg.auglocal("1c2g")])
+def test_an_unknown_head_is_refused_when_it_is_built(method: lg.Method) -> None:
+    with pytest.raises(UserError, match="unknown head '1c2g': did you mean '1c2f'"):
+        lg.localize(resnet(20), blocks=2, method=method, example=batch()[0])
+
+
 def test_infopro_recovers_images_from_the_normalisation() -> None:
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
     images = torch.rand(4, 3, 8, 8)
@@ -271,6 +286,11 @@ def test_auglocal_always_takes_the_units_that_change_the_shape() -> None:
         head = auxiliary.heads["classifier"]
         last = [m for m in head.modules() if isinstance(m, nn.Linear)][-1]
         assert last.in_features == 64
+
+
+def test_auglocal_takes_at_least_one_unit() -> None:
+    with pytest.raises(UserError, match="at least 1, not 0"):
+        lg.auglocal(depth=0)
 
 
 def test_auglocal_draws_its_units_anew() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import cast
 
 import pytest
@@ -13,14 +13,6 @@ import localgrad as lg
 from localgrad.scale.memory import MemoryMeter
 
 CUTS = ["layer1.6", "layer1.14", "layer2.8"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def peak(step: Callable[[], object]) -> int:

@@ -229,9 +229,9 @@ def _trace(backbone: nn.Module) -> list[fx.Node]:
     for before, node in zip(nodes, [*nodes[1:], last], strict=True):
         if node.all_input_nodes != [before]:
             other = next((n for n in node.all_input_nodes if n is not before), before)
-            skipping, over = str(other.target), str(before.target)
+            skips, over = (str(n.target) if n.op == "call_module" else n.name for n in (other, before))
             raise UserError(
-                f"{type(backbone).__name__} is no chain: the tensor of '{skipping}' skips over '{over}'; "
+                f"{type(backbone).__name__} is no chain: the tensor of '{skips}' skips over '{over}' to '{node.name}'; "
                 "give its repeated units as elements of an nn.Sequential or nn.ModuleList"
             )
     return nodes[1:]
