@@ -125,9 +125,7 @@ def imports(path: Path, *, top: bool = False) -> list[tuple[str, int]]:
 def test_imports_point_down(path: Path) -> None:
     floor = path.parent.name
     assert floor in FLOORS
-    above = [f"localgrad.{name}" for name in FLOORS[FLOORS.index(floor) + 1 :]] + ["localgrad.__main__"]
-    if floor != "run":  # whose commands are the other half of the command line
-        above.append("localgrad.cli")
+    above = [f"localgrad.{name}" for name in (*FLOORS[FLOORS.index(floor) + 1 :], "cli", "__main__")]
     wrong = [(module, line) for module, line in imports(path) if module.startswith(tuple(above))]
     assert not wrong
 

@@ -12,10 +12,12 @@ from small import (
     assert_same,
     auxiliaries,
     batch,
+    branches_of,
     chain,
     composite,
     coupling_of,
     gradients,
+    links_of,
     local,
     mlp,
     resnet,
@@ -193,3 +195,39 @@ def test_a_backbone_without_a_vector_of_logits_needs_a_task_of_its_own() -> None
 
     with pytest.raises(UserError, match=r"gives \(1, 2, 8, 8\), not one vector of logits a sample"):
         lg.localize(Maps(), blocks=2, method=lg.dgl(), example=batch()[0])
+
+
+def test_weight_decay_is_the_optimizers_unless_given() -> None:
+    model = lg.localize(vgg(), blocks=2, method=lg.dgl("0c1f"), example=batch()[0])
+    for given, wanted in ((None, 0.3), (0.1, 0.1)):
+        optimizer = torch.optim.SGD(lg.param_groups(model, weight_decay=given, no_decay=True), lr=0.1, weight_decay=0.3)
+        assert {g["weight_decay"] for g in optimizer.param_groups} == {wanted, 0.0}
+
+
+def test_blocks_are_four_or_bps_one_unless_said() -> None:
+    x = batch()[0]
+    assert len(lg.localize(vgg(), method=lg.dgl("0c1f"), example=x).blocks) == 4
+    assert len(lg.localize(vgg(), method=lg.bp(), example=x).blocks) == 1
+
+
+def test_a_copy_of_frozen_units_learns() -> None:
+    network = vgg().requires_grad_(False)
+    model = lg.localize(network, blocks=2, method=lg.dgl("0c1f"), coupling=lg.MAN(), example=batch()[0])
+    learnable, ema = branches_of(links_of(auxiliaries(model)[0])[0])
+    assert all(p.requires_grad for p in learnable.parameters())
+    assert not any(p.requires_grad for p in ema.parameters())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: lg.predsim(beta=2),
+        lambda: lg.infopro(temperature=0),
+        lambda: lg.Classification(10, label_smoothing=2.0),
+        lambda: lg.Classification(0),
+        lambda: lg.auglocal(depth=0),
+    ],
+)
+def test_settings_out_of_range_are_refused(wrong: Callable[[], object]) -> None:
+    with pytest.raises(UserError):
+        wrong()

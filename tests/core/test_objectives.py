@@ -139,3 +139,12 @@ def test_infopros_weights_fall_from_the_papers_to_nothing_and_are_never_negative
     assert weights[-1] == (0, 0)
     assert weights == sorted(weights, reverse=True)
     assert all(a == pytest.approx(10 * b) and b >= 0 for a, b in weights)
+
+
+def test_a_single_sample_has_nothing_to_contrast() -> None:
+    features = torch.randn(1, 4, requires_grad=True)
+    loss = supervised_contrastive(features, torch.tensor([3]))
+    loss.backward()
+    assert loss.item() == 0
+    assert features.grad is not None
+    assert features.grad.eq(0).all()

@@ -60,7 +60,7 @@ class Method:
     def images(self, x: Tensor) -> Tensor:
         """The image in [0, 1] of a normalised input, both [B, C, H, W]."""
         if self.mean is None or self.std is None:
-            return x
+            return x.clamp(0, 1)
         mean, std = (torch.tensor(v, dtype=x.dtype, device=x.device).view(-1, 1, 1) for v in (self.mean, self.std))
         return (x * std + mean).clamp(0, 1)
 

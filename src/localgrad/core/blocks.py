@@ -1,22 +1,19 @@
 """Backbone -> units -> K blocks and the boundaries between them, by the names of the backbone's own modules.
 
-The backbone is traced symbolically with its repeated units as leaves; a unit or block references the modules that it
-runs, never copies or renames them. Only chains are cut here: each traced operation reads what the one before it made.
+A unit or block references the modules that it runs, never copies or renames them.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from localgrad.core.errors import UserError, unknown
-
-_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
+from localgrad.core.trace import first_leaf, trace
 
 
 @dataclass(frozen=True)
@@ -42,35 +39,6 @@ class Boundary:
     def to_map(self) -> list[nn.Module]:
         """Modules that turn what crosses, [B, *shape], into a map [B, C, H, W]: none where it is one already."""
         return [] if self.layout == "NCHW" else [nn.Unflatten(1, (self.channels, 1, 1))]
-
-
-class _Here:
-    """Marks the place of the crossing tensor among traced arguments; one object even after a deep copy."""
-
-    def __deepcopy__(self, memo: dict) -> _Here:
-        return self
-
-
-_HERE = _Here()
-
-
-class Call(nn.Module):
-    """A traced function or tensor method as a module: `target(h, ...)` with the traced constant arguments."""
-
-    def __init__(self, target: Callable[..., Tensor] | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.target = target
-        self.args = tuple(_HERE if isinstance(a, fx.Node) else a for a in args)
-        self.kwargs = {name: _HERE if isinstance(a, fx.Node) else a for name, a in kwargs.items()}
-
-    def forward(self, h: Tensor) -> Tensor:
-        args = [h if a is _HERE else a for a in self.args]
-        kwargs = {name: h if a is _HERE else a for name, a in self.kwargs.items()}
-        if "training" in kwargs:  # traced as a constant, yet it has to follow .train() and .eval()
-            kwargs["training"] = self.training
-        if isinstance(self.target, str):
-            return getattr(args[0], self.target)(*args[1:], **kwargs)
-        return self.target(*args, **kwargs)
 
 
 class Clone(nn.Module):
@@ -127,8 +95,8 @@ def units(backbone: nn.Module, example: Tensor) -> list[str]:
 
 def trace_units(backbone: nn.Module, example: Tensor) -> tuple[list[Unit], nn.Module | None]:
     """The units of `backbone` and its head (None where the last unit already gives the output)."""
-    pieces, head = _pieces(backbone, _trace(backbone))
-    modules = [(name, _chain(backbone, nodes)) for name, nodes in pieces]
+    modules, tail = trace(backbone)
+    names = [name for name, _ in modules]
     found: list[Unit] = []
     was_training = [m for m in backbone.modules() if m.training]
     backbone.eval()
@@ -139,8 +107,15 @@ def trace_units(backbone: nn.Module, example: Tensor) -> tuple[list[Unit], nn.Mo
             before = _boundary(h, stage)
             for name, module in modules:
                 version = h._version
-                out = module(h)
-                in_place = h._version != version
+                try:
+                    out = module(h)
+                except RuntimeError as error:
+                    reason = str(error).splitlines()[0]
+                    raise UserError(
+                        f"an example of {tuple(example.shape)} does not pass unit '{name}': {reason}"
+                    ) from error
+                # Dropout writes in training mode only, in which nothing is run here.
+                in_place = h._version != version or getattr(first_leaf(module), "inplace", False)
                 stage += tuple(out.shape[1:]) != before.shape and bool(found)
                 after = _boundary(out, stage)
                 found.append(Unit(name, module, before, after, in_place))
@@ -148,7 +123,13 @@ def trace_units(backbone: nn.Module, example: Tensor) -> tuple[list[Unit], nn.Mo
     finally:
         for m in was_training:
             m.training = True
-    tail = _chain(backbone, head) if head else None
+    owner: dict[nn.Parameter, str] = {}
+    for unit in found:
+        for parameter in unit.module.parameters():
+            if owner.setdefault(parameter, unit.name) != unit.name or names.count(unit.name) > 1:
+                raise UserError(
+                    f"unit '{unit.name}' shares parameters with '{owner[parameter]}': they cannot be isolated"
+                )
     # A last unit that turns maps into a vector is the network's own head, whatever its module is called.
     if tail is None and len(found) > 1 and len(found[-1].output.shape) < len(found[-1].input.shape):
         tail = found.pop().module
@@ -160,6 +141,8 @@ def split(all_units: Sequence[Unit], blocks: int | Sequence[str]) -> list[list[U
     after each named unit (the last unit closes the last block, named or not). Raises UserError for an impossible cut.
     """
     names = [u.name for u in all_units]
+    if isinstance(blocks, str):
+        blocks = [blocks]
     if isinstance(blocks, int):
         if not 1 <= blocks <= len(names):
             raise UserError(
@@ -187,95 +170,6 @@ def select_path(downstream: Sequence[Unit], depth: int) -> list[Unit]:
     extra = max(0, min(depth - len(changing), len(others)))
     spread = [others[i * len(others) // extra] for i in range(extra)]
     return [downstream[i] for i in sorted(changing + spread)]
-
-
-def _is_composite(module: nn.Module) -> bool:
-    return next(module.children(), None) is not None
-
-
-def _is_stage(module: nn.Module) -> bool:
-    """A container of composite modules, such as a ResNet's layer1: cut between its elements."""
-    with_parameters = [m for m in module.children() if next(m.parameters(), None) is not None]
-    container = isinstance(module, nn.Sequential | nn.ModuleList)
-    return container and bool(with_parameters) and all(map(_is_composite, with_parameters))
-
-
-def _elements(backbone: nn.Module) -> set[str]:
-    """Names of the modules that stand in a Sequential or ModuleList and are no stage themselves."""
-    found = set()
-    for name, module in backbone.named_modules():
-        if isinstance(module, nn.Sequential | nn.ModuleList):
-            prefix = f"{name}." if name else ""
-            found |= {prefix + child for child, m in module.named_children() if not _is_stage(m)}
-    return found
-
-
-class _UnitTracer(fx.Tracer):
-    def __init__(self, leaves: set[str]) -> None:
-        super().__init__()
-        self.leaves = leaves
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name in self.leaves or super().is_leaf_module(m, module_qualified_name)
-
-
-def _trace(backbone: nn.Module) -> list[fx.Node]:
-    """The operations of `backbone` in order, each reading only the one before. Raises UserError otherwise."""
-    try:
-        graph = _UnitTracer(_elements(backbone)).trace(backbone)
-    except Exception as error:  # symbolic tracing fails in as many ways as Python has control flow
-        raise UserError(f"{type(backbone).__name__} cannot be cut into units: tracing it failed ({error})") from error
-    *nodes, last = [n for n in graph.nodes if n.op != "placeholder" or n.users]
-    for before, node in zip(nodes, [*nodes[1:], last], strict=True):
-        if node.all_input_nodes != [before]:
-            other = next((n for n in node.all_input_nodes if n is not before), before)
-            skips, over = (str(n.target) if n.op == "call_module" else n.name for n in (other, before))
-            raise UserError(
-                f"{type(backbone).__name__} is no chain: the tensor of '{skips}' skips over '{over}' to '{node.name}'; "
-                "give its repeated units as elements of an nn.Sequential or nn.ModuleList"
-            )
-    return nodes[1:]
-
-
-def _pieces(backbone: nn.Module, nodes: list[fx.Node]) -> tuple[list[tuple[str, list[fx.Node]]], list[fx.Node]]:
-    """Named runs of nodes, one per unit, and the nodes of the network's own head."""
-
-    def module(node: fx.Node) -> nn.Module:
-        return backbone.get_submodule(str(node.target)) if node.op == "call_module" else nn.Identity()
-
-    def has_parameters(node: fx.Node) -> bool:
-        return next(module(node).parameters(), None) is not None
-
-    elements = _elements(backbone)
-    composite = [n.target in elements and _is_composite(module(n)) for n in nodes]
-    plain = not any(composite)
-    starts = [
-        i
-        for i, n in enumerate(nodes)
-        if (has_parameters(n) and not isinstance(module(n), _NORMS) if plain else composite[i])
-    ]
-    if not starts:
-        raise UserError(f"{type(backbone).__name__} cannot be cut into units: it has no module with parameters")
-    runs = [(str(nodes[a].target), nodes[a:b]) for a, b in zip(starts, [*starts[1:], len(nodes)], strict=True)]
-    before, head = nodes[: starts[0]], []
-    if any(map(has_parameters, before)):
-        runs.insert(0, ("stem", before))
-    else:
-        runs[0] = (runs[0][0], before + runs[0][1])
-    if plain and len(runs) > 1:  # the last layer is the network's own head, as in any classifier
-        head = runs.pop()[1]
-    elif any(map(has_parameters, runs[-1][1][1:])):  # pool, flatten, linear after the last repeated unit
-        name, last = runs[-1]
-        runs[-1], head = (name, last[:1]), last[1:]
-    return runs, head
-
-
-def _chain(backbone: nn.Module, nodes: Iterable[fx.Node]) -> nn.Module:
-    modules = [
-        backbone.get_submodule(str(n.target)) if n.op == "call_module" else Call(n.target, n.args, n.kwargs)
-        for n in nodes
-    ]
-    return modules[0] if len(modules) == 1 else nn.Sequential(*modules)
 
 
 def _boundary(h: Tensor, stage: int) -> Boundary:

@@ -98,7 +98,7 @@ class Link(nn.Module):
     def __init__(self, spec: MAN, source: Unit) -> None:
         super().__init__()
         pull = spec.form == "pull"
-        self.learnable = source.copy(fresh=not pull) if spec.learnable else None
+        self.learnable = source.copy(fresh=not pull).requires_grad_() if spec.learnable else None
         self.ema = source.copy(fresh=False).requires_grad_(False) if spec.ema and not pull else None
         parameter = next(source.module.parameters(), None)
         like = {} if parameter is None else {"device": parameter.device, "dtype": parameter.dtype}

@@ -78,7 +78,7 @@ class LocalModel(nn.Module):
 def localize(
     backbone: nn.Module,
     *,
-    blocks: int | Sequence[str] = 4,
+    blocks: int | Sequence[str] | None = None,
     method: Method,
     coupling: MAN | None = None,
     example: Tensor,
@@ -86,16 +86,18 @@ def localize(
 ) -> LocalModel:
     """Cuts `backbone` into gradient-isolated blocks and builds their auxiliaries, on the backbone's device and dtype.
 
-    blocks: how many, or the last unit of each (`units(backbone, example)` lists the names). coupling: `MAN()`,
-    `MANPlusPlus()`, `DeepMAN()` or None. example: a normalised input batch [B, C, H, W]; one sample of it is run.
-    task: by default classification into as many classes as the backbone gives logits. Copies of the coupling start
-    from the backbone's weights as they are now: load a checkpoint first. Raises UserError for cuts that cannot be.
+    blocks: how many, or the last unit of each (`units(backbone, example)` lists the names); by default 4, or `bp`'s 1.
+    coupling: `MAN()`, `MANPlusPlus()`, `DeepMAN()` or None. example: a normalised input batch [B, C, H, W]; one sample
+    of it is run. task: by default classification into as many classes as the backbone gives logits. Copies of the
+    coupling start from the backbone's weights as they are now: load a checkpoint first. Raises UserError for cuts that
+    cannot be.
     """
-    if method.terms is None and blocks != 1:
-        warnings.warn(f"{method.name} trains end to end: blocks={blocks} has no effect, there is 1", stacklevel=2)
+    if method.terms is None:
+        if blocks not in (None, 1):
+            warnings.warn(f"{method.name} trains end to end: blocks={blocks} has no effect, there is 1", stacklevel=2)
         blocks = 1
     all_units, head = trace_units(backbone, example)
-    groups = split(all_units, blocks)
+    groups = split(all_units, 4 if blocks is None else blocks)
     if coupling is not None and len(groups) == 1:
         warnings.warn("a coupling has no effect on a single block", stacklevel=2)
     task = task or Classification(_outputs(all_units, head, backbone, example))
@@ -180,13 +182,17 @@ def local_backward(
 
 
 def param_groups(
-    model: LocalModel, *, weight_decay: float = 0.0, no_decay: bool = False, lr: float | Sequence[float] | None = None
+    model: LocalModel,
+    *,
+    weight_decay: float | None = None,
+    no_decay: bool = False,
+    lr: float | Sequence[float] | None = None,
 ) -> list[dict[str, Any]]:
     """Optimizer groups, one or two per block, each marked with `block`.
 
     weight_decay: for every trainable parameter; with `no_decay`, none for norms, biases and scales (parameters of
-    fewer than two dimensions). lr: one for all blocks or one for each; the optimizer's own by default. EMA copies and
-    frozen parameters never enter.
+    fewer than two dimensions). lr: one for all blocks or one for each. Of both, the optimizer's own by default. EMA
+    copies and frozen parameters never enter.
     """
     count = len(model.blocks)
     if isinstance(lr, Sequence) and len(lr) != count:
@@ -194,12 +200,12 @@ def param_groups(
     groups = []
     for k in range(count):
         rate = lr[k] if isinstance(lr, Sequence) else lr
-        own = {"block": k} if rate is None else {"block": k, "lr": rate}
         plain = [p for p in model.members(k) if no_decay and p.ndim < 2]
         decayed = [p for p in model.members(k) if not (no_decay and p.ndim < 2)]
         for parameters, decay in ((decayed, weight_decay), (plain, 0.0)):
+            own = {"lr": rate, "weight_decay": decay}
             if parameters:
-                groups.append({"params": parameters, "weight_decay": decay, **own})
+                groups.append({"params": parameters, "block": k, **{n: v for n, v in own.items() if v is not None}})
     return groups
 
 
@@ -263,13 +269,16 @@ def _width(all_units: Sequence[Unit]) -> int:
 
 def _outputs(all_units: Sequence[Unit], head: nn.Module | None, backbone: nn.Module, example: Tensor) -> int:
     """How many logits the backbone gives."""
+    last = all_units[-1].output
+    if head is None and last.layout != "NC":
+        raise UserError(f"the backbone gives {last.layout} {last.shape}, not one vector of logits a sample")
     if head is None:
-        return all_units[-1].output.channels
+        return last.channels
     was_training = [m for m in head.modules() if m.training]
     head.eval()
     parameter = next(backbone.parameters())
     with torch.no_grad():
-        h = torch.zeros(1, *all_units[-1].output.shape, device=parameter.device, dtype=parameter.dtype)
+        h = torch.zeros(1, *last.shape, device=parameter.device, dtype=parameter.dtype)
         out = head(h)
     for m in was_training:
         m.training = True

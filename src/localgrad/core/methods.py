@@ -37,7 +37,9 @@ def dgl(head: str | None = None, *, channels: int = 128, hidden: int = 512) -> M
 
 def predsim(head: str | None = None, *, beta: float = 0.99) -> Method:
     """Similarity matching and prediction (Nokland & Eidnes, "Training neural networks with local error signals",
-    ICML 2019): `(1 - beta) * cross-entropy + beta * similarity matching` (eq. 3)."""
+    ICML 2019): `(1 - beta) * cross-entropy + beta * similarity matching` (eq. 3), beta from 0 to 1."""
+    if not 0 <= beta <= 1:
+        raise UserError(f"beta must lie between 0 and 1, not {beta}")
 
     def terms(site: Site) -> dict[str, Term]:
         matching = partial(objectives.similarity_matching, classes=site.task.classes)
@@ -68,6 +70,8 @@ def infopro(
     teaches its block nothing; (5, 0.75) throughout for images of 128 pixels and more, which also get the paper's
     ImageNet heads. mean, std: of the input's normalisation, to recover images from it.
     """
+    if not temperature > 0:
+        raise UserError(f"temperature must be above 0, not {temperature}")
 
     def terms(site: Site) -> dict[str, Term]:
         large = min(site.image[1:]) >= IMAGENET_SIZE

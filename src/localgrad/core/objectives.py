@@ -24,6 +24,8 @@ def supervised_contrastive(features: Tensor, targets: Tensor, *, temperature: fl
     Source: Khosla et al., "Supervised contrastive learning" (NeurIPS 2020), eq. 2; InfoPro uses it as its second
     classification objective.
     """
+    if len(features) < 2:
+        return features.sum() * 0
     z = F.normalize(features, dim=1)
     similarity = z @ z.T / temperature
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
