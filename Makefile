@@ -34,4 +34,4 @@ $(READY_DEV): pyproject.toml constraints.txt $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import csv
+import signal
 import statistics
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -44,6 +48,8 @@ def test_a_head_that_is_set_holds_for_deep_man_too() -> None:
         ({"seeds": ""}, "--seeds takes whole numbers"),
         ({"set": ("lr",)}, "KEY=VALUE"),
         ({"recipe": "demoo"}, "did you mean 'demo'"),
+        ({"set": ("seed=7",)}, "the grid takes it from --seeds"),
+        ({"set": ("coupling=man",)}, "the grid takes it from --methods"),
     ],
 )
 def test_a_wrong_grid_is_refused(wrong: dict, says: str) -> None:
@@ -85,6 +91,47 @@ def test_a_grid_of_other_settings_is_refused_before_anything_runs(tmp_path: Path
     (out / "dgl_k4_s0" / "config.yaml").write_text(yaml.safe_dump({"recipe": as_dict(Recipe(lr=0.7))}))
     assert main(["compare", "--methods", "bp,dgl", "--out", str(out)]) == 2
     assert [p.name for p in out.iterdir()] == ["dgl_k4_s0"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--data", "cifar10", "--set", "data-dir=nowhere"], "nowhere"),
+        (["--data", "digitz"], "did you mean 'digits'"),
+        (["--blocks", "4,99"], "blocks=99 is out of range"),
+        (["--set", "model=resnet21"], "unknown model 'resnet21'"),
+        (["--set", "precision=fp16", "--set", "device=cpu"], "fp16 needs a CUDA device"),
+    ],
+)
+def test_a_grid_that_cannot_run_starts_nothing(
+    flags: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", *flags, "--out", str(tmp_path / "grid")]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "grid").exists()
+
+
+def test_options_without_effect_warn_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.warns(UserWarning, match="momentum has no effect: there is no EMA"):
+        grid(Compare(methods="dgl", set=("momentum=0.5",)))
+
+
+def test_sigterm_stops_the_run_with_the_grid(tmp_path: Path) -> None:
+    out = tmp_path / "grid"
+    flags = [f for value in (*SET, "epochs=500") for f in ("--set", value)]
+    command = [sys.executable, "-m", "localgrad", "compare", "--methods", "dgl", *flags, "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    summary = out / "dgl_k4_s0" / "summary.csv"
+    deadline = time.monotonic() + 120
+    while not summary.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.strip() == "localgrad: stopped"
+    size = summary.stat().st_size
+    time.sleep(1.5)
+    assert summary.stat().st_size == size
 
 
 def test_a_failed_run_is_named_and_the_others_go_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -101,8 +101,12 @@ def test_init_starts_from_a_checkpoint(tmp_path: Path) -> None:
         ({"momentum": 1.5}, "between 0 and 1"),
         ({"lr": -1.0}, "lr must be above 0"),
         ({"lr": float("nan")}, "lr must be above 0"),
-        ({"weight_decay": -1.0}, "not be negative"),
-        ({"step_as_you_go": True, "accumulate": 2}, "cannot accumulate"),
+        ({"weight_decay": -1.0}, "at least 0"),
+        ({"weight_decay": float("nan")}, "at least 0"),
+        ({"lr": float("inf")}, "above 0 and finite"),
+        ({"seed": 2**64}, "seed must be"),
+        ({"block_lr": "-1,1"}, "factors of at least 0"),
+        ({"step_as_you_go": True, "accumulate": 2}, "drop one"),
     ],
 )
 def test_wrong_values_are_refused(fields: dict, says: str) -> None:
@@ -112,7 +116,7 @@ def test_wrong_values_are_refused(fields: dict, says: str) -> None:
 
 def test_block_lr_is_a_number_a_block(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="numbers split by commas"):
-        _ = Recipe(block_lr="1,x").block_factors
+        Recipe(block_lr="1,x")
     with pytest.raises(UserError, match="3 learning rates for 4 blocks"):
         train(dataclasses.replace(TINY, block_lr="1,1,1"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -126,6 +130,7 @@ def test_changes_imply_what_goes_with_them() -> None:
     assert override(small, {"coupling": "deep-man"}).head == "auto"
     assert override(small, {"coupling": "deep-man", "head": "1c1f"}).head == "1c1f"
     assert override(small, {"coupling": "man++"}).head == "1c2f"
+    assert settle(override(small, {"blocks": "1"})).coupling == "none"  # without a warning, which would be an error
 
 
 def test_settled_recipes_do_not_warn_again() -> None:
@@ -155,7 +160,26 @@ def test_differences_leave_places_out() -> None:
     assert {f.name for f in dataclasses.fields(Recipe)} >= PLACES
 
 
-@pytest.mark.parametrize("text", ["recipe: {lr: x}", "recipe: {nope: 1}", "- a", "{", "recipe: 3"])
+def test_a_recipe_written_by_hand(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("blocks: 4\nlr: 1e-1\nepochs: 3.0\nclip: null\nchannels_last: false\nform: pull\nblock_lr: 1\n")
+    assert read_recipe(path) == Recipe(blocks="4", lr=0.1, epochs=3, channels_last=False, form="pull", block_lr="1")
+
+
+NO_RECIPES = [
+    "epochs: 2.5",
+    "epochs: true",
+    "channels_last: 1",
+    "lr: null",
+    "lr: x",
+    "nope: 1",
+    "- a",
+    "{",
+    "recipe: 3",
+]
+
+
+@pytest.mark.parametrize("text", NO_RECIPES)
 def test_a_file_that_holds_no_recipe(text: str, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(text)

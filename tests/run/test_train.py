@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import nn
 
@@ -94,9 +95,12 @@ def test_accumulation_steps_once_for_several_batches() -> None:
     model = build_model(recipe, data, machine)
     stepper = Stepper(recipe, model, machine, total=10)
     before = [p.detach().clone() for p in model.backbone.parameters()]
-    _, losses = stepper(batches)
+    with torch.no_grad():
+        first = [float(model.task.criterion(model(x), y)) for x, y in batches]  # in training mode, as the step is
+    done = stepper(batches)
     assert stepper.step == 1
-    assert len(losses) == 4
+    assert done.images == 32
+    assert done.losses[-1] == pytest.approx(sum(first) / 2, rel=1e-4)
     changed = [not torch.equal(a, b) for a, b in zip(before, model.backbone.parameters(), strict=True)]
     assert all(changed)
 
@@ -166,6 +170,21 @@ def test_a_folder_is_claimed_by_one_run(tmp_path: Path) -> None:
     assert claim(folder, TINY) is False  # the same run, unfinished: it starts again
     train(TINY, folder)
     assert claim(folder, TINY) is True
+
+
+def test_a_damaged_summary_is_a_fault_of_the_run(tmp_path: Path) -> None:
+    for text in ("", "epoch,train_loss\n1,2\n", "nonsense\n"):
+        (tmp_path / "summary.csv").write_text(text)
+        with pytest.raises(RunError, match="is damaged"):
+            summary_rows(tmp_path)
+
+
+def test_what_was_used_is_recorded(tmp_path: Path) -> None:
+    train(dataclasses.replace(TINY, device="auto"), tmp_path / "run")
+    environment = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["environment"]
+    assert environment["precision"] == "float32"
+    assert environment["device"] in ("cpu", "cuda")
+    assert environment["torch"] == torch.__version__
 
 
 def test_fp16_is_refused_on_the_cpu() -> None:

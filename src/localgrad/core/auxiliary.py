@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from localgrad.core.blocks import Boundary, Unit
 from localgrad.core.couplings import Momentum
+from localgrad.core.errors import UserError
 from localgrad.core.task import Task
 
 
@@ -57,8 +58,13 @@ class Method:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
+    def __post_init__(self) -> None:
+        if (self.mean is None) != (self.std is None):
+            raise UserError(f"{self.name} recovers images from mean and std: give both or neither")
+
     def images(self, x: Tensor) -> Tensor:
-        """The image in [0, 1] of a normalised input, both [B, C, H, W]."""
+        """The image in [0, 1] of a normalised input, both [B, C, H, W]; without mean and std the input is taken for
+        the image itself."""
         if self.mean is None or self.std is None:
             return x.clamp(0, 1)
         mean, std = (torch.tensor(v, dtype=x.dtype, device=x.device).view(-1, 1, 1) for v in (self.mean, self.std))

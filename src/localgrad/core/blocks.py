@@ -143,6 +143,8 @@ def split(all_units: Sequence[Unit], blocks: int | Sequence[str]) -> list[list[U
     names = [u.name for u in all_units]
     if isinstance(blocks, str):
         blocks = [blocks]
+    if isinstance(blocks, bool | float):
+        raise UserError(f"blocks takes a whole number or names of units, not {blocks}")
     if isinstance(blocks, int):
         if not 1 <= blocks <= len(names):
             raise UserError(

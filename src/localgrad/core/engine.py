@@ -141,7 +141,8 @@ def local_backward(
     un-normalised with the method's mean and std. scale: every loss is multiplied by it before its backward pass (for
     accumulation and gradient scalers). autocast: a dtype to compute each block's forward pass in. after_block(k): is
     called when block k has its gradients and its coupling has moved; a step of its optimizer belongs there.
-    micro_batch: (which, of how many) when gradients are accumulated: averages move once per optimizer step. With
+    micro_batch: (which, of how many) when gradients are accumulated: averages move once per optimizer step (also
+    when a gradient scaler then skips that step). With
     `form="pull"` they move as the next step begins, when the copy has taken its gradient step.
     """
     model.task.check_targets(y)

@@ -72,8 +72,9 @@ def predsim_classifier(boundary: Boundary, task: Task, *, limit: int = 4096) -> 
 
 
 def similarity(boundary: Boundary) -> nn.Sequential:
-    """One 3x3 convolution whose output's similarities are matched: a map of the boundary's own shape (ICML 2019)."""
-    return nn.Sequential(*boundary.to_map(), nn.Conv2d(boundary.channels, boundary.channels, 3, padding=1))
+    """One 3x3 convolution whose output's similarities are matched: a map of the boundary's own shape (ICML 2019). It
+    has no bias, which the deviations over the map would cancel."""
+    return nn.Sequential(*boundary.to_map(), nn.Conv2d(boundary.channels, boundary.channels, 3, padding=1, bias=False))
 
 
 def decoder(boundary: Boundary, image: tuple[int, int, int], *, hidden: int = 12) -> nn.Sequential:

@@ -68,7 +68,8 @@ def infopro(
     weights: (reconstruction, classification) of each auxiliary. By default the paper's: from (5, 0.5) at the first
     auxiliary linearly to (0, 0) at the last in its CIFAR runs, so the last auxiliary, where there is more than one,
     teaches its block nothing; (5, 0.75) throughout for images of 128 pixels and more, which also get the paper's
-    ImageNet heads. mean, std: of the input's normalisation, to recover images from it.
+    ImageNet heads. features: width of the CIFAR classifier's hidden layer, and of what is contrasted. mean, std: of the
+    input's normalisation, to recover images from it; without them inputs are taken for images.
     """
     if not temperature > 0:
         raise UserError(f"temperature must be above 0, not {temperature}")
@@ -76,9 +77,9 @@ def infopro(
     def terms(site: Site) -> dict[str, Term]:
         large = min(site.image[1:]) >= IMAGENET_SIZE
         if weights is None:
-            paper = (5.0, 0.75) if large else infopro_weights(site.index, site.count)
+            pair = (5.0, 0.75) if large else infopro_weights(site.index, site.count)
         elif len(weights) == site.count:
-            paper = weights[site.index]
+            pair = weights[site.index]
         else:
             raise UserError(f"infopro got {len(weights)} pairs of weights for {site.count} auxiliaries")
         cifar = partial(heads.classifier, "1c2f", width=site.width, hidden=features)
@@ -86,11 +87,11 @@ def infopro(
         if contrast:  # the same classifier, but its outputs are components to compare, not logits
             embedding = _classifier(replace(site, task=Classification(features)), own)
             compare = partial(objectives.supervised_contrastive, temperature=temperature)
-            classify = Term(embedding, compare, paper[1])
+            classify = Term(embedding, compare, pair[1])
         else:
-            classify = Term(_classifier(site, own), site.task.criterion, paper[1])
+            classify = Term(_classifier(site, own), site.task.criterion, pair[1])
         decode = heads.imagenet_decoder if large else heads.decoder
-        reconstruct = Term(decode(site.boundary, site.image), objectives.reconstruction, paper[0], against="images")
+        reconstruct = Term(decode(site.boundary, site.image), objectives.reconstruction, pair[0], against="images")
         return {"classifier": classify, "decoder": reconstruct}
 
     return Method("infopro", terms, head, mean, std)
@@ -111,11 +112,11 @@ def auglocal(head: str | None = None, *, depth: int = 6, shrink: float = 0.5) ->
 
     The units are drawn uniformly in the paper's sense, spread evenly over the rest with no chance in it; those that
     change the shape are always among them, even beyond `depth`, so that they chain. The depth shrinks linearly to
-    `(1 - shrink) * depth` at the last auxiliary (the paper's pyramid);
-    where nothing is left to draw, the head is pool and linear. Raises UserError for a depth below 1.
+    `(1 - shrink) * depth` at the last auxiliary (the paper's pyramid); where nothing is left to draw, the head is pool
+    and linear. Raises UserError for a depth below 1 or a shrink outside 0 to 1.
     """
-    if depth < 1:
-        raise UserError(f"the depth of auglocal counts units, so it is at least 1, not {depth}")
+    if depth < 1 or not 0 <= shrink <= 1:
+        raise UserError(f"auglocal takes a depth of at least 1 unit and a shrink from 0 to 1, not {depth} and {shrink}")
 
     def terms(site: Site) -> dict[str, Term]:
         wanted = round(objectives.ramp(depth, (1 - shrink) * depth, site.index, site.count))

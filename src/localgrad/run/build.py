@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +65,8 @@ def build_model(recipe: Recipe, data: Data, machine: Machine) -> LocalModel:
     """The recipe's backbone, cut and with its auxiliaries, on the machine's device; seeds PyTorch first."""
     info = data.info
     torch.manual_seed(recipe.seed)
+    if recipe.deterministic:  # cuBLAS reads this when CUDA starts, and PyTorch insists on it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(recipe.deterministic)
     torch.backends.cudnn.benchmark = not recipe.deterministic
     backbone = build(recipe.model, classes=info.classes, in_channels=info.channels)

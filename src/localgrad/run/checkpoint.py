@@ -36,7 +36,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise RunError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from error
+        raise RunError(f"{path} is damaged or no checkpoint of plain tensors") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from localgrad.run import data as data_room
 from localgrad.run.arguments import Compare, Eval, Export, List, Train
 from localgrad.run.build import machine_for
 from localgrad.run.checkpoint import load_backbone, read_weights, save_weights
-from localgrad.run.recipe import COUPLINGS, HEADS, METHODS, Recipe, override, read_recipe, settle
+from localgrad.run.recipe import COUPLINGS, HEADS, METHODS, Recipe, read_recipe, settle
 from localgrad.run.recipes import RECIPES
 from localgrad.run.runlog import claim, scores, summary_rows
 from localgrad.run.train import evaluate, train
@@ -33,9 +34,11 @@ def run_train(args: Train) -> int:
 
 
 def run_eval(args: Eval) -> int:
-    recipe = override(
-        finished(args.run), {"device": args.device} | ({"data_dir": args.data_dir} if args.data_dir else {})
-    )
+    recipe = replace(finished(args.run), device=args.device)
+    if args.data_dir is not None:
+        recipe = replace(recipe, data_dir=args.data_dir)
+    if recipe.precision == "fp16":  # which a CPU does not have; what is evaluated is the same
+        recipe = replace(recipe, precision="auto")
     data = data_room.load(recipe.data, data_dir=recipe.data_dir, image_size=recipe.image_size)
     machine = machine_for(recipe)
     backbone = build(recipe.model, classes=data.info.classes, in_channels=data.info.channels)

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
 
+from localgrad.core.backbones import build
+from localgrad.core.blocks import split, trace_units
 from localgrad.core.errors import RunError, UserError
+from localgrad.run import data as data_room
 from localgrad.run.arguments import Compare, parse_changes
+from localgrad.run.build import machine_for
 from localgrad.run.recipe import Recipe, as_dict, override, settle
 from localgrad.run.recipes import named_recipe
 from localgrad.run.runlog import claim, environment, mib, summary_rows
@@ -43,8 +47,9 @@ def compare(args: Compare) -> int:
     cells = grid(args)
     if args.jobs < 1:
         raise UserError(f"--jobs must be at least 1, not {args.jobs}")
-    for cell in cells:  # every folder is checked before the first run starts
+    for cell in cells:  # every folder, data set and cut is checked before the first run starts
         claim(args.out / cell.name, cell.recipe)
+    check(cells)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -62,10 +67,26 @@ def compare(args: Compare) -> int:
     return 0
 
 
+def check(cells: Sequence[Cell]) -> None:
+    """Raises what a run of the grid would raise before it begins to train."""
+    for recipe in {replace(cell.recipe, seed=0): None for cell in cells}:
+        machine_for(recipe)
+        info = data_room.find(recipe.data, recipe.data_dir, download=recipe.download)
+        if not info.classes:
+            info = replace(info, classes=2)  # an image folder's are counted when it is read; no cut depends on them
+        backbone = build(recipe.model, classes=info.classes, in_channels=info.channels)
+        size = recipe.image_size or info.size
+        split(trace_units(backbone, torch.zeros(1, info.channels, size, size))[0], recipe.cut)
+
+
 def grid(args: Compare) -> list[Cell]:
     """Every run of the grid. `bp` knows no number of blocks, so it runs once a seed."""
-    shared = parse_changes(args.set) | ({"data": args.data} if args.data else {})
-    base = dataclasses.replace(named_recipe(args.recipe), **shared)
+    shared = parse_changes(args.set)
+    for name, flag in (("method", "methods"), ("coupling", "methods"), ("blocks", "blocks"), ("seed", "seeds")):
+        if name in shared:
+            raise UserError(f"--set {name} would hold for all runs: the grid takes it from --{flag}")
+    shared |= {"data": args.data} if args.data else {}
+    base = replace(named_recipe(args.recipe), **shared)
     cells: dict[str, Cell] = {}
     for word in _words(args.methods, "--methods"):
         method, _, coupling = word.partition("+")
@@ -78,8 +99,7 @@ def grid(args: Compare) -> list[Cell]:
                     del changes["coupling"]
                 if "head" in shared:
                     changes["head"] = shared["head"]
-                with warnings.catch_warnings(action="ignore"):  # each run says for itself what has no effect
-                    recipe = settle(override(base, changes))
+                recipe = settle(override(base, changes))
                 cell = Cell(word, 1 if method == "bp" else blocks, recipe)
                 cells[cell.name] = cell
     return list(cells.values())
@@ -87,6 +107,7 @@ def grid(args: Compare) -> list[Cell]:
 
 def run_all(cells: Sequence[Cell], out: Path, jobs: int) -> list[str]:
     """Runs what is not finished, `jobs` at a time, and returns the names of those that failed."""
+    signal.signal(signal.SIGTERM, _stop)  # so that no run goes on without the grid
     waiting = [c for c in cells if not (out / c.name / "model.safetensors").exists()]
     print(f"{len(cells)} runs, {len(cells) - len(waiting)} of them finished", flush=True)
     running: dict[str, subprocess.Popen] = {}
@@ -156,6 +177,10 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         f"mean ± standard deviation over seeds; median peak and time; {machine['machine']}, torch {machine['torch']}",
         highlight=False,
     )
+
+
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _start(cell: Cell, out: Path, jobs: int) -> subprocess.Popen:

@@ -112,6 +112,14 @@ def load(
     return Data(info, train, test)
 
 
+def find(name: str, data_dir: str | None = None, *, download: bool = False) -> DataInfo:
+    """What is known of a data set that is there, or can be fetched. Opens nothing. Raises UserError as `load` does."""
+    info = _info(name)
+    if name != "digits" and not (download and name != "image-folder"):
+        _locate(name, data_dir, download=False)
+    return info
+
+
 def present(name: str, data_dir: str | None = None) -> str | None:
     """Where a data set was found, else None. Looks for its files, opens none."""
     _info(name)

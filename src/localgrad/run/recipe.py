@@ -6,6 +6,8 @@ No PyTorch here, so that `--help` is quick. Each field changes the run, or `sett
 from __future__ import annotations
 
 import dataclasses
+import sys
+import typing
 import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,6 +17,7 @@ import yaml
 
 from localgrad.core.errors import UserError, unknown
 
+SMALLEST, LARGEST = sys.float_info.min, sys.float_info.max
 METHODS = ("bp", "dgl", "predsim", "infopro", "auglocal")
 COUPLINGS = ("none", "man", "man++", "deep-man")
 HEADS = ("auto", "dgl", "0c1f", "1c1f", "1c2f", "1c3f", "2c2f")
@@ -61,7 +64,7 @@ class Recipe:
     batch_size: int = 128
     """Images of one forward pass."""
     accumulate: int = 1
-    """Gradients of so many batches are summed before a step."""
+    """Gradients of so many batches are averaged for a step."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd is with Nesterov momentum 0.9."""
     lr: float = 0.1
@@ -104,28 +107,19 @@ class Recipe:
         ):
             if name not in options:
                 raise unknown(kind, name, options)
-        for name, low in (
-            ("epochs", 1),
-            ("batch_size", 2),
-            ("accumulate", 1),
-            ("workers", 0),
-            ("depth", 1),
-            ("seed", 0),
-        ):
+        whole = (("epochs", 1), ("batch_size", 2), ("accumulate", 1), ("workers", 0), ("depth", 1), ("seed", 0))
+        ranges = [(name, low, 2**63 - 1, f"at least {low}") for name, low in whole]
+        ranges += [(name, 0, 1, "between 0 and 1") for name in ("momentum", "warmup", "label_smoothing")]
+        ranges += [(name, SMALLEST, LARGEST, "above 0 and finite") for name in ("lr", "clip")]
+        ranges += [("weight_decay", 0, LARGEST, "at least 0 and finite")]
+        for name, low, high, allowed in ranges:
             value = getattr(self, name)
-            if value is not None and value < low:
-                raise UserError(f"{name} must be at least {low}, not {value}")
-        for name, low, high in (("momentum", 0, 1), ("warmup", 0, 1), ("label_smoothing", 0, 1)):
-            if not low <= getattr(self, name) <= high:
-                raise UserError(f"{name} must lie between {low} and {high}, not {getattr(self, name)}")
-        for name in ("lr", "clip"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"{name} must be above 0, not {value}")
-        if self.weight_decay < 0:
-            raise UserError(f"weight_decay must not be negative, not {self.weight_decay}")
+            if value is not None and not low <= value <= high:
+                raise UserError(f"{name} must be {allowed}, not {value}")
+        if any(not 0 <= factor <= LARGEST for factor in self.block_factors or ()):
+            raise UserError(f"block-lr takes factors of at least 0, not '{self.block_lr}'")
         if self.step_as_you_go and self.accumulate > 1:
-            raise UserError("step-as-you-go frees each block's gradients at once, so it cannot accumulate: drop one")
+            raise UserError("step-as-you-go frees gradients after each batch, but accumulate keeps them: drop one")
 
     @property
     def cut(self) -> int | list[str]:
@@ -155,11 +149,13 @@ PLACES = frozenset({"data_dir", "download", "workers", "device"})
 
 
 def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
-    """`recipe` with other fields. What the changes imply, unless they say otherwise themselves: `bp` has one block and
-    neither coupling nor head, and deep MAN its own head."""
+    """`recipe` with other fields. What the changes imply, unless they say otherwise themselves: `bp` has one block, one
+    block has neither coupling nor head, and deep MAN has its own head."""
     implied: dict[str, Any] = {}
     if changes.get("method") == "bp":
         implied = {"blocks": "1", "coupling": "none", "head": "auto"}
+    elif changes.get("blocks") == "1":
+        implied = {"coupling": "none", "head": "auto"}
     elif changes.get("coupling") == "deep-man":
         implied = {"head": "auto"}
     return dataclasses.replace(recipe, **{**implied, **changes})
@@ -179,6 +175,7 @@ def settle(recipe: Recipe) -> Recipe:
         ("branches", uncoupled, Recipe.branches, "there is no coupling"),
         ("form", uncoupled, Recipe.form, "there is no coupling"),
         ("depth", not deep and recipe.method != "auglocal", None, "only deep-man and auglocal count units"),
+        ("decay_norms", recipe.weight_decay == 0, True, "there is no weight decay"),
         ("contrast", recipe.method != "infopro", False, "only infopro has a contrastive objective"),
         ("workers", recipe.data != "image-folder", 0, "this data set lies in memory"),
         ("download", recipe.data == "digits", False, "digits comes with scikit-learn"),
@@ -190,6 +187,11 @@ def settle(recipe: Recipe) -> Recipe:
             changes[name] = unset
             warnings.warn(f"{name.replace('_', '-')} has no effect: {why}", stacklevel=2)
     return dataclasses.replace(recipe, **changes)
+
+
+def shown(recipe: Recipe) -> str:
+    """The fields that are set, on one line."""
+    return " ".join(f"{name}={value}" for name, value in as_dict(recipe).items() if value not in (None, False))
 
 
 def as_dict(recipe: Recipe) -> dict[str, Any]:
@@ -206,8 +208,30 @@ def read_recipe(path: Path) -> Recipe:
     """The recipe in a YAML file: a run's config.yaml, or fields alone. Raises UserError."""
     try:
         content = yaml.safe_load(path.read_text())
-        return Recipe(**(content.get("recipe", content)))
+        fields_in = content.get("recipe", content)
+        kinds = typing.get_type_hints(Recipe)
+        return Recipe(**{name: _as_kind(value, kinds[name]) for name, value in fields_in.items()})
     except FileNotFoundError:
         raise UserError(f"no recipe at {path}") from None
-    except (yaml.YAMLError, TypeError, AttributeError, UnicodeDecodeError) as error:
+    except KeyError as error:
+        raise UserError(f"{path} holds no recipe: there is no field {error}") from error
+    except (OSError, yaml.YAMLError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path} holds no recipe: {str(error).splitlines()[0]}") from error
+
+
+def _as_kind(value: Any, kind: Any) -> Any:
+    """A YAML value as the field's type: YAML reads `blocks: 4` as a number and `lr: 1e-1` as text."""
+    options = typing.get_args(kind)
+    if value is None:
+        if type(None) in options:
+            return None
+        raise TypeError("null is no value here")
+    kind = str if typing.get_origin(kind) is Literal else (options or (kind,))[0]
+    if kind is bool or isinstance(value, bool):
+        if kind is not bool or not isinstance(value, bool):
+            raise TypeError(f"{value!r} is not {kind.__name__}")
+        return value
+    number = kind(value)
+    if kind is int and number != float(value):
+        raise TypeError(f"{value!r} is not a whole number")
+    return number

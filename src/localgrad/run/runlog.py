@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 import localgrad
-from localgrad.core.errors import UserError
+from localgrad.core.errors import RunError, UserError
 from localgrad.run.recipe import Recipe, as_dict, differences, read_recipe
 from localgrad.scale.memory import PeakBytes
 
@@ -46,12 +47,16 @@ def processor() -> str:
 
 
 def summary_rows(folder: Path) -> list[dict[str, float]]:
-    """The rows of a run's summary.csv; none if it has not got that far."""
+    """The rows of a run's summary.csv, one an epoch. Raises RunError if it is not there or damaged."""
     path = folder / "summary.csv"
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    try:
+        with path.open(newline="") as file:
+            rows = [{name: float(row[name] or "") for name in SUMMARY} for row in csv.DictReader(file)]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path} is damaged: remove {folder} and train again ({type(error).__name__})") from error
+    if not rows:
+        raise RunError(f"{path} is damaged: it has no epoch; remove {folder} and train again")
+    return rows
 
 
 def claim(folder: Path, recipe: Recipe) -> bool:
@@ -75,13 +80,27 @@ def claim(folder: Path, recipe: Recipe) -> bool:
     return False
 
 
+@dataclass(frozen=True)
+class Done:
+    """One optimizer step: the blocks' losses, mean over its batches; their parts in the last batch; the share of
+    training images that were right, in percent; how many images."""
+
+    losses: list[float]
+    parts: list[dict[str, Tensor]]
+    top1: float
+    images: int
+
+
 class RunLog:
     """Writes one run's folder. A context: nothing exists before it is entered."""
 
-    def __init__(self, folder: Path, recipe: Recipe, total: int, *, tensorboard: bool = False) -> None:
-        self.folder, self.recipe, self.total = folder, recipe, total
+    def __init__(
+        self, folder: Path, recipe: Recipe, total: int, used: dict[str, str], *, tensorboard: bool = False
+    ) -> None:
+        self.folder, self.recipe, self.total, self.used = folder, recipe, total, used
         self.console = Console()
-        self.tensorboard = _tensorboard(folder) if tensorboard else None
+        self._writer = _tensorboard() if tensorboard else None
+        self.tensorboard: Any = None
         self.progress: Progress | None = None
         self._since, self._images, self._began = 0.0, 0, 0.0
 
@@ -89,11 +108,13 @@ class RunLog:
         try:
             for old in ("metrics.jsonl", "summary.csv", "memory_timeline.csv"):
                 (self.folder / old).unlink(missing_ok=True)  # what an unfinished start of the same run has left
-            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+            for old in ("checkpoints", "tensorboard"):
+                shutil.rmtree(self.folder / old, ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
-            config = {"recipe": as_dict(self.recipe), "environment": environment()}
+            config = {"recipe": as_dict(self.recipe), "environment": {**environment(), **self.used}}
             (self.folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
             self.metrics = (self.folder / "metrics.jsonl").open("w")
+            self.tensorboard = self._writer and self._writer(str(self.folder / "tensorboard"))
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror}; choose another --out") from error
         if self.console.is_terminal:
@@ -117,36 +138,27 @@ class RunLog:
     def note(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def step(
-        self,
-        step: int,
-        epoch: int,
-        losses: list[float],
-        parts: list[dict[str, Tensor]],
-        top1: float,
-        images: int,
-        peak: int,
-    ) -> None:
+    def step(self, step: int, epoch: int, done: Done, peak: int) -> None:
         """Shows a step: on a terminal each, elsewhere one an interval, which is also when it is recorded."""
-        self._images += images
+        self._images += done.images
         now = time.monotonic()
         due = now - self._since >= INTERVAL or step == self.total
         if not due and self.progress is None:
             return
         speed = self._images / max(now - self._since, 1e-9)
-        shown = f"losses {_short(losses)}  top1 {top1:.1f}%  {speed:.0f} images/s  peak {mib(peak)}"
+        text = f"losses {_short(done.losses)}  top1 {done.top1:.1f}%  {speed:.0f} images/s  peak {mib(peak)}"
         if self.progress is not None:
-            self.progress.update(self.bar, completed=step, shown=shown)
+            self.progress.update(self.bar, completed=step, shown=text)
         else:
             left = (now - self._began) / step * (self.total - step)
-            self.note(f"epoch {epoch + 1} step {step}/{self.total}  {shown}  {left:.0f} s left")
+            self.note(f"epoch {epoch + 1} step {step}/{self.total}  {text}  {left:.0f} s left")
         if due:
-            values = [{name: float(value) for name, value in part.items()} for part in parts]
-            entry = {"step": step, "epoch": epoch + 1, "losses": losses, "parts": values}
-            self._record({**entry, "train_top1": top1, "images_per_second": speed})
+            parts = [{name: float(value) for name, value in part.items()} for part in done.parts]
+            entry = {"step": step, "epoch": epoch + 1, "losses": done.losses, "parts": parts}
+            self._record({**entry, "train_top1": done.top1, "images_per_second": speed})
             self._since, self._images = now, 0
             if self.tensorboard is not None:
-                for k, loss in enumerate(losses):
+                for k, loss in enumerate(done.losses):
                     self.tensorboard.add_scalar(f"loss/block {k}", loss, step)
 
     def epoch(self, row: dict[str, float]) -> None:
@@ -194,9 +206,9 @@ def _short(losses: list[float]) -> str:
     return " ".join(texts if len(texts) <= 8 else [*texts[:4], "..", *texts[-3:]])
 
 
-def _tensorboard(folder: Path) -> Any:
+def _tensorboard() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("tensorboard is not installed: pip install 'localgrad[tensorboard]'") from None
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter

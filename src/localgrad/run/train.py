@@ -7,7 +7,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -20,8 +20,8 @@ from localgrad.core.task import Classification
 from localgrad.run import data as data_room
 from localgrad.run.build import Machine, build_model, machine_for
 from localgrad.run.checkpoint import keep_last, save_checkpoint, save_weights
-from localgrad.run.recipe import Recipe
-from localgrad.run.runlog import RunLog
+from localgrad.run.recipe import Recipe, shown
+from localgrad.run.runlog import Done, RunLog
 from localgrad.scale.memory import MemoryMeter, PeakBytes
 
 KEPT = 2  # checkpoints of the newest epochs, beside the best
@@ -49,8 +49,10 @@ def train(recipe: Recipe, folder: Path, *, tensorboard: bool = False) -> dict[st
         raise UserError(f"{recipe.accumulate} batches of {recipe.batch_size} are more than the training set holds")
     stepper = Stepper(recipe, model, machine, per_epoch * recipe.epochs)
     checkpoints = folder / "checkpoints"
-    with RunLog(folder, recipe, stepper.total, tensorboard=tensorboard) as log:
+    used = {"device": str(machine.device), "precision": machine.precision}
+    with RunLog(folder, recipe, stepper.total, used, tensorboard=tensorboard) as log:
         log.note(headline(recipe, data, model, machine))
+        log.note(f"recipe: {shown(recipe)}")
         log.note(repr(model))
         start, best, row = time.monotonic(), -1.0, {}
         for epoch in range(recipe.epochs):
@@ -85,14 +87,11 @@ def _train_epoch(epoch: int, steps: int, stepper: Stepper, data: data_room.Data,
     stream = (to_device(batch, data.info, machine) for batch in batches)
     total = 0.0
     for _ in range(steps):
-        group = list(islice(stream, recipe.accumulate))
-        out, losses = stepper(group)
-        if stepper.step == stepper.measured + 1:
+        done = stepper(stream)
+        if stepper.peak.timeline and stepper.step == stepper.measured + 1:
             log.timeline(stepper.peak)
-        total += losses[-1]
-        targets = group[-1][1]
-        top1 = 100 * float(model.task.metrics(out.logits, targets)["top1"]) / len(targets)
-        log.step(stepper.step, epoch, losses, out.parts, top1, sum(len(y) for _, y in group), stepper.peak.total)
+        total += done.losses[-1]
+        log.step(stepper.step, epoch, done, stepper.peak.total)
     return total / steps
 
 
@@ -100,7 +99,7 @@ class Stepper:
     """One optimizer step over `accumulate` batches: after the pass, or block by block as it goes.
 
     total: steps of the whole run. step: how many are done. peak: memory of step `measured`, once it is done (on CUDA
-    of all steps so far).
+    the most that any step took).
     """
 
     def __init__(self, recipe: Recipe, model: LocalModel, machine: Machine, total: int) -> None:
@@ -122,33 +121,35 @@ class Stepper:
         """The first block's learning rate in the last step."""
         return next(self._groups())["lr"]
 
-    def __call__(self, batches: Sequence[Batch]) -> tuple[StepResult, list[float]]:
-        """The last batch's result, and its blocks' losses. Raises RunError for a loss that is not finite."""
+    def __call__(self, batches: Iterable[Batch]) -> Done:
+        """Takes `accumulate` of the batches and steps once. Raises RunError for a loss that is not finite."""
         now = rate(self.step, self.total, self.recipe.warmup)
         for group in self._groups():
             group["lr"] = group["peak_lr"] * now
-        on_cpu = self.machine.device.type == "cpu"
-        meter = MemoryMeter() if on_cpu and self.step == self.measured else None
+        device = self.machine.device
+        meter = MemoryMeter() if device.type == "cpu" and self.step == self.measured else None
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         with meter or contextlib.nullcontext():
-            out, losses = self._pass(batches, meter)
+            done = self._pass(batches, meter)
             if not self.recipe.step_as_you_go:
                 self._update(self.optimizers[0], range(len(self.model.blocks)))
         if self.scaler.is_enabled():
             self.scaler.update()
         if meter is not None:
             self.peak = meter.result()
-        elif not on_cpu:
-            allocated, reserved = torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved
-            self.peak = PeakBytes(allocated(self.machine.device), reserved(self.machine.device))
+        elif device.type == "cuda" and torch.cuda.max_memory_allocated(device) > self.peak.total:
+            self.peak = PeakBytes(torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device))
         self.step += 1
-        return out, losses
+        return done
 
-    def _pass(self, batches: Sequence[Batch], meter: MemoryMeter | None) -> tuple[StepResult, list[float]]:
+    def _pass(self, batches: Iterable[Batch], meter: MemoryMeter | None) -> Done:
+        count = self.recipe.accumulate
         scale: float | Tensor = 1.0
         if self.scaler.is_enabled():
             scale = self.scaler.scale(torch.ones((), device=self.machine.device))
-        if len(batches) > 1:
-            scale = scale / len(batches)
+        if count > 1:
+            scale = scale / count
 
         def after_block(k: int) -> None:
             if self.recipe.step_as_you_go:
@@ -156,8 +157,8 @@ class Stepper:
             if meter is not None:
                 meter.mark(f"block {k + 1}" if k + 1 < len(self.model.blocks) else "update")
 
-        result = None
-        for i, (x, y) in enumerate(batches):
+        losses, parts, hits, images = [0.0] * len(self.model.blocks), [], 0.0, 0
+        for i, (x, y) in enumerate(islice(batches, count)):
             out = local_backward(
                 self.model,
                 x,
@@ -165,18 +166,22 @@ class Stepper:
                 scale=scale,
                 autocast=self.machine.autocast,
                 after_block=after_block,
-                micro_batch=(i, len(batches)),
+                micro_batch=(i, count),
             )
-            result = out, self._finite(out)
-        assert result is not None
-        return result
+            losses = [total + loss / count for total, loss in zip(losses, self._finite(out), strict=True)]
+            parts = out.parts
+            hits += float(self.model.task.metrics(out.logits, y)["top1"])
+            images += len(y)
+        return Done(losses, parts, 100 * hits / images, images)
 
     def _finite(self, out: StepResult) -> list[float]:
         losses = torch.stack(out.losses).tolist()
         for k, loss in enumerate(losses):
             if not math.isfinite(loss):
                 where = f"block {k} ({self.model.blocks[k].names[-1]}) is {loss} at step {self.step + 1}"
-                raise RunError(f"the loss of {where}: a lower lr, a warm-up or a clip may keep it finite")
+                raise RunError(
+                    f"the loss of {where}: a lower lr, a warm-up or a clip, into another --out, may keep it finite"
+                )
         return losses
 
     def _update(self, optimizer: torch.optim.Optimizer, blocks: Sequence[int]) -> None:
@@ -214,9 +219,7 @@ def evaluate(model: nn.Module, data: data_room.Data, recipe: Recipe, machine: Ma
     count = 0
     for batch in data_room.test_batches(data, batch_size=max(recipe.batch_size, 256), workers=recipe.workers):
         x, y = to_device(batch, data.info, machine)
-        with torch.autocast(
-            machine.device.type, machine.autocast or torch.bfloat16, enabled=machine.autocast is not None
-        ):
+        with machine.cast():
             logits = model(x)
         for name, value in task.metrics(logits, y).items():
             sums[name] = sums.get(name, 0.0) + float(value)
