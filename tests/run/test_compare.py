@@ -19,7 +19,7 @@ from localgrad.run.compare import Cell, finished_runs, grid, run_all, summarize
 from localgrad.run.recipe import Recipe, as_dict, read_recipe
 from localgrad.run.runlog import summary_rows
 
-SET = ("limit-train=64", "batch-size=16", "epochs=1", "precision=float32")
+SET = ("model=resnet20", "limit-train=64", "batch-size=16", "epochs=1", "precision=float32")
 
 
 def test_the_grid_splits_method_and_coupling_at_the_first_plus() -> None:

@@ -16,8 +16,8 @@ from localgrad.run.recipe import Recipe, read_recipe
 
 
 def demo() -> Recipe:
-    """`localgrad train --recipe demo`: scikit-learn's digits, seconds on two cores."""
-    return Recipe(model="resnet20", data="digits", blocks="4", epochs=8, batch_size=64, lr=0.05, head="1c2f")
+    """`localgrad train --recipe demo`: scikit-learn's digits, half a minute on two cores."""
+    return Recipe(model="resnet56", data="digits", blocks="4", head="1c2f", epochs=20, lr=0.05, warmup=0.2)
 
 
 def fashion_small() -> Recipe:
