@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from localgrad.cli import main
 from localgrad.core.errors import UserError
@@ -75,7 +76,7 @@ def test_a_grid_runs_stops_and_goes_on(tmp_path: Path, capfd: pytest.CaptureFixt
     errors = [100 - summary_rows(out / f"bp_k1_s{s}")[-1]["eval_top1"] for s in (0, 1)]
     assert float(rows[0]["error_mean"]) == pytest.approx(statistics.mean(errors), abs=1e-3)
     assert float(rows[0]["error_std"]) == pytest.approx(statistics.stdev(errors), abs=1e-3)
-    assert rows[0]["torch"]
+    assert (rows[0]["torch"], rows[0]["threads"], rows[0]["precision"]) == (torch.__version__, "1", "float32")
     assert (out / "compare.png").stat().st_size > 1000
     shown = capfd.readouterr().out
     assert "4 runs, 2 of them finished" in shown
@@ -147,7 +148,7 @@ def test_a_failed_run_is_named_and_the_others_go_on(tmp_path: Path, capfd: pytes
 
 def test_the_table_is_over_seeds() -> None:
     runs = [
-        {"method": m, "blocks": 4, "seed": s, "error": e, "peak_bytes": 10 * s, "seconds": 2.0}
+        {"method": m, "blocks": 4, "seed": s, "error": e, "peak_bytes": 10 * s, "seconds": 2.0, "threads": s // 2}
         for m, s, e in (("dgl", 0, 1.0), ("man", 0, 5.0), ("dgl", 1, 3.0), ("dgl", 2, 8.0))
     ]
     dgl, man = summarize(runs)
@@ -159,3 +160,4 @@ def test_the_table_is_over_seeds() -> None:
         "0 1 2",
     )
     assert (man["n"], man["error_std"]) == (1, "")
+    assert (dgl["threads"], man["threads"]) == ("0 / 1", "0")

@@ -126,12 +126,14 @@ def test_digits_are_the_real_ones_split_by_class_and_independent_of_the_seed():
 
 @needs_fashion
 def test_fashion_mnist_is_read_whole():
-    data = D.load("fashion-mnist", data_dir="no-such-folder")
+    data = D.load("fashion-mnist")
     assert pixels(data.train).shape == (60_000, 1, 28, 28)
     assert pixels(data.test).shape == (10_000, 1, 28, 28)
     assert [part.labels.bincount().tolist() for part in (data.train, data.test)] == [[6000] * 10, [1000] * 10]
     assert data.train.labels[:3].tolist() == [9, 0, 0]  # an ankle boot, two T-shirts
-    assert D.present("fashion-mnist", "no-such-folder") == str(FASHION)
+    assert D.present("fashion-mnist") is not None
+    assert D.present("fashion-mnist", "no-such-folder") is None  # a folder that somebody named is the only one
+    assert "not found in no-such-folder" in failure(UserError, "fashion-mnist", Path("no-such-folder"))
 
 
 @pytest.mark.parametrize("name", ["digits", pytest.param("fashion-mnist", marks=needs_fashion)])

@@ -27,7 +27,7 @@ from localgrad.run.arguments import Compare, parse_changes
 from localgrad.run.build import machine_for
 from localgrad.run.recipe import Recipe, as_dict, override, settle
 from localgrad.run.recipes import named_recipe
-from localgrad.run.runlog import claim, environment, mib, summary_rows
+from localgrad.run.runlog import claim, mib, read_environment, summary_rows
 
 
 @dataclass(frozen=True)
@@ -130,38 +130,40 @@ def run_all(cells: Sequence[Cell], out: Path, jobs: int) -> list[str]:
 
 
 def finished_runs(cells: Sequence[Cell], out: Path) -> list[dict[str, Any]]:
-    """The last epoch of each finished run, errors in percent."""
+    """The last epoch of each finished run, errors in percent, and what it ran on."""
     rows = []
     for cell in cells:
         if (out / cell.name / "model.safetensors").exists():
             last = summary_rows(out / cell.name)[-1]
             row = {"method": cell.method, "blocks": cell.blocks, "seed": cell.recipe.seed}
             row |= {"error": round(100 - last["eval_top1"], 3), "train_loss": last["train_loss"]}
-            rows.append(row | {"peak_bytes": int(last["peak_bytes"]), "seconds": round(last["seconds"], 1)})
+            row |= {"peak_bytes": int(last["peak_bytes"]), "seconds": round(last["seconds"], 1)}
+            rows.append(row | read_environment(out / cell.name))
     return rows
 
 
 def summarize(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row for each method and number of blocks: over its seeds, mean and standard deviation (of the sample) of the
-    test error, medians of peak and time."""
+    test error, medians of peak and time, and every machine and version that took part."""
     table = []
     for method, blocks in dict.fromkeys((run["method"], run["blocks"]) for run in runs):
         group = [run for run in runs if (run["method"], run["blocks"]) == (method, blocks)]
         errors = [run["error"] for run in group]
         row = {"method": method, "blocks": blocks, "n": len(group), "error_mean": round(statistics.mean(errors), 3)}
         row |= {"error_std": round(statistics.stdev(errors), 3) if len(errors) > 1 else ""}
-        row |= {name: statistics.median(run[name] for run in group) for name in ("peak_bytes", "seconds")}
-        table.append(row | {"seeds": " ".join(str(run["seed"]) for run in group)})
+        row |= {"peak_bytes": int(statistics.median(run["peak_bytes"] for run in group))}
+        row |= {"seconds": round(statistics.median(run["seconds"] for run in group), 1)}
+        row |= {"seeds": " ".join(str(run["seed"]) for run in group)}
+        told = [name for name in group[0] if name not in (*row, "seed", "error", "train_loss")]
+        table.append(row | {name: " / ".join(dict.fromkeys(str(run.get(name, "")) for run in group)) for name in told})
     return table
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """The rows with the machine and the versions beside each."""
-    full = [{**row, **environment()} for row in rows]
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(full[0]))
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
-        writer.writerows(full)
+        writer.writerows(rows)
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
@@ -172,11 +174,8 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         table.add_row(row["method"], str(row["blocks"]), *cells)
     console = Console()
     console.print(table)
-    machine = environment()
-    console.print(
-        f"mean ± standard deviation over seeds; median peak and time; {machine['machine']}, torch {machine['torch']}",
-        highlight=False,
-    )
+    where = f"{rows[0].get('machine')}, torch {rows[0].get('torch')}"
+    console.print(f"mean ± standard deviation over seeds; median peak and time; {where}", highlight=False)
 
 
 def _stop(*_: object) -> None:

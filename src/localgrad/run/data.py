@@ -185,7 +185,7 @@ def _info(name: str) -> DataInfo:
 
 
 def _root(data_dir: str | None) -> Path:
-    return Path(data_dir or "data").expanduser()
+    return readers.DEFAULT_ROOT if data_dir is None else Path(data_dir).expanduser()
 
 
 def _locate(name: str, data_dir: str | None, download: bool) -> Path:

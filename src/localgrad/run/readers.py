@@ -26,6 +26,7 @@ from localgrad.run.augment import resized_crop_box
 
 # Debian's package dataset-fashion-mnist.
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
+DEFAULT_ROOT = Path("data")
 # torchvision's layout under the data folder; a set whose files all exist is there (whether they are whole is seen when
 # they are read). STL-10's 2.6 GB of unlabelled images are not needed.
 FILES: dict[str, tuple[str, ...]] = {
@@ -60,8 +61,10 @@ class Raw(NamedTuple):
 
 
 def places(name: str, root: Path) -> list[Path]:
-    """The folders that may hold a set, the first choice first."""
-    return [root, root / "FashionMNIST" / "raw", DEBIAN_FASHION] if name == "fashion-mnist" else [root]
+    """The folders that may hold a set, the first choice first. Debian's counts only where nobody named another."""
+    if name != "fashion-mnist":
+        return [root]
+    return [root, root / "FashionMNIST" / "raw", *([DEBIAN_FASHION] if root == DEFAULT_ROOT else [])]
 
 
 def find(name: str, root: Path) -> Path | None:

@@ -1,8 +1,9 @@
 """Recipes by name: the papers' runs and the small ones of this repository.
 
 Each docstring gives the command, the published figure and the hardware that it needs. Figures are test errors in
-percent; they are MAN's (ECCV 2024), read through a public summary, unless another source is named. None of the
-papers' runs was repeated here: they take data that the package does not bring, and days of a GPU.
+percent; they are MAN's (ECCV 2024), read through a public summary (github.com/zhaoyang97/Paper-Notes), unless another
+source is named. None of the papers' runs was repeated here: they take data that the package does not bring, and days
+of a GPU.
 """
 
 from __future__ import annotations

@@ -40,6 +40,11 @@ def environment() -> dict[str, str]:
     }  # fmt: skip
 
 
+def read_environment(folder: Path) -> dict[str, str]:
+    """What a run recorded of its machine and versions."""
+    return yaml.safe_load((folder / "config.yaml").read_text()).get("environment", {})
+
+
 def processor() -> str:
     """The processor's name, as far as the system tells."""
     name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name")
