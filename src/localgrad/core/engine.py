@@ -100,13 +100,20 @@ def localize(
     groups = split(all_units, 4 if blocks is None else blocks)
     if coupling is not None and len(groups) == 1:
         warnings.warn("a coupling has no effect on a single block", stacklevel=2)
-    task = task or Classification(_outputs(all_units, head, backbone, example))
+    task = task or Classification(_outputs(all_units, head, backbone))
     built = [Block(g, head if g is groups[-1] else None) for g in groups]
+    image = all_units[0].input
     auxiliaries = []
     for index, group in enumerate(groups[:-1]):
-        downstream = tuple(u for g in groups[index + 1 :] for u in g)
         site = Site(
-            group[-1].output, downstream, index, len(groups) - 1, _image(example), _width(all_units), task, method.head
+            boundary=group[-1].output,
+            downstream=tuple(u for later in groups[index + 1 :] for u in later),
+            index=index,
+            count=len(groups) - 1,
+            image=(image.channels, *image.size),
+            width=all_units[-1].output.channels,
+            task=task,
+            head=method.head,
         )
         auxiliaries.append(_auxiliary(site, method, coupling))
     parameter = next(backbone.parameters())
@@ -258,17 +265,7 @@ def _autocast(h: Tensor, dtype: torch.dtype | None) -> contextlib.AbstractContex
     return contextlib.nullcontext() if dtype is None else torch.autocast(h.device.type, dtype)
 
 
-def _image(example: Tensor) -> tuple[int, int, int]:
-    if example.ndim == 4:
-        return (example.shape[1], example.shape[2], example.shape[3])
-    return (example.shape[1], 1, 1)
-
-
-def _width(all_units: Sequence[Unit]) -> int:
-    return all_units[-1].output.channels
-
-
-def _outputs(all_units: Sequence[Unit], head: nn.Module | None, backbone: nn.Module, example: Tensor) -> int:
+def _outputs(all_units: Sequence[Unit], head: nn.Module | None, backbone: nn.Module) -> int:
     """How many logits the backbone gives."""
     last = all_units[-1].output
     if head is None and last.layout != "NC":
