@@ -214,15 +214,14 @@ def _plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         from matplotlib import pyplot
     except ImportError:
         return  # [plot] is an extra; the table and the CSV hold the same
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for row in rows:
-        x, y = row["peak_bytes"] / 2**20, row["error_mean"]
-        axes.errorbar(x, y, yerr=row["error_std"] or None, fmt="o", capsize=3)
-        axes.annotate(
-            f"{row['method']} K={row['blocks']}", (x, y), textcoords="offset points", xytext=(6, 4), fontsize=8
-        )
-    axes.set(xlabel="peak training memory (MiB)", ylabel="test error (%)", xlim=(0, None))
-    axes.margins(x=0.25, y=0.15)
+        label, spread = f"{row['method']} K={row['blocks']}", row["error_std"] or None
+        axes.errorbar(row["peak_bytes"] / 2**20, row["error_mean"], yerr=spread, fmt="o", capsize=3, label=label)
+    axes.set(xlabel="peak training memory (MiB)", ylabel="test error (%), mean and deviation over seeds")
+    axes.set(xlim=(0, 1.1 * max(row["peak_bytes"] for row in rows) / 2**20))
+    axes.set(ylim=(0, 1.1 * max(row["error_mean"] + (row["error_std"] or 0) for row in rows)))
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
