@@ -53,7 +53,7 @@ def main(settings: Settings) -> None:
         for times, stepper in zip(seconds, steppers, strict=True):
             ready = to_device(batch, data.info, stepper.machine)
             start = time.perf_counter()
-            stepper([ready])
+            stepper(iter([ready]))
             times.append(time.perf_counter() - start)
     medians = [statistics.median(times[WARM_UP:]) for times in seconds]
     env = environment()

@@ -61,6 +61,11 @@ def test_the_timeline_peaks_at_the_summarys_bytes(tmp_path: Path) -> None:
     assert [*dict.fromkeys(line["during"] for line in timeline)] == [*(f"block {k}" for k in range(4)), "update"]
 
 
+def test_the_peak_is_the_steps_and_not_the_data_sets(tmp_path: Path) -> None:
+    rows = [train(dataclasses.replace(TINY, limit_train=n), tmp_path / str(n)) for n in (64, 640)]
+    assert rows[0]["peak_bytes"] == rows[1]["peak_bytes"]
+
+
 def test_the_trained_backbone_loads_strictly_and_evaluates_alike(tmp_path: Path) -> None:
     row = train(TINY, tmp_path / "run")
     backbone = build("resnet20", classes=10, in_channels=1)
@@ -97,7 +102,7 @@ def test_accumulation_steps_once_for_several_batches() -> None:
     before = [p.detach().clone() for p in model.backbone.parameters()]
     with torch.no_grad():
         first = [float(model.task.criterion(model(x), y)) for x, y in batches]  # in training mode, as the step is
-    done = stepper(batches)
+    done = stepper(iter(batches))
     assert stepper.step == 1
     assert done.images == 32
     assert done.losses[-1] == pytest.approx(sum(first) / 2, rel=1e-4)

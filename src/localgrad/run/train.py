@@ -7,8 +7,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -121,7 +120,7 @@ class Stepper:
         """The first block's learning rate in the last step."""
         return next(self._groups())["lr"]
 
-    def __call__(self, batches: Iterable[Batch]) -> Done:
+    def __call__(self, batches: Iterator[Batch]) -> Done:
         """Takes `accumulate` of the batches and steps once. Raises RunError for a loss that is not finite."""
         now = rate(self.step, self.total, self.recipe.warmup)
         for group in self._groups():
@@ -143,7 +142,7 @@ class Stepper:
         self.step += 1
         return done
 
-    def _pass(self, batches: Iterable[Batch], meter: MemoryMeter | None) -> Done:
+    def _pass(self, batches: Iterator[Batch], meter: MemoryMeter | None) -> Done:
         count = self.recipe.accumulate
         scale: float | Tensor = 1.0
         if self.scaler.is_enabled():
@@ -158,7 +157,9 @@ class Stepper:
                 meter.mark(f"block {k + 1}" if k + 1 < len(self.model.blocks) else "update")
 
         losses, parts, hits, images = [0.0] * len(self.model.blocks), [], 0.0, 0
-        for i, (x, y) in enumerate(islice(batches, count)):
+        for i in range(count):
+            with meter.pause() if meter is not None else contextlib.nullcontext():
+                x, y = next(batches)
             out = local_backward(
                 self.model,
                 x,

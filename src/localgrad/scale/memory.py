@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +34,7 @@ class MemoryMeter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.label = ""
+        self._paused = False
         self._known: dict[int, weakref.finalize] = {}
         self._before = 0
         self._changes: list[tuple[str, int]] = []
@@ -41,8 +43,19 @@ class MemoryMeter(TorchDispatchMode):
         """What happens from now on is listed under `label`."""
         self.label = label
 
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leaves out what happens inside, such as reading the next batch from a set that lies in memory."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if self._paused:
+            return func(*args, **kwargs)
         self._see((args, kwargs), made=False)
         out = func(*args, **kwargs)
         self._see(out, made=True)
