@@ -7,6 +7,7 @@ import hashlib
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,6 +47,17 @@ def outcome(recipe: Recipe, folder: Path) -> tuple[str, float, bool]:
     return digest.hexdigest(), row["peak_bytes"], flag
 
 
+def small_fashion(folder: Path) -> Path:
+    """Fashion-MNIST's files with a few noisy images, so that the test needs no data set."""
+    for part, count in (("train", 80), ("t10k", 20)):
+        images = np.random.default_rng(0).integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+            (folder / f"{part}-{kind}-ubyte").write_bytes(header + array.tobytes())
+    return folder
+
+
 @pytest.fixture(scope="module")
 def baseline(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, float, bool]:
     return outcome(TINY, tmp_path_factory.mktemp("base") / "run")
@@ -80,6 +92,8 @@ def test_a_field_changes_the_run_or_warns(field: str, baseline: tuple[str, float
             torch.channels_last,
         )
         return
+    if field == "data":
+        settled = dataclasses.replace(settled, data_dir=str(small_fashion(tmp_path)))
     before = outcome(setting, tmp_path / "before") if field in NEEDS else baseline
     assert outcome(settled, tmp_path / "run") != before
 
