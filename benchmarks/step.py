@@ -21,7 +21,8 @@ from localgrad.run.build import build_model, machine_for
 from localgrad.run.recipe import Recipe, override
 from localgrad.run.recipes import RECIPES
 from localgrad.run.runlog import environment
-from localgrad.run.train import Stepper, to_device
+from localgrad.run.step import Stepper
+from localgrad.run.train import to_device
 
 ROWS = [("bp", "none", "1"), *(("dgl", c, k) for k in ("4", "16") for c in ("none", "man", "man++", "deep-man"))]
 WARM_UP = 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from localgrad.core.errors import RunError, UserError, unknown
 from localgrad.run.arguments import Compare, Eval, Export, List, Train
 from localgrad.run.recipe import Recipe, override
 from localgrad.run.recipes import RECIPES, named_recipe
+from localgrad.run.signals import Stopped, raise_stopped
 
 COMMANDS: dict[str, type] = {"train": Train, "eval": Eval, "compare": Compare, "export": Export, "list": List}
 USAGE = """usage: localgrad COMMAND [flags]    (localgrad COMMAND --help shows the flags)
@@ -24,9 +26,11 @@ Train a network as gradient-isolated blocks with momentum auxiliary networks.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0, 2 for what the user can change, 3 for a fault of the run."""
+    """Runs a command and returns its exit code: 0, 2 for what the user can change, 3 for a fault of the run, 128 and
+    the signal's number for one that a signal stopped."""
     args = list(sys.argv[1:] if argv is None else argv)
     warnings.showwarning = _show_warning
+    before = signal.signal(signal.SIGTERM, raise_stopped)
     try:
         if not args or args[0] in ("-h", "--help"):
             width = max(map(len, COMMANDS))
@@ -47,9 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, RunError) as error:
         print(f"localgrad: {error}", file=sys.stderr)
         return error.exit_code
+    except Stopped as stopped:
+        print(f"localgrad: {stopped}", file=sys.stderr)
+        return stopped.exit_code
     except KeyboardInterrupt:
         print("localgrad: stopped", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parse(name: str, args: list[str]) -> Any:

@@ -10,7 +10,7 @@ from torch import nn
 
 from localgrad.core.backbones import build
 from localgrad.core.errors import RunError, UserError
-from localgrad.run.checkpoint import keep_last, load_backbone, read_weights, save_weights
+from localgrad.run.checkpoint import load_backbone, prune, read_weights, save_weights
 
 
 def test_equal_weights_give_equal_bytes_in_any_memory_format(tmp_path: Path) -> None:
@@ -52,9 +52,12 @@ def test_a_checkpoint_of_another_network_changes_nothing(tmp_path: Path) -> None
     assert torch.equal(before, target.weight)
 
 
-def test_keeps_the_newest_by_number(tmp_path: Path) -> None:
+def test_keeps_the_newest_by_number_and_the_best(tmp_path: Path) -> None:
     for step in (9, 100, 20):
         (tmp_path / f"step-{step}").mkdir()
-    (tmp_path / "best").mkdir()
-    keep_last(tmp_path, 2)
+    prune(tmp_path, 2, 9)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "step-100", "step-20", "step-9"]
+    assert (tmp_path / "best").resolve() == tmp_path / "step-9"
+    prune(tmp_path, 2, 20)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "step-100", "step-20"]
+    assert (tmp_path / "best").resolve() == tmp_path / "step-20"

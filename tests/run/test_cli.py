@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from localgrad.cli import COMMANDS, main
 from localgrad.core.errors import UserError
-from localgrad.run.recipe import Recipe
+from localgrad.run.recipe import Recipe, Saving
 from localgrad.run.runlog import summary_rows
 
 QUICK = ["--model", "resnet20", "--limit-train", "64", "--batch-size", "16", "--epochs", "1", "--precision", "float32"]
@@ -63,11 +63,11 @@ def test_help(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage: localgrad" in capsys.readouterr().out
 
 
-def test_the_flags_of_train_are_the_recipe_and_three_more(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_flags_of_train_are_the_recipe_and_what_stays_out_of_it(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     shown = set(re.findall(r"--((?!no-)[a-z][a-z-]*)", capsys.readouterr().out))
-    fields = {f.name.replace("_", "-") for f in dataclasses.fields(Recipe)}
+    fields = {f.name.replace("_", "-") for kind in (Recipe, Saving) for f in dataclasses.fields(kind)}
     assert shown == fields | {"out", "tensorboard", "help", "recipe"}
 
 
@@ -194,7 +194,9 @@ def test_interrupt_ends_with_one_line(tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err.strip() == "localgrad: stopped"
+    notice, said = err.strip().splitlines()
+    assert notice == "localgrad: finishing the step, then saving"
+    assert re.fullmatch(r"localgrad: stopped at step (\d+) of 2000, saved as .*step-\1: the same .* goes on .*", said)
     assert not (tmp_path / "r" / "model.safetensors").exists()
 
 

@@ -128,7 +128,7 @@ def test_sigterm_stops_the_run_with_the_grid(tmp_path: Path) -> None:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 143
     assert err.strip() == "localgrad: stopped"
     size = summary.stat().st_size
     time.sleep(1.5)

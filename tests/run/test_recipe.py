@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from localgrad.core.errors import UserError
+from localgrad.core.errors import RunError, UserError
 from localgrad.run.build import machine_for
 from localgrad.run.recipe import PLACES, Recipe, differences, override, read_recipe, settle
 from localgrad.run.recipes import RECIPES
@@ -28,6 +28,7 @@ CHANGED = {
     "decay_norms": False,
     "label_smoothing": 0.1, "clip": 0.1, "step_as_you_go": True, "precision": "bf16", "channels_last": False,
     "device": "cpu:0", "seed": 1, "deterministic": True, "workers": 1,
+    "on_bad_image": "skip", "skip_nonfinite": True,
 }  # fmt: skip
 NEEDS = {  # the setting in which a field has an effect
     "depth": {"coupling": "deep-man"},
@@ -91,6 +92,12 @@ def test_a_field_changes_the_run_or_warns(field: str, baseline: tuple[str, float
             torch.contiguous_format,
             torch.channels_last,
         )
+        return
+    if field == "skip_nonfinite":  # without a fault it changes nothing
+        wild = {"lr": 1e30, "warmup": 0.0}
+        with pytest.raises(RunError, match="is (nan|inf) at step 2"):
+            train(dataclasses.replace(setting, **wild), tmp_path / "before")
+        assert train(dataclasses.replace(settled, **wild), tmp_path / "run")["skipped_steps"] == 3
         return
     if field == "data":
         settled = dataclasses.replace(settled, data_dir=str(small_fashion(tmp_path)))

@@ -21,7 +21,8 @@ from localgrad.run import data as data_room
 from localgrad.run.build import build_model, machine_for
 from localgrad.run.recipe import Recipe
 from localgrad.run.runlog import SUMMARY, claim, summary_rows
-from localgrad.run.train import Stepper, evaluate, rate, to_device, train
+from localgrad.run.step import Stepper, rate
+from localgrad.run.train import evaluate, to_device, train
 
 TINY = Recipe(model="resnet20", limit_train=64, batch_size=16, epochs=1, precision="float32", head="1c2f", lr=0.02)
 
@@ -38,9 +39,11 @@ def test_the_folder_is_whole(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     train(dataclasses.replace(TINY, epochs=3), folder)
     assert sorted(p.name for p in folder.iterdir()) == [
-        "checkpoints", "config.yaml", "memory_timeline.csv", "metrics.jsonl", "model.safetensors", "summary.csv",
+        ".lock", "checkpoints", "config.yaml", "memory_timeline.csv", "metrics.jsonl", "model.safetensors", "summary.csv",
     ]  # fmt: skip
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["best", "step-12", "step-8"]
+    best = max(summary_rows(folder), key=lambda row: row["eval_top1"])["epoch"] * 4
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"best", "step-12", "step-8", f"step-{best:.0f}"}
+    assert (folder / "checkpoints" / "best").resolve().name == f"step-{best:.0f}"
     with (folder / "summary.csv").open(newline="") as file:
         assert tuple(next(csv.reader(file))) == SUMMARY
     rows = summary_rows(folder)

@@ -68,8 +68,19 @@ class LocalModel(nn.Module):
 
     def members(self, k: int) -> list[nn.Parameter]:
         """The trainable parameters of block k and of its auxiliary."""
-        modules = [self.blocks[k], *self.auxiliaries[k : k + 1]]
-        return [p for module in modules for p in module.parameters() if p.requires_grad]
+        return [p for module in self._parts(k) for p in module.parameters() if p.requires_grad]
+
+    def statistics(self, k: int) -> list[Tensor]:
+        """The buffers of block k and of its auxiliary: what a forward pass in training mode changes."""
+        return [b for module in self._parts(k) for b in module.buffers()]
+
+    def move_averages(self, k: int, *, pull: bool = False) -> None:
+        """Moves block k's averages once, before its optimizer steps; those of form="pull" once it has stepped."""
+        for auxiliary in self.auxiliaries[k : k + 1]:
+            auxiliary.move(pull=pull)  # pyright: ignore[reportCallIssue]
+
+    def _parts(self, k: int) -> list[nn.Module]:
+        return [self.blocks[k], *self.auxiliaries[k : k + 1]]
 
     def __repr__(self) -> str:
         return table(self)
@@ -130,8 +141,9 @@ def local_backward(
     images: Tensor | None = None,
     scale: float | Tensor = 1.0,
     autocast: torch.dtype | None = None,
+    check: Callable[[int, Tensor], None] | None = None,
     after_block: Callable[[int], None] | None = None,
-    micro_batch: tuple[int, int] = (0, 1),
+    micro_batch: tuple[int, int] | None = (0, 1),
 ) -> StepResult:
     """K isolated backward passes: gradients of every block and auxiliary are added to `.grad`, none crosses.
 
@@ -146,11 +158,12 @@ def local_backward(
 
     x: normalised inputs [B, C, H, W]. y: targets [B]. images: [B, C, H, W] in [0, 1] for reconstruction, by default x
     un-normalised with the method's mean and std. scale: every loss is multiplied by it before its backward pass (for
-    accumulation and gradient scalers). autocast: a dtype to compute each block's forward pass in. after_block(k): is
-    called when block k has its gradients and its coupling has moved; a step of its optimizer belongs there.
-    micro_batch: (which, of how many) when gradients are accumulated: averages move once per optimizer step (also
-    when a gradient scaler then skips that step). With
-    `form="pull"` they move as the next step begins, when the copy has taken its gradient step.
+    accumulation and gradient scalers). autocast: a dtype to compute each block's forward pass in. check(k, loss): is
+    called when block k has its gradients, before its coupling moves; what it raises ends the step there.
+    after_block(k): is called when the coupling has moved; a step of the block's optimizer belongs there. micro_batch:
+    (which, of how many) when gradients are accumulated: averages move once per optimizer step, and with `form="pull"`
+    as the next step begins, when the copy has taken its gradient step. None leaves them to `model.move_averages`, for
+    a caller who may yet drop the step.
     """
     model.task.check_targets(y)
     if tuple(x.shape[1:]) != model.image or len(x) != len(y):
@@ -160,11 +173,11 @@ def local_backward(
         )
     if images is None and any(auxiliary.needs_images for _, auxiliary in model.isolated):
         images = model.method.images(x)
-    which, of = micro_batch
+    first, last = (False, False) if micro_batch is None else (micro_batch[0] == 0, micro_batch[0] == micro_batch[1] - 1)
     losses, parts = [], []
     h = x
     for k, (block, auxiliary) in enumerate(model.isolated):
-        if which == 0:
+        if first:
             auxiliary.move(pull=True)
         with _autocast(h, autocast):
             h = block(h)
@@ -176,7 +189,9 @@ def local_backward(
         losses.append(loss.detach())
         parts.append({name: value.detach() for name, value in part.items()})
         del outputs, part, loss  # or this block's tensors would live on into the next block
-        if which == of - 1:
+        if check is not None:
+            check(k, losses[k])
+        if last:
             auxiliary.move(pull=False)
         if after_block is not None:
             after_block(k)
@@ -184,9 +199,12 @@ def local_backward(
         logits = model.blocks[-1](h)
     loss = model.task.criterion(full_precision(logits), y)
     _backward(loss, scale)
+    losses.append(loss.detach())
+    if check is not None:
+        check(len(model.blocks) - 1, losses[-1])
     if after_block is not None:
         after_block(len(model.blocks) - 1)
-    return StepResult([*losses, loss.detach()], [*parts, {}], logits.detach())
+    return StepResult(losses, [*parts, {}], logits.detach())
 
 
 def param_groups(

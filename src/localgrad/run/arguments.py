@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from localgrad.core.errors import UserError, unknown
-from localgrad.run.recipe import Recipe
+from localgrad.run.recipe import Recipe, Saving
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Train:
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     out: Path = Path("runs/train")
-    """The run folder."""
+    """The run folder. A run that stopped there goes on."""
+    saving: Annotated[Saving, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Saving)
     tensorboard: bool = False
     """Also write TensorBoard events (needs localgrad[tensorboard])."""
 

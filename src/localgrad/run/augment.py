@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 # One number per use, so that the order of an epoch tells nothing about its crops.
-AUGMENT, ORDER, SUBSET = 0, 1, 2
+AUGMENT, ORDER, SUBSET, REPLACE = 0, 1, 2, 3
 _MASK = 2**64 - 1
 _GAMMA = 0x9E3779B97F4A7C15
 

@@ -24,11 +24,11 @@ from localgrad.run.train import evaluate, train
 
 def run_train(args: Train) -> int:
     recipe = settle(args.recipe)
-    if claim(args.out, recipe):
+    if claim(args.out, recipe, may_grow=True) and args.saving.resume == "auto":
         row = summary_rows(args.out)[-1]
         print(f"{args.out} holds this run, finished: top1 {row['eval_top1']:.2f}%")
         return 0
-    train(recipe, args.out, tensorboard=args.tensorboard)
+    train(recipe, args.out, saving=args.saving, tensorboard=args.tensorboard)
     print(f"wrote {args.out / 'model.safetensors'}")
     return 0
 
@@ -44,8 +44,11 @@ def run_eval(args: Eval) -> int:
     backbone = build(recipe.model, classes=data.info.classes, in_channels=data.info.channels)
     load_backbone(backbone, args.run / "model.safetensors")
     backbone.to(machine.device, memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]
-    row = evaluate(backbone, data, recipe, machine)
-    print(f"{len(data.test):,} images of {recipe.data}, {machine.precision}: {scores(row)}")
+    bad: dict[str, str] = {}
+    row = evaluate(backbone, data, recipe, machine, on_bad=bad.__setitem__ if recipe.on_bad_image == "skip" else None)
+    print(f"{len(data.test) - len(bad):,} images of {recipe.data}, {machine.precision}: {scores(row)}")
+    if bad:
+        print(f"{len(bad)} that cannot be read were left out, {min(bad)} among them")
     return 0
 
 

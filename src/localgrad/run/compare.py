@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -107,8 +106,7 @@ def grid(args: Compare) -> list[Cell]:
 
 def run_all(cells: Sequence[Cell], out: Path, jobs: int) -> list[str]:
     """Runs what is not finished, `jobs` at a time, and returns the names of those that failed."""
-    signal.signal(signal.SIGTERM, _stop)  # so that no run goes on without the grid
-    waiting = [c for c in cells if not (out / c.name / "model.safetensors").exists()]
+    waiting = [c for c in cells if not claim(out / c.name, c.recipe)]
     print(f"{len(cells)} runs, {len(cells) - len(waiting)} of them finished", flush=True)
     running: dict[str, subprocess.Popen] = {}
     failed: list[str] = []
@@ -176,10 +174,6 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     console.print(table)
     where = f"{rows[0].get('machine')}, torch {rows[0].get('torch')}"
     console.print(f"mean ± standard deviation over seeds; median peak and time; {where}", highlight=False)
-
-
-def _stop(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _start(cell: Cell, out: Path, jobs: int) -> subprocess.Popen:

@@ -19,7 +19,7 @@ from torch import Tensor
 from localgrad.core.errors import RunError, UserError, unknown
 from localgrad.run import readers
 from localgrad.run.augment import SUBSET, crop_flip, permutation
-from localgrad.run.readers import Files
+from localgrad.run.readers import Files, OnBad
 
 IMAGE_FOLDER_SIZE = 224  # pixels; the usual crop of ImageNet
 
@@ -136,19 +136,28 @@ def steps_per_epoch(data: Data, batch_size: int) -> int:
 
 
 def train_batches(
-    data: Data, *, batch_size: int, seed: int, epoch: int, workers: int = 0
+    data: Data,
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    start: int = 0,
+    workers: int = 0,
+    on_bad: OnBad | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The augmented training batches of one epoch: images uint8 [B,C,H,W], labels int64 [B].
+    """The augmented training batches of one epoch from number `start` on: images uint8 [B,C,H,W], labels int64 [B].
 
     The last, incomplete batch is dropped (batch norm would weigh its few samples like a whole batch), unless the set
     is smaller than one batch. `workers` processes decode an image folder; sets in memory need none and ignore it.
-    RunError names an image that cannot be decoded.
+    RunError names an image that cannot be decoded; with `on_bad` that is told of it instead, and a sample that seed
+    and index determine takes its place.
     """
     _check_loading(batch_size, workers)
     steps = steps_per_epoch(data, batch_size)
-    chunks = _chunks(permutation(len(data.train), seed, epoch)[: steps * batch_size], batch_size)
+    chunks = _chunks(permutation(len(data.train), seed, epoch)[: steps * batch_size], batch_size)[start:]
     if isinstance(data.train, Files):
-        return readers.decoded(data.train, data.info.size, chunks, seed=seed, epoch=epoch, workers=workers)
+        how = {"seed": seed, "epoch": epoch, "workers": workers, "on_bad": on_bad}
+        return readers.decoded(data.train, data.info.size, chunks, **how)
     return _augmented(data.train, data.info, chunks, seed, epoch)
 
 
@@ -157,15 +166,17 @@ def test_batches(
     *,
     batch_size: int,
     workers: int = 0,  # noqa: PT028  (no test, see below)
+    on_bad: OnBad | None = None,  # noqa: PT028
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """All test samples in order, not augmented: images uint8 [B,C,H,W], labels int64 [B].
 
-    The last batch may be short. `workers` as for `train_batches`.
+    The last batch may be short. `workers` and `on_bad` as for `train_batches`, but a bad image is left out.
     """
     _check_loading(batch_size, workers)
     split = data.test
     if isinstance(split, Files):
-        return readers.decoded(split, data.info.size, _chunks(np.arange(len(split)), batch_size), workers=workers)
+        chunks = _chunks(np.arange(len(split)), batch_size)
+        return readers.decoded(split, data.info.size, chunks, workers=workers, on_bad=on_bad)
     return zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True)
 
 

@@ -9,8 +9,9 @@ import os
 import struct
 import tarfile
 import tempfile
+import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from localgrad.core.errors import RunError, UserError
-from localgrad.run.augment import resized_crop_box
+from localgrad.run.augment import REPLACE, draws, resized_crop_box
+from localgrad.run.signals import ignore_signals
+
+OnBad = Callable[[str, str], None]  # is told of a file and why it cannot be used
+REPLACEMENTS = 20  # samples that are tried in place of an unreadable one
 
 # Debian's package dataset-fashion-mnist.
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -132,24 +137,33 @@ def decoded(
     seed: int | None = None,
     epoch: int = 0,
     workers: int = 0,
+    on_bad: OnBad | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches `chunks` of a split: images uint8 [B,3,size,size], labels int64 [B]; RunError names a damaged file.
+    """The batches `chunks` of a split: images uint8 [B,3,size,size], labels int64 [B].
 
     With a seed: random crops by area, half of them mirrored. Without: the test split's resize and central crop.
+    RunError names a file that is no readable image; with `on_bad` that is told the file and the reason instead
+    (again each time that it is met), and another sample takes its place, or none in the test split.
     """
     # A loader draws its workers' seeds from the global generator unless it is given one.
     own = torch.Generator().manual_seed(0)
     loader = DataLoader(
-        _Decoder(split, size, seed),
+        _Decoder(split, size, seed, on_bad is not None),
         batch_sampler=_Batches(chunks, epoch),  # pyright: ignore[reportArgumentType]  (any iterable of batches will do)
         num_workers=workers,
         collate_fn=_collate,
         generator=own,
+        worker_init_fn=ignore_signals,
     )
-    for batch in loader:
-        if isinstance(batch, RunError):
-            raise batch
-        yield batch
+    for chunk, (images, labels, bad) in zip(chunks, loader, strict=True):
+        for path, reason in bad:
+            if on_bad is None:
+                raise RunError(f"{path} is not a readable image: {reason}")
+            on_bad(path, reason)
+        if seed is not None and len(labels) < len(chunk):
+            raise RunError(f"{bad[-1][0]} and others that were tried instead are no readable images: look at the data")
+        if len(labels):
+            yield images, labels
 
 
 def fetch(name: str, root: Path) -> None:
@@ -262,21 +276,43 @@ class _Batches:
         return ([(self.epoch, int(index)) for index in chunk] for chunk in self.chunks)
 
 
+class _Item(NamedTuple):
+    """A sample, if there is one, and the files with reasons that could not be used for it."""
+
+    image: Tensor | None
+    label: int
+    bad: list[tuple[str, str]]
+
+
 class _Decoder(Dataset):
-    """(epoch, index) -> (image uint8 [3,size,size], label), or the RunError that says which file is unreadable.
+    """(epoch, index) -> _Item: image uint8 [3,size,size], cropped after what (seed, epoch, index) determines.
 
     Errors are handed over as values: raised in a worker, they would arrive wrapped in the worker's traceback.
-    `seed` None: the test split's resize and central crop.
+    `seed` None: the test split's resize and central crop. `replace`: a bad training image gives way to another.
     """
 
-    def __init__(self, split: Files, size: int, seed: int | None) -> None:
-        self.split, self.size, self.seed = split, size, seed
+    def __init__(self, split: Files, size: int, seed: int | None, replace: bool) -> None:
+        self.split, self.size, self.seed, self.replace = split, size, seed, replace
 
-    def __getitem__(self, pair: tuple[int, int]) -> tuple[Tensor, int] | RunError:
+    def __getitem__(self, pair: tuple[int, int]) -> _Item:
         epoch, index = pair
-        image = _decode(Path(os.fsdecode(self.split.paths[index])))
-        if isinstance(image, RunError):
-            return image
+        bad: list[tuple[str, str]] = []
+        for at in self._candidates(index):
+            path = os.fsdecode(self.split.paths[at])
+            image = _decode(Path(path))
+            if not isinstance(image, str):
+                return _Item(self._cropped(image, epoch, index), int(self.split.labels[at]), bad)
+            bad.append((path, image))
+        return _Item(None, -1, bad)
+
+    def _candidates(self, index: int) -> Iterator[int]:
+        """The sample itself, then those that may replace it."""
+        yield index
+        if self.replace and self.seed is not None:
+            others = draws(self.seed, 0, np.array([index]), REPLACEMENTS, REPLACE)[0]
+            yield from (int(other) for other in others % np.uint64(len(self.split)))
+
+    def _cropped(self, image: Any, epoch: int, index: int) -> Tensor:
         from torchvision.transforms import functional as F
 
         if self.seed is None:
@@ -286,26 +322,32 @@ class _Decoder(Dataset):
             box, mirrored = resized_crop_box(image.height, image.width, seed=self.seed, epoch=epoch, index=index)
             image = F.resized_crop(image, *box, size=[self.size, self.size])
             image = F.hflip(image) if mirrored else image
-        return F.pil_to_tensor(image), int(self.split.labels[index])
+        return F.pil_to_tensor(image)
 
 
-def _collate(items: Sequence[tuple[Tensor, int] | RunError]) -> tuple[Tensor, Tensor] | RunError:
-    good = []
-    for item in items:
-        if isinstance(item, RunError):
-            return item
-        good.append(item)
-    return torch.stack([image for image, _ in good]), torch.tensor([label for _, label in good])
+def _collate(items: Sequence[_Item]) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
+    good = [(item.image, item.label) for item in items if item.image is not None]
+    images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
+    return images, torch.tensor([label for _, label in good]), [pair for item in items for pair in item.bad]
 
 
 def _decode(path: Path) -> Any:
-    """The image at `path` as PIL's RGB, or (returned, not raised) the RunError that names it."""
+    """The image at `path` as PIL's RGB, or why it cannot be used."""
     from PIL import Image
 
     # What PIL raises on damaged files besides OSError depends on the format.
-    unreadable = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+    unreadable = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, MemoryError)
+    unreadable += (OverflowError, Image.DecompressionBombError)
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # a warning would not keep it from memory
+            with Image.open(path) as image:
+                if image.mode == "F":
+                    return "its pixels are floating-point numbers, whose range is not known"
+                if image.mode.startswith("I"):  # 16 bits, of which PIL would clip all that is above 255
+                    return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+                return image.convert("RGB")
+    except Image.DecompressionBombWarning:
+        return f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels"
     except unreadable as error:
-        return RunError(f"{path} is not a readable image: {error}")
+        return " ".join(str(error).split()) or type(error).__name__

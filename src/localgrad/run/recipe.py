@@ -96,6 +96,10 @@ class Recipe:
     """Only deterministic kernels."""
     workers: int = 0
     """Processes that decode images (image-folder only)."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """An unreadable image ends the run, or another takes its place and it is listed (image-folder only)."""
+    skip_nonfinite: bool = False
+    """Leave out steps whose losses or gradients are not finite, instead of ending the run."""
     init: str | None = None
     """Checkpoint of the backbone to start from."""
 
@@ -120,6 +124,8 @@ class Recipe:
             raise UserError(f"block-lr takes factors of at least 0, not '{self.block_lr}'")
         if self.step_as_you_go and self.accumulate > 1:
             raise UserError("step-as-you-go frees gradients after each batch, but accumulate keeps them: drop one")
+        if self.step_as_you_go and self.skip_nonfinite:
+            raise UserError("step-as-you-go has stepped the first blocks when a later one fails: drop skip-nonfinite")
 
     @property
     def cut(self) -> int | list[str]:
@@ -144,8 +150,32 @@ class Recipe:
         return self.method if self.coupling == "none" else f"{self.method}+{self.coupling}"
 
 
-# Fields that say where things lie or how fast, not what comes out.
-PLACES = frozenset({"data_dir", "download", "workers", "device"})
+@dataclass(frozen=True, kw_only=True)
+class Saving:
+    """When a run is saved besides after each epoch, how much of that stays, and whether it goes on where it stopped."""
+
+    save_every: str = "600s"
+    """So many steps, or seconds as 600s, apart from the end of each epoch."""
+    keep_last: int = 2
+    """Newest checkpoints to keep, beside the best; at least 2."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto goes on from the newest sound checkpoint in --out; never removes what is there and begins anew."""
+
+    def __post_init__(self) -> None:
+        number = self.save_every.removesuffix("s")
+        if not number.isdecimal() or int(number) < 1:
+            raise UserError(f"save-every takes a number of steps, or of seconds as 600s, not '{self.save_every}'")
+        if self.keep_last < 2:
+            raise UserError(f"keep-last must be at least 2, in case that one is damaged, not {self.keep_last}")
+
+    def due(self, steps: int, seconds: float) -> bool:
+        """Whether to save, so many steps and seconds after the last time."""
+        number = int(self.save_every.removesuffix("s"))
+        return (seconds if self.save_every.endswith("s") else steps) >= number
+
+
+# Fields that say where things lie, how fast, or what shall not end the run, but not what comes out.
+PLACES = frozenset({"data_dir", "download", "workers", "device", "on_bad_image", "skip_nonfinite"})
 
 
 def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
@@ -178,6 +208,7 @@ def settle(recipe: Recipe) -> Recipe:
         ("decay_norms", recipe.weight_decay == 0, True, "there is no weight decay"),
         ("contrast", recipe.method != "infopro", False, "only infopro has a contrastive objective"),
         ("workers", recipe.data != "image-folder", 0, "this data set lies in memory"),
+        ("on_bad_image", recipe.data != "image-folder", "error", "this data set is checked as it is read"),
         ("download", recipe.data == "digits", False, "digits comes with scikit-learn"),
         ("data_dir", recipe.data == "digits", None, "digits comes with scikit-learn"),
     ]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import os
 import platform
 import shutil
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,13 +24,18 @@ from torch import Tensor
 
 import localgrad
 from localgrad.core.errors import RunError, UserError
+from localgrad.run.checkpoint import MODEL
+from localgrad.run.files import LOCK, PART, write_text
 from localgrad.run.recipe import Recipe, as_dict, differences, read_recipe
 from localgrad.scale.memory import PeakBytes
 
 INTERVAL = 10.0  # seconds between two lines without a terminal
 SUMMARY = (
     "epoch", "train_loss", "eval_loss", "eval_top1", "eval_top5", "lr", "peak_bytes", "peak_rss_bytes", "seconds",
+    "skipped_steps", "bad_images",
 )  # fmt: skip
+CONFIG, METRICS, TABLE, TIMELINE = "config.yaml", "metrics.jsonl", "summary.csv", "memory_timeline.csv"
+BAD_IMAGES = "bad_images.txt"
 
 
 def environment() -> dict[str, str]:
@@ -42,7 +50,7 @@ def environment() -> dict[str, str]:
 
 def read_environment(folder: Path) -> dict[str, str]:
     """What a run recorded of its machine and versions."""
-    return yaml.safe_load((folder / "config.yaml").read_text()).get("environment", {})
+    return yaml.safe_load((folder / CONFIG).read_text()).get("environment", {})
 
 
 def processor() -> str:
@@ -53,7 +61,7 @@ def processor() -> str:
 
 def summary_rows(folder: Path) -> list[dict[str, float]]:
     """The rows of a run's summary.csv, one an epoch. Raises RunError if it is not there or damaged."""
-    path = folder / "summary.csv"
+    path = folder / TABLE
     try:
         with path.open(newline="") as file:
             rows = [{name: float(row[name] or "") for name in SUMMARY} for row in csv.DictReader(file)]
@@ -64,18 +72,22 @@ def summary_rows(folder: Path) -> list[dict[str, float]]:
     return rows
 
 
-def claim(folder: Path, recipe: Recipe) -> bool:
-    """Checks that `folder` is free for `recipe`: True if the very same run lies finished in it. Raises UserError for
-    another run, other files, or a place that cannot be written."""
+def claim(folder: Path, recipe: Recipe, *, may_grow: bool = False) -> bool:
+    """Checks that `folder` is free for `recipe`: True if the very same run lies finished in it, False if it can begin
+    or go on there. may_grow: a run of fewer epochs can go on too. Raises UserError for another run, other files, or a
+    place that cannot be written."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: choose another --out")
-    config = folder / "config.yaml"
+    config = folder / CONFIG
     if config.exists():
-        found = differences(read_recipe(config), recipe)
+        there = read_recipe(config)
+        epochs = max(there.epochs, recipe.epochs) if may_grow else there.epochs
+        found = differences(replace(there, epochs=epochs), recipe)
         if found:
             raise UserError(f"{folder} holds a different run ({'; '.join(found[:3])}): choose another --out")
-        return (folder / "model.safetensors").exists()
-    if folder.is_dir() and any(folder.iterdir()):
+        return there.epochs == recipe.epochs and (folder / MODEL).exists()
+    # A run that was killed at its very first file has left no more than these.
+    if folder.is_dir() and any(p.name not in (LOCK, CONFIG + PART) for p in folder.iterdir()):
         raise UserError(f"{folder} holds files of something else: choose another --out")
     place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
@@ -88,45 +100,63 @@ def claim(folder: Path, recipe: Recipe) -> bool:
 @dataclass(frozen=True)
 class Done:
     """One optimizer step: the blocks' losses, mean over its batches; their parts in the last batch; the share of
-    training images that were right, in percent; how many images."""
+    training images that were right, in percent; how many images; and if it was left out, why."""
 
     losses: list[float]
     parts: list[dict[str, Tensor]]
     top1: float
     images: int
+    skipped: str = ""
 
 
 class RunLog:
-    """Writes one run's folder. A context: nothing exists before it is entered."""
+    """Writes one run's folder. A context: nothing exists before it is entered.
+
+    start: the step that the run goes on from; 0 begins anew. environment: what config.yaml shall say of machine and
+    versions. Once the run is under way, a disk that takes no more costs lines of the record, not the run.
+    """
 
     def __init__(
-        self, folder: Path, recipe: Recipe, total: int, used: dict[str, str], *, tensorboard: bool = False
+        self,
+        folder: Path,
+        recipe: Recipe,
+        total: int,
+        environment: dict[str, str],
+        *,
+        start: int = 0,
+        tensorboard: bool = False,
     ) -> None:
-        self.folder, self.recipe, self.total, self.used = folder, recipe, total, used
+        self.folder, self.recipe, self.total, self.start = folder, recipe, total, start
+        self.environment = environment
         self.console = Console()
         self._writer = _tensorboard() if tensorboard else None
         self.tensorboard: Any = None
         self.progress: Progress | None = None
         self._since, self._images, self._began = 0.0, 0, 0.0
+        self._failing: set[str] = set()
 
     def __enter__(self) -> RunLog:
         try:
-            for old in ("metrics.jsonl", "summary.csv", "memory_timeline.csv"):
-                (self.folder / old).unlink(missing_ok=True)  # what an unfinished start of the same run has left
-            for old in ("checkpoints", "tensorboard"):
-                shutil.rmtree(self.folder / old, ignore_errors=True)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            config = {"recipe": as_dict(self.recipe), "environment": {**environment(), **self.used}}
-            (self.folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-            self.metrics = (self.folder / "metrics.jsonl").open("w")
-            self.tensorboard = self._writer and self._writer(str(self.folder / "tensorboard"))
+            for rest in self.folder.glob(f"*{PART}"):
+                rest.unlink()
+            # The weights first: a folder that has them counts as finished.
+            for old in (MODEL, *(() if self.start else (METRICS, TABLE, TIMELINE, BAD_IMAGES))):
+                (self.folder / old).unlink(missing_ok=True)
+            if not self.start:
+                shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
+            config = {"recipe": as_dict(self.recipe), "environment": self.environment}
+            write_text(self.folder / CONFIG, yaml.safe_dump(config, sort_keys=False))
+            write_text(self.folder / METRICS, _until(self.start, self.folder / METRICS))
+            self.metrics = (self.folder / METRICS).open("a")
+            purge = self.start + 1 if self.start else None
+            self.tensorboard = self._writer and self._writer(str(self.folder / "tensorboard"), purge_step=purge)
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror}; choose another --out") from error
         if self.console.is_terminal:
             columns = [BarColumn(24), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn()]
             columns += [TextColumn("{task.fields[shown]}")]
             self.progress = Progress(*columns, console=self.console)
-            self.bar = self.progress.add_task("", total=self.total, shown="")
+            self.bar = self.progress.add_task("", total=self.total, completed=self.start, shown="")
             self.progress.start()
         self._began = self._since = time.monotonic()
         return self
@@ -136,15 +166,21 @@ class RunLog:
     ) -> None:
         if self.progress is not None:
             self.progress.stop()
-        self.metrics.close()
+        with self._tolerating(METRICS):
+            self.metrics.close()
         if self.tensorboard is not None:
             self.tensorboard.close()
 
     def note(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        with contextlib.suppress(OSError):  # nobody reads it any more, or the disk that it goes to is full
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def step(self, step: int, epoch: int, done: Done, peak: int) -> None:
         """Shows a step: on a terminal each, elsewhere one an interval, which is also when it is recorded."""
+        if done.skipped:
+            self.note(f"{done.skipped}: left out")
+            self.record({"step": step, "epoch": epoch + 1, "skipped": done.skipped})
+            return
         self._images += done.images
         now = time.monotonic()
         due = now - self._since >= INTERVAL or step == self.total
@@ -155,31 +191,29 @@ class RunLog:
         if self.progress is not None:
             self.progress.update(self.bar, completed=step, shown=text)
         else:
-            left = (now - self._began) / step * (self.total - step)
+            left = (now - self._began) / (step - self.start) * (self.total - step)
             self.note(f"epoch {epoch + 1} step {step}/{self.total}  {text}  {left:.0f} s left")
         if due:
             parts = [{name: float(value) for name, value in part.items()} for part in done.parts]
             entry = {"step": step, "epoch": epoch + 1, "losses": done.losses, "parts": parts}
-            self._record({**entry, "train_top1": done.top1, "images_per_second": speed})
+            self.record({**entry, "train_top1": done.top1, "images_per_second": speed})
             self._since, self._images = now, 0
             if self.tensorboard is not None:
                 for k, loss in enumerate(done.losses):
                     self.tensorboard.add_scalar(f"loss/block {k}", loss, step)
 
-    def epoch(self, row: dict[str, float]) -> None:
-        """Adds a row to summary.csv."""
-        path = self.folder / "summary.csv"
-        fresh = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, SUMMARY)
-            if fresh:
-                writer.writeheader()
-            texts: dict[str, str] = {n: f"{v:.6g}" if isinstance(v, float) else str(v) for n, v in row.items()}
-            writer.writerow(texts)  # pyright: ignore[reportArgumentType]
-        self._record(row)
+    def epoch(self, rows: list[dict[str, float]], step: int) -> None:
+        """Writes summary.csv, whose last row is new."""
+        text, row = io.StringIO(), rows[-1]
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(SUMMARY)
+        writer.writerows([_cell(r[name]) for name in SUMMARY] for r in rows)
+        with self._tolerating(TABLE):
+            write_text(self.folder / TABLE, text.getvalue())
+        self.record({"step": step, **row})
         if self.tensorboard is not None:
             for name, value in row.items():
-                self.tensorboard.add_scalar(f"epoch/{name}", value, int(row["epoch"]))
+                self.tensorboard.add_scalar(f"epoch/{name}", value, step)
         spent = f"peak {mib(row['peak_bytes'])}, {row['seconds']:.0f} s"
         self.note(
             f"epoch {row['epoch']}/{self.recipe.epochs}: train loss {row['train_loss']:.4f}, {scores(row)}, {spent}"
@@ -187,14 +221,29 @@ class RunLog:
 
     def timeline(self, peak: PeakBytes) -> None:
         """Writes the measured step: bytes live each time that they changed, and during which block."""
-        with (self.folder / "memory_timeline.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(("event", "during", "live_bytes"))
-            writer.writerows((i, label or "block 0", live) for i, (label, live) in enumerate(peak.timeline))
+        lines = [f"{i},{label or 'block 0'},{live}\n" for i, (label, live) in enumerate(peak.timeline)]
+        with self._tolerating(TIMELINE):
+            write_text(self.folder / TIMELINE, "".join(["event,during,live_bytes\n", *lines]))
 
-    def _record(self, entry: dict[str, Any]) -> None:
-        self.metrics.write(json.dumps(entry) + "\n")
-        self.metrics.flush()
+    def bad_images(self, found: dict[str, str]) -> None:
+        """Writes which images cannot be used, one a line with the reason."""
+        with self._tolerating(BAD_IMAGES):
+            write_text(self.folder / BAD_IMAGES, "".join(f"{path}\t{why}\n" for path, why in found.items()))
+
+    def record(self, entry: dict[str, Any]) -> None:
+        """Adds a line to metrics.jsonl. Each has its `step`, by which a run that goes on drops those it will repeat."""
+        with self._tolerating(METRICS):
+            self.metrics.write(json.dumps(entry) + "\n")
+            self.metrics.flush()
+
+    @contextlib.contextmanager
+    def _tolerating(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if name not in self._failing:
+                self.note(f"cannot write {self.folder / name}: {error.strerror}; the run goes on")
+            self._failing.add(name)
 
 
 def scores(row: dict[str, float]) -> str:
@@ -203,6 +252,20 @@ def scores(row: dict[str, float]) -> str:
 
 def mib(size: float) -> str:
     return f"{size / 2**20:.1f} MiB"
+
+
+def _until(step: int, metrics: Path) -> str:
+    """The lines of metrics.jsonl up to `step`; one that a kill has torn is none."""
+    lines = []
+    for line in metrics.read_text(errors="replace").splitlines() if metrics.exists() else ():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            if json.loads(line)["step"] <= step:
+                lines.append(line + "\n")
+    return "".join(lines)
+
+
+def _cell(value: float) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _short(losses: list[float]) -> str:

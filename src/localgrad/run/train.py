@@ -1,231 +1,243 @@
-"""The loop: a recipe and a folder in, a trained backbone and its record out."""
+"""The loop: a recipe and a folder in, a trained backbone and its record out, in as many starts as it takes."""
 
 from __future__ import annotations
 
-import contextlib
-import math
-import resource
-import sys
+import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from localgrad.core.engine import LocalModel, StepResult, local_backward, param_groups
+from localgrad.core.engine import LocalModel
 from localgrad.core.errors import RunError, UserError
 from localgrad.core.task import Classification
+from localgrad.run import checkpoint as checkpoints
 from localgrad.run import data as data_room
 from localgrad.run.build import Machine, build_model, machine_for
-from localgrad.run.checkpoint import keep_last, save_checkpoint, save_weights
-from localgrad.run.recipe import Recipe, shown
-from localgrad.run.runlog import Done, RunLog
-from localgrad.scale.memory import MemoryMeter, PeakBytes
-
-KEPT = 2  # checkpoints of the newest epochs, beside the best
-
-Batch = tuple[Tensor, Tensor]  # normalised inputs and targets, on the device
+from localgrad.run.files import locked
+from localgrad.run.recipe import Recipe, Saving, shown
+from localgrad.run.runlog import RunLog, environment, read_environment
+from localgrad.run.signals import Stopped, StopRequest
+from localgrad.run.step import Stepper, peak_rss
 
 
-def train(recipe: Recipe, folder: Path, *, tensorboard: bool = False) -> dict[str, float]:
+def train(recipe: Recipe, folder: Path, *, saving: Saving | None = None, tensorboard: bool = False) -> dict[str, float]:
     """Trains after `recipe` into `folder` and returns the last epoch's row of its summary.
 
-    Nothing is written before data and model are there. Raises UserError and RunError.
+    A run of the same recipe that was stopped there goes on, to the very bits that it would have reached without the
+    stop. Nothing is written before data and model are there. Raises UserError and RunError; Stopped when a signal ended
+    it, after a save.
     """
-    machine = machine_for(recipe)
-    data = data_room.load(
-        recipe.data,
-        data_dir=recipe.data_dir,
-        download=recipe.download,
-        limit_train=recipe.limit_train,
-        seed=recipe.seed,
-        image_size=recipe.image_size,
-    )
-    model = build_model(recipe, data, machine)
-    per_epoch = data_room.steps_per_epoch(data, recipe.batch_size) // recipe.accumulate
-    if per_epoch == 0:
-        raise UserError(f"{recipe.accumulate} batches of {recipe.batch_size} are more than the training set holds")
-    stepper = Stepper(recipe, model, machine, per_epoch * recipe.epochs)
-    checkpoints = folder / "checkpoints"
-    used = {"device": str(machine.device), "precision": machine.precision}
-    with RunLog(folder, recipe, stepper.total, used, tensorboard=tensorboard) as log:
-        log.note(headline(recipe, data, model, machine))
-        log.note(f"recipe: {shown(recipe)}")
-        log.note(repr(model))
-        start, best, row = time.monotonic(), -1.0, {}
-        for epoch in range(recipe.epochs):
-            loss = _train_epoch(epoch, per_epoch, stepper, data, log)
-            row = {
-                "epoch": epoch + 1,
-                "train_loss": loss,
-                **evaluate(model, data, recipe, machine),
-                "lr": stepper.lr,
-                "peak_bytes": stepper.peak.total,
-                "peak_rss_bytes": peak_rss(),
-                "seconds": time.monotonic() - start,
-            }
-            log.epoch(row)
-            position = {"epoch": epoch + 1, "step": stepper.step}
-            save_checkpoint(checkpoints, f"step-{stepper.step}", model, stepper.optimizers, position)
-            keep_last(checkpoints, KEPT)
-            if row["eval_top1"] > best:
-                best = row["eval_top1"]
-                save_checkpoint(checkpoints, "best", model, stepper.optimizers, position)
-        save_weights(folder / "model.safetensors", model.backbone.state_dict())
-    return row
+    run = Run(recipe, folder, saving or Saving())
+    with StopRequest() as stop, locked(folder):
+        said = run.resume()
+        used = read_environment(folder) if run.stepper.step else run.environment
+        with RunLog(folder, recipe, run.stepper.total, used, start=run.stepper.step, tensorboard=tensorboard) as log:
+            log.note(headline(recipe, run.data, run.model, run.machine))
+            log.note(f"recipe: {shown(recipe)}")
+            log.note(repr(run.model))
+            for sentence in said:
+                log.note(sentence)
+                log.record({"step": run.stepper.step, "note": sentence})
+            try:
+                while len(run.rows) < recipe.epochs:
+                    run.epoch(log, stop)
+            except Stopped as stopped:
+                raise Stopped(stopped.number, run.farewell(log)) from None
+            checkpoints.save_weights(folder / checkpoints.MODEL, run.model.backbone.state_dict())
+    return run.rows[-1]
 
 
-def _train_epoch(epoch: int, steps: int, stepper: Stepper, data: data_room.Data, log: RunLog) -> float:
-    """One pass over the training images; the last block's mean loss."""
-    recipe, machine, model = stepper.recipe, stepper.machine, stepper.model
-    model.train()
-    batches = data_room.train_batches(
-        data, batch_size=recipe.batch_size, seed=recipe.seed, epoch=epoch, workers=recipe.workers
-    )
-    stream = (to_device(batch, data.info, machine) for batch in batches)
-    total = 0.0
-    for _ in range(steps):
-        done = stepper(stream)
-        if stepper.peak.timeline and stepper.step == stepper.measured + 1:
-            log.timeline(stepper.peak)
-        total += done.losses[-1]
-        log.step(stepper.step, epoch, done, stepper.peak.total)
-    return total / steps
+class Run:
+    """What a run is made of, and where it is: `stepper.step`, the `rows` of its whole epochs, and sums over the epoch
+    that it is in."""
 
+    def __init__(self, recipe: Recipe, folder: Path, saving: Saving) -> None:
+        self.recipe, self.saving, self.place = recipe, saving, folder / "checkpoints"
+        self.machine = machine_for(recipe)
+        self.data = data_room.load(
+            recipe.data,
+            data_dir=recipe.data_dir,
+            download=recipe.download,
+            limit_train=recipe.limit_train,
+            seed=recipe.seed,
+            image_size=recipe.image_size,
+        )
+        self.model = build_model(recipe, self.data, self.machine)
+        self.per_epoch = data_room.steps_per_epoch(self.data, recipe.batch_size) // recipe.accumulate
+        if self.per_epoch == 0:
+            raise UserError(f"{recipe.accumulate} batches of {recipe.batch_size} are more than the training set holds")
+        self.stepper = Stepper(recipe, self.model, self.machine, self.per_epoch * recipe.epochs)
+        layout = str(self.machine.memory_format).removeprefix("torch.")
+        used = {"device": str(self.machine.device), "precision": self.machine.precision, "memory_format": layout}
+        self.environment = {**environment(), **used}
+        self.rows: list[dict[str, float]] = []
+        self.loss, self.taken = 0.0, 0  # of the last block, summed over the steps of this epoch that were not skipped
+        self.bad_images: dict[str, str] = {}
+        self._told = 0  # of them
+        self._began, self._spent = time.monotonic(), 0.0  # and seconds of earlier starts
+        self._saved: Path | None = None
+        self._tried = (0, self._began)  # the step and time of the last attempt to save
 
-class Stepper:
-    """One optimizer step over `accumulate` batches: after the pass, or block by block as it goes.
-
-    total: steps of the whole run. step: how many are done. peak: memory of step `measured`, once it is done (on CUDA
-    the most that any step took).
-    """
-
-    def __init__(self, recipe: Recipe, model: LocalModel, machine: Machine, total: int) -> None:
-        self.recipe, self.model, self.machine, self.total = recipe, model, machine, total
-        self.step, self.peak = 0, PeakBytes(0)
-        self.measured = min(1, total - 1)  # the second step, because the first makes the optimizer's state
-        factors = recipe.block_factors
-        rates = None if factors is None else [recipe.lr * f for f in factors]
-        groups = param_groups(model, weight_decay=recipe.weight_decay, no_decay=not recipe.decay_norms, lr=rates)
-        count = len(model.blocks)
-        shares = [[g for g in groups if g["block"] == k] for k in range(count)] if recipe.step_as_you_go else [groups]
-        self.optimizers = [_optimizer(recipe, share) for share in shares]
-        for group in self._groups():
-            group["peak_lr"] = group["lr"]
-        self.scaler = torch.amp.GradScaler(enabled=machine.precision == "fp16")  # pyright: ignore[reportPrivateImportUsage]
-
-    @property
-    def lr(self) -> float:
-        """The first block's learning rate in the last step."""
-        return next(self._groups())["lr"]
-
-    def __call__(self, batches: Iterator[Batch]) -> Done:
-        """Takes `accumulate` of the batches and steps once. Raises RunError for a loss that is not finite."""
-        now = rate(self.step, self.total, self.recipe.warmup)
-        for group in self._groups():
-            group["lr"] = group["peak_lr"] * now
-        device = self.machine.device
-        meter = MemoryMeter() if device.type == "cpu" and self.step == self.measured else None
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        with meter or contextlib.nullcontext():
-            done = self._pass(batches, meter)
-            if not self.recipe.step_as_you_go:
-                self._update(self.optimizers[0], range(len(self.model.blocks)))
-        if self.scaler.is_enabled():
-            self.scaler.update()
-        if meter is not None:
-            self.peak = meter.result()
-        elif device.type == "cuda" and torch.cuda.max_memory_allocated(device) > self.peak.total:
-            self.peak = PeakBytes(torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device))
-        self.step += 1
-        return done
-
-    def _pass(self, batches: Iterator[Batch], meter: MemoryMeter | None) -> Done:
-        count = self.recipe.accumulate
-        scale: float | Tensor = 1.0
-        if self.scaler.is_enabled():
-            scale = self.scaler.scale(torch.ones((), device=self.machine.device))
-        if count > 1:
-            scale = scale / count
-
-        def after_block(k: int) -> None:
-            if self.recipe.step_as_you_go:
-                self._update(self.optimizers[k], [k])
-            if meter is not None:
-                meter.mark(f"block {k + 1}" if k + 1 < len(self.model.blocks) else "update")
-
-        losses, parts, hits, images = [0.0] * len(self.model.blocks), [], 0.0, 0
-        for i in range(count):
-            with meter.pause() if meter is not None else contextlib.nullcontext():
-                x, y = next(batches)
-            out = local_backward(
-                self.model,
-                x,
-                y,
-                scale=scale,
-                autocast=self.machine.autocast,
-                after_block=after_block,
-                micro_batch=(i, count),
+    def resume(self) -> list[str]:
+        """Goes to where the newest sound checkpoint is, if there is one. What a person should know of it."""
+        if self.saving.resume == "never":
+            shutil.rmtree(self.place, ignore_errors=True)
+        said: list[str] = []
+        found = checkpoints.newest_checkpoint(self.place, said.append)
+        if found is None:
+            return [*said, "no checkpoint is sound: beginning anew"] if said else []
+        state = found.state
+        try:
+            self.model.backbone.load_state_dict(found.model)
+            self.model.auxiliaries.load_state_dict(found.auxiliaries)
+            self.stepper.load_state_dict(state["stepper"])
+            self.rows, self.loss, self.taken = state["rows"], state["loss"], state["taken"]
+            self.bad_images, self._spent, images, epochs = (
+                state[n] for n in ("bad_images", "spent", "images", "epochs")
             )
-            losses = [total + loss / count for total, loss in zip(losses, self._finite(out), strict=True)]
-            parts = out.parts
-            hits += float(self.model.task.metrics(out.logits, y)["top1"])
-            images += len(y)
-        return Done(losses, parts, 100 * hits / images, images)
+            checkpoints.set_random_state(state["random"])
+        except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            raise RunError(f"{found.path} does not fit this run: remove it, or choose another --out") from error
+        if images != len(self.data.train):
+            raise UserError(
+                f"the training set has {len(self.data.train)} images, but {found.path} was made with {images}: restore "
+                "the set, or choose another --out"
+            )
+        self._saved, self._tried = found.path, (self.stepper.step, self._began)
+        said.append(f"going on from {found.path}, at step {self.stepper.step} of {self.stepper.total}")
+        if epochs != self.recipe.epochs:
+            said.append(f"{self.recipe.epochs} epochs instead of {epochs}: from here lr follows the longer schedule")
+        now, then = self.environment, found.environment
+        changed = [f"{name} {now.get(name)}, was {then.get(name)}" for name in now if now.get(name) != then.get(name)]
+        if changed:
+            said.append(f"not all is as it was, so the result may differ in its last bits: {'; '.join(changed)}")
+        return said
 
-    def _finite(self, out: StepResult) -> list[float]:
-        losses = torch.stack(out.losses).tolist()
-        for k, loss in enumerate(losses):
-            if not math.isfinite(loss):
-                where = f"block {k} ({self.model.blocks[k].names[-1]}) is {loss} at step {self.step + 1}"
-                raise RunError(
-                    f"the loss of {where}: a lower lr, a warm-up or a clip, into another --out, may keep it finite"
-                )
-        return losses
+    def epoch(self, log: RunLog, stop: StopRequest) -> None:
+        """What is left of an epoch, its evaluation, and a save."""
+        recipe, stepper, epoch = self.recipe, self.stepper, len(self.rows)
+        first, end = stepper.step - epoch * self.per_epoch, (epoch + 1) * self.per_epoch
+        on_bad = self._on_bad if recipe.on_bad_image == "skip" else None
+        self.model.train()
+        batches = data_room.train_batches(
+            self.data, batch_size=recipe.batch_size, seed=recipe.seed, epoch=epoch, start=first * recipe.accumulate,
+            workers=recipe.workers, on_bad=on_bad,
+        )  # fmt: skip
+        stream = (to_device(batch, self.data.info, self.machine) for batch in batches)
+        while stepper.step < end:
+            done = stepper(stream)
+            if stepper.peak.timeline and stepper.step == stepper.measured + 1:
+                log.timeline(stepper.peak)
+            if not done.skipped:
+                self.loss += done.losses[-1]
+                self.taken += 1
+            log.step(stepper.step, epoch, done, stepper.peak.total)
+            self._tell_bad_images(log)
+            stop.check()
+            steps, seconds = stepper.step - self._tried[0], time.monotonic() - self._tried[1]
+            if stepper.step < end and self.saving.due(steps, seconds):
+                self.save(log)
+        scores = evaluate(self.model, self.data, recipe, self.machine, on_bad=on_bad, between=stop.check)
+        self._tell_bad_images(log)
+        row = {
+            "epoch": epoch + 1,
+            "train_loss": self.loss / max(1, self.taken),
+            **scores,
+            "lr": stepper.lr,
+            "peak_bytes": stepper.peak.total,
+            "peak_rss_bytes": peak_rss(),
+            "seconds": self._seconds(),
+            "skipped_steps": stepper.skipped,
+            "bad_images": len(self.bad_images),
+        }
+        self.rows.append(row)
+        self.loss, self.taken = 0.0, 0
+        log.epoch(self.rows, stepper.step)
+        self.save(log)
 
-    def _update(self, optimizer: torch.optim.Optimizer, blocks: Sequence[int]) -> None:
-        if self.recipe.clip is not None:
-            self.scaler.unscale_(optimizer)
-            for k in blocks:
-                nn.utils.clip_grad_norm_(self.model.members(k), self.recipe.clip)
-        self.scaler.step(optimizer)
-        optimizer.zero_grad()
+    def save(self, log: RunLog) -> bool:
+        """Writes a checkpoint, unless this step has one. A disk that does not take it costs that checkpoint only."""
+        step = self.stepper.step
+        self._tried = (step, time.monotonic())
+        if self._saved is not None and self._saved.name == f"step-{step}":
+            return True
+        try:
+            self._saved = checkpoints.save_checkpoint(
+                self.place, step, model=self.model.backbone.state_dict(),
+                auxiliaries=self.model.auxiliaries.state_dict(), state=self._state(), environment=self.environment,
+            )  # fmt: skip
+        except RunError as error:
+            log.note(f"{error}; the last checkpoint is {self._saved or 'none'}")
+            return False
+        best = max(range(len(self.rows)), key=lambda epoch: self.rows[epoch]["eval_top1"], default=None)
+        checkpoints.prune(self.place, self.saving.keep_last, None if best is None else (best + 1) * self.per_epoch)
+        return True
 
-    def _groups(self) -> Iterator[dict]:
-        for optimizer in self.optimizers:
-            yield from optimizer.param_groups
+    def farewell(self, log: RunLog) -> str:
+        """Saves, and says how it went."""
+        saved = self.save(log)
+        where = f"stopped at step {self.stepper.step} of {self.stepper.total}"
+        if saved:
+            return f"{where}, saved as {self._saved}: the same command goes on from there"
+        return f"{where}, which could not be saved: the last checkpoint is {self._saved or 'none'}"
 
+    def _state(self) -> dict[str, Any]:
+        """All that a run depends on beside the model, as tensors and plain values. The position in the data is the
+        step: order and augmentation are functions of seed, epoch and index."""
+        return {
+            "stepper": self.stepper.state_dict(), "random": checkpoints.random_state(), "rows": self.rows,
+            "loss": self.loss, "taken": self.taken, "bad_images": self.bad_images, "spent": self._seconds(),
+            "images": len(self.data.train), "epochs": self.recipe.epochs,
+        }  # fmt: skip
 
-def rate(step: int, total: int, warmup: float) -> float:
-    """The factor on lr at `step` of `total`: linear up over the first `warmup` share, then a cosine down to 0.
+    def _seconds(self) -> float:
+        return self._spent + time.monotonic() - self._began
 
-    >>> [round(rate(s, 10, 0.2), 3) for s in (0, 1, 2, 9)]
-    [0.5, 1.0, 1.0, 0.038]
-    """
-    rising = round(warmup * total)
-    if step < rising:
-        return (step + 1) / rising
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
+    def _on_bad(self, path: str, reason: str) -> None:
+        self.bad_images.setdefault(path, reason)
+
+    def _tell_bad_images(self, log: RunLog) -> None:
+        if len(self.bad_images) > self._told:
+            self._told = len(self.bad_images)
+            log.bad_images(self.bad_images)
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: data_room.Data, recipe: Recipe, machine: Machine) -> dict[str, float]:
-    """Loss and accuracies, in percent, of a backbone or local model on the test images."""
+def evaluate(
+    model: nn.Module,
+    data: data_room.Data,
+    recipe: Recipe,
+    machine: Machine,
+    *,
+    on_bad: data_room.OnBad | None = None,
+    between: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Loss and accuracies, in percent, of a backbone or local model on the test images.
+
+    on_bad: is told of an image that cannot be read, which is left out; without it, RunError names it. between: is
+    called after each batch.
+    """
     was_training = model.training
     model.eval()
     task = Classification(data.info.classes)
     sums: dict[str, float] = {}
     count = 0
-    for batch in data_room.test_batches(data, batch_size=max(recipe.batch_size, 256), workers=recipe.workers):
+    size = max(recipe.batch_size, 256)
+    for batch in data_room.test_batches(data, batch_size=size, workers=recipe.workers, on_bad=on_bad):
         x, y = to_device(batch, data.info, machine)
         with machine.cast():
             logits = model(x)
         for name, value in task.metrics(logits, y).items():
             sums[name] = sums.get(name, 0.0) + float(value)
         count += len(y)
+        between()
     model.train(was_training)
+    if not count:
+        raise RunError("no image of the test set can be read")
     return {
         "eval_loss": sums["loss"] / count,
         "eval_top1": 100 * sums["top1"] / count,
@@ -246,19 +258,7 @@ def headline(recipe: Recipe, data: data_room.Data, model: LocalModel, machine: M
     )
 
 
-def peak_rss() -> int:
-    """The most memory that this process has held, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def to_device(batch: tuple[Tensor, Tensor], info: data_room.DataInfo, machine: Machine) -> tuple[Tensor, Tensor]:
     images, targets = (t.to(machine.device, non_blocking=True) for t in batch)
     x = data_room.normalize(images, info)
     return x.contiguous(memory_format=machine.memory_format), targets
-
-
-def _optimizer(recipe: Recipe, groups: list[dict]) -> torch.optim.Optimizer:
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=recipe.lr)
-    return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9, nesterov=True)

@@ -1,0 +1,72 @@
+"""Files that are whole or not there: written beside their place, flushed to the disk, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from localgrad.core.errors import UserError
+
+PART = ".part"  # what is being written; the rest of a killed process, which the next one removes
+LOCK = ".lock"
+
+
+def part_of(place: Path) -> Path:
+    return place.with_name(place.name + PART)
+
+
+@contextlib.contextmanager
+def replacing(place: Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of `place` when the block ends, and goes when the block fails."""
+    part = part_of(place)
+    try:
+        yield part
+        flush(part)
+        os.replace(part, place)
+        flush(place.parent)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_text(place: Path, text: str) -> None:
+    """Writes a whole file, or leaves what was there."""
+    with replacing(place) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    if path.is_dir() and os.name != "posix":
+        return  # only POSIX can
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps `folder` to this process, which makes it if need be. Raises UserError if another process has it.
+
+    The lock is the system's and ends with the process, however that ends; children that fork from it do not hold it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
+    with file:
+        try:
+            import fcntl
+        except ImportError:  # Windows: two runs in one folder are not kept apart there
+            yield
+            return
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another process is training in {folder}: wait for it, or choose another --out") from error
+        yield

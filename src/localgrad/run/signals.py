@@ -1,0 +1,65 @@
+"""SIGTERM and SIGINT as a request that the loop answers between two steps."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+
+NOTICE = b"localgrad: finishing the step, then saving\n"
+
+
+class Stopped(Exception):
+    """The process was asked to end by a signal. exit_code: 128 + its number, as shells have it."""
+
+    def __init__(self, number: int, text: str = "stopped") -> None:
+        super().__init__(text)
+        self.number = number
+        self.exit_code = 128 + number
+
+
+class StopRequest:
+    """A context in which SIGTERM and SIGINT only ask, and `check` answers.
+
+    More signals change nothing: a scheduler may send both, or one twice, and the save must not suffer. Outside the
+    main thread, which alone can hear signals, nothing is asked.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._before: dict[int, signal._HANDLER] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Raises Stopped if a signal has come."""
+        if self.number is not None:
+            raise Stopped(self.number)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.number is None:
+            self.number = number
+            with contextlib.suppress(OSError):
+                os.write(2, NOTICE)  # not print, which the signal may have interrupted
+
+
+def ignore_signals(worker: int) -> None:
+    """For processes that decode images: a signal to the whole group is the loop's to answer, which still needs them."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def raise_stopped(number: int, frame: FrameType | None) -> None:
+    """A signal handler for the time outside of the loop, when there is nothing to save."""
+    raise Stopped(number)

@@ -1,0 +1,256 @@
+"""One optimizer step of a run, and what keeps a bad one from doing harm."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import resource
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from localgrad.core.engine import LocalModel, local_backward, param_groups
+from localgrad.core.errors import RunError
+from localgrad.run.build import Machine
+from localgrad.run.recipe import Recipe
+from localgrad.run.runlog import Done, mib
+from localgrad.scale.memory import MemoryMeter, PeakBytes
+
+Batch = tuple[Tensor, Tensor]  # normalised inputs and targets, on the device
+SKIPS = 10  # steps skipped one after another before a run is given up: no later one will be better
+
+
+class NotFinite(RunError):
+    """A loss or gradient that is not finite. block: the first block that has one."""
+
+    def __init__(self, text: str, block: int) -> None:
+        super().__init__(text)
+        self.block = block
+
+
+class Stepper:
+    """One optimizer step over `accumulate` batches: after the pass, or block by block as it goes.
+
+    total: steps of the whole run. step: how many are done. skipped: how many of those changed nothing, because a loss
+    or gradient was not finite. peak: memory of step `measured`, once it is done (on CUDA the most that any step took).
+    """
+
+    def __init__(self, recipe: Recipe, model: LocalModel, machine: Machine, total: int) -> None:
+        self.recipe, self.model, self.machine, self.total = recipe, model, machine, total
+        self.step, self.skipped, self.peak = 0, 0, PeakBytes(0)
+        self.measured = min(1, total - 1)  # the second step, because the first makes the optimizer's state
+        factors = recipe.block_factors
+        rates = None if factors is None else [recipe.lr * f for f in factors]
+        groups = param_groups(model, weight_decay=recipe.weight_decay, no_decay=not recipe.decay_norms, lr=rates)
+        self._blocks = range(len(model.blocks))
+        shares = [[g for g in groups if g["block"] == k] for k in self._blocks]
+        self.optimizers = [_optimizer(recipe, share) for share in (shares if recipe.step_as_you_go else [groups])]
+        for group in self._groups():
+            group["peak_lr"] = group["lr"]
+        self.scaler = torch.amp.GradScaler(enabled=machine.precision == "fp16")  # pyright: ignore[reportPrivateImportUsage]
+        self._members = [model.members(k) for k in self._blocks]
+        self._statistics = [model.statistics(k) for k in self._blocks]
+        self._before = [[torch.empty_like(b) for b in buffers] for buffers in self._statistics]
+        self._in_a_row = 0  # skipped
+        self._where = ""  # what is being computed
+
+    @property
+    def lr(self) -> float:
+        """The first block's learning rate in the last step."""
+        return next(self._groups())["lr"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next step depends on beside the model, as tensors and plain values."""
+        counts = {"step": self.step, "skipped": self.skipped, "in_a_row": self._in_a_row}
+        peak = {"total": self.peak.total, "reserved": self.peak.reserved}
+        return {**counts, "peak": peak, "optimizers": [o.state_dict() for o in self.optimizers],
+                "scaler": self.scaler.state_dict()}  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(own)
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.skipped, self._in_a_row = state["step"], state["skipped"], state["in_a_row"]
+        self.peak = PeakBytes(**state["peak"])
+
+    def __call__(self, batches: Iterator[Batch]) -> Done:
+        """Takes `accumulate` of the batches and steps once.
+
+        Where a loss or gradient is not finite, the block that has it, and with a step after the pass every block,
+        stays as it was before: the step is skipped if the recipe says so, or else NotFinite is raised. RunError if
+        memory runs out.
+        """
+        now = rate(self.step, self.total, self.recipe.warmup)
+        for group in self._groups():
+            group["lr"] = group["peak_lr"] * now
+        device = self.machine.device
+        meter = MemoryMeter() if device.type == "cpu" and self.step == self.measured else None
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        for kept, buffers in zip(self._before, self._statistics, strict=True):
+            _copy(kept, buffers)
+        try:
+            with meter or contextlib.nullcontext():
+                done = self._pass(batches, meter)
+            self._in_a_row = 0
+        except NotFinite as error:
+            self._undo(error.block if self.recipe.step_as_you_go else 0)
+            self._in_a_row += 1
+            if not self.recipe.skip_nonfinite or self._in_a_row == SKIPS:
+                raise
+            self.skipped += 1
+            done = Done([], [], 0.0, 0, skipped=str(error).partition(":")[0])
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, RunError) or not _out_of_memory(error):
+                raise
+            raise RunError(self._memory_sentence(error)) from error
+        if meter is not None:
+            self.peak = meter.result()
+        elif device.type == "cuda" and torch.cuda.max_memory_allocated(device) > self.peak.total:
+            self.peak = PeakBytes(torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device))
+        self.step += 1
+        return done
+
+    def _pass(self, batches: Iterator[Batch], meter: MemoryMeter | None) -> Done:
+        count, go = self.recipe.accumulate, self.recipe.step_as_you_go
+        scale: float | Tensor = 1.0
+        if self.scaler.is_enabled():
+            scale = self.scaler.scale(torch.ones((), device=self.machine.device))
+        if count > 1:
+            scale = scale / count
+        found: list[float] = []  # one batch's losses
+
+        def check(k: int, loss: Tensor) -> None:
+            if go:
+                found.extend(self._checked({k: loss}))
+
+        def after_block(k: int) -> None:
+            if go:
+                self._update(self.optimizers[k], [k])
+            last = k + 1 == len(self._blocks)
+            self._where = "the update" if last else self._name(k + 1)
+            if meter is not None:
+                meter.mark("update" if last else f"block {k + 1}")
+
+        losses, parts, hits, images = [0.0] * len(self._blocks), [], 0.0, 0
+        for _ in range(count):
+            self._where = "the next batch"
+            with meter.pause() if meter is not None else contextlib.nullcontext():
+                x, y = next(batches)
+            self._where = self._name(0)
+            # The averages are left to _update: they may not move in a step that is dropped.
+            out = local_backward(
+                self.model, x, y, scale=scale, autocast=self.machine.autocast,
+                check=check, after_block=after_block, micro_batch=None,
+            )  # fmt: skip
+            if not go:
+                found = self._checked(dict(enumerate(out.losses)))
+            losses = [total + loss / count for total, loss in zip(losses, found, strict=True)]
+            parts = out.parts
+            hits += float(self.model.task.metrics(out.logits, y)["top1"])
+            images += len(y)
+        if not go:
+            self._update(self.optimizers[0], self._blocks)
+        for k in self._blocks:
+            self.model.move_averages(k, pull=True)
+        if self.scaler.is_enabled():
+            self.scaler.update()
+        return Done(losses, parts, 100 * hits / images, images)
+
+    def _checked(self, losses: Mapping[int, Tensor]) -> list[float]:
+        """Blocks' losses as numbers, once these and the blocks' gradients are found finite; NotFinite names the first
+        block where they are not. Gradients too large for fp16 are left to the gradient scaler."""
+        norms = [] if self.scaler.is_enabled() else [_norm(self._members[k]) for k in losses]
+        values = torch.stack([*losses.values(), *norms]).tolist()  # one wait for the device
+        found = values[: len(losses)]
+        for k, loss, norm in zip(losses, found, values[len(losses) :] or found, strict=True):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                what, value = ("loss", loss) if not math.isfinite(loss) else ("gradient's norm", norm)
+                raise NotFinite(
+                    f"the {what} in {self._name(k)} is {value} at step {self.step + 1}: --skip-nonfinite leaves such "
+                    "steps out; a lower lr, a warm-up or a clip, into another --out, may avoid them",
+                    k,
+                )
+        return found
+
+    def _undo(self, first: int) -> None:
+        """Brings the statistics of block `first` and of those after it back, and drops all gradients."""
+        for buffers, kept in zip(self._statistics[first:], self._before[first:], strict=True):
+            _copy(buffers, kept)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def _update(self, optimizer: torch.optim.Optimizer, blocks: Sequence[int]) -> None:
+        """Moves the averages and steps; neither where the gradient scaler finds its scale too large."""
+        self.scaler.unscale_(optimizer)
+        if not self.scaler.is_enabled() or all(math.isfinite(float(_norm(self._members[k]))) for k in blocks):
+            for k in blocks:
+                self.model.move_averages(k)
+        if self.recipe.clip is not None:
+            for k in blocks:
+                nn.utils.clip_grad_norm_(self._members[k], self.recipe.clip)
+        self.scaler.step(optimizer)
+        optimizer.zero_grad()
+
+    def _name(self, k: int) -> str:
+        return f"block {k} ({self.model.blocks[k].names[-1]})"
+
+    def _memory_sentence(self, error: BaseException) -> str:
+        on_cuda = self.machine.device.type == "cuda"
+        held = torch.cuda.max_memory_allocated(self.machine.device) if on_cuda else peak_rss()
+        asked = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+        more = f" and {asked[1]} more were asked for" if asked else ""
+        finer = "more --blocks" if len(self._blocks) > 1 else "--method dgl with --blocks 4 or more"
+        return (
+            f"out of memory in {self._where} at step {self.step + 1}: {mib(held)} were held{more}; "
+            f"{finer}, or a smaller --batch-size with --accumulate, needs less"
+        )
+
+    def _groups(self) -> Iterator[dict]:
+        for optimizer in self.optimizers:
+            yield from optimizer.param_groups
+
+
+def rate(step: int, total: int, warmup: float) -> float:
+    """The factor on lr at `step` of `total`: linear up over the first `warmup` share, then a cosine down to 0.
+
+    >>> [round(rate(s, 10, 0.2), 3) for s in (0, 1, 2, 9)]
+    [0.5, 1.0, 1.0, 0.038]
+    """
+    rising = round(warmup * total)
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
+
+
+def peak_rss() -> int:
+    """The most memory that this process has held, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _optimizer(recipe: Recipe, groups: list[dict]) -> torch.optim.Optimizer:
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=recipe.lr)
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9, nesterov=True)
+
+
+def _norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Of their gradients; nan or infinite if an entry is (or beyond 1e19, where float32 has no square)."""
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+@torch.no_grad()
+def _copy(into: Sequence[Tensor], source: Sequence[Tensor]) -> None:
+    for a, b in zip(into, source, strict=True):
+        a.copy_(b)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch says so: CUDA's allocator has a class of its own, the CPU's only a sentence."""
+    words = ("can't allocate memory", "not enough memory", "bad_alloc", "could not create a memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
