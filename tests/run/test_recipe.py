@@ -95,7 +95,7 @@ def test_a_field_changes_the_run_or_warns(field: str, baseline: tuple[str, float
         return
     if field == "skip_nonfinite":  # without a fault it changes nothing
         wild = {"lr": 1e30, "warmup": 0.0}
-        with pytest.raises(RunError, match="is (nan|inf) at step 2"):
+        with pytest.raises(RunError, match=r"is (nan|inf) at step 2"):
             train(dataclasses.replace(setting, **wild), tmp_path / "before")
         assert train(dataclasses.replace(settled, **wild), tmp_path / "run")["skipped_steps"] == 3
         return

@@ -39,7 +39,8 @@ def test_the_folder_is_whole(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     train(dataclasses.replace(TINY, epochs=3), folder)
     assert sorted(p.name for p in folder.iterdir()) == [
-        ".lock", "checkpoints", "config.yaml", "memory_timeline.csv", "metrics.jsonl", "model.safetensors", "summary.csv",
+        ".lock", "checkpoints", "config.yaml", "memory_timeline.csv", "metrics.jsonl", "model.safetensors",
+        "summary.csv",
     ]  # fmt: skip
     best = max(summary_rows(folder), key=lambda row: row["eval_top1"])["epoch"] * 4
     assert {p.name for p in (folder / "checkpoints").iterdir()} == {"best", "step-12", "step-8", f"step-{best:.0f}"}
