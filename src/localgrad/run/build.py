@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from localgrad.core.auxiliary import Method
@@ -62,9 +64,12 @@ def machine_for(recipe: Recipe) -> Machine:
 
 
 def build_model(recipe: Recipe, data: Data, machine: Machine) -> LocalModel:
-    """The recipe's backbone, cut and with its auxiliaries, on the machine's device; seeds PyTorch first."""
+    """The recipe's backbone, cut and with its auxiliaries, on the machine's device. First seeds every global random
+    generator, since a network's own modules may draw from any."""
     info = data.info
     torch.manual_seed(recipe.seed)
+    random.seed(recipe.seed)
+    np.random.seed(recipe.seed % 2**32)  # noqa: NPY002
     if recipe.deterministic:  # cuBLAS reads this when CUDA starts, and PyTorch insists on it
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(recipe.deterministic)

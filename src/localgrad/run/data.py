@@ -7,7 +7,6 @@ augmentation are pure functions of (seed, epoch, index): a resumed run needs no 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from localgrad.core.errors import RunError, UserError, unknown
 from localgrad.run import readers
 from localgrad.run.augment import SUBSET, crop_flip, permutation
-from localgrad.run.readers import Files, OnBad
+from localgrad.run.readers import Batches, Files, OnBad
 
 IMAGE_FOLDER_SIZE = 224  # pixels; the usual crop of ImageNet
 
@@ -144,7 +143,7 @@ def train_batches(
     start: int = 0,
     workers: int = 0,
     on_bad: OnBad | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Batches:
     """The augmented training batches of one epoch from number `start` on: images uint8 [B,C,H,W], labels int64 [B].
 
     The last, incomplete batch is dropped (batch norm would weigh its few samples like a whole batch), unless the set
@@ -167,7 +166,7 @@ def test_batches(
     batch_size: int,
     workers: int = 0,  # noqa: PT028  (no test, see below)
     on_bad: OnBad | None = None,  # noqa: PT028
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Batches:
     """All test samples in order, not augmented: images uint8 [B,C,H,W], labels int64 [B].
 
     The last batch may be short. `workers` and `on_bad` as for `train_batches`, but a bad image is left out.
@@ -177,7 +176,7 @@ def test_batches(
     if isinstance(split, Files):
         chunks = _chunks(np.arange(len(split)), batch_size)
         return readers.decoded(split, data.info.size, chunks, workers=workers, on_bad=on_bad)
-    return zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True)
+    return (pair for pair in zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True))
 
 
 test_batches.__test__ = False  # pyright: ignore[reportFunctionMemberAccess]  (its name looks like a test to pytest)
@@ -267,7 +266,7 @@ def _chunks(order: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
 
 def _augmented(
     split: Images, info: DataInfo, chunks: list[NDArray[np.int64]], seed: int, epoch: int
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Batches:
     for chunk in chunks:
         images = crop_flip(split.images, chunk, pad=info.pad, flip=info.flip, seed=seed, epoch=epoch)
         yield images, split.labels[torch.from_numpy(chunk)]

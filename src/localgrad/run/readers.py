@@ -11,7 +11,7 @@ import tarfile
 import tempfile
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +24,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from localgrad.core.errors import RunError, UserError
 from localgrad.run.augment import REPLACE, draws, resized_crop_box
-from localgrad.run.signals import ignore_signals
+from localgrad.run.signals import outlive_signals
 
+Batches = Generator[tuple[Tensor, Tensor]]  # closed, it ends its workers
 OnBad = Callable[[str, str], None]  # is told of a file and why it cannot be used
 REPLACEMENTS = 20  # samples that are tried in place of an unreadable one
 
@@ -138,7 +139,7 @@ def decoded(
     epoch: int = 0,
     workers: int = 0,
     on_bad: OnBad | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Batches:
     """The batches `chunks` of a split: images uint8 [B,3,size,size], labels int64 [B].
 
     With a seed: random crops by area, half of them mirrored. Without: the test split's resize and central crop.
@@ -153,7 +154,7 @@ def decoded(
         num_workers=workers,
         collate_fn=_collate,
         generator=own,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=outlive_signals,
     )
     for chunk, (images, labels, bad) in zip(chunks, loader, strict=True):
         for path, reason in bad:

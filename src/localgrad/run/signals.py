@@ -8,6 +8,7 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
+GRACE = 300  # seconds, more than a step and a save take
 NOTICE = b"localgrad: finishing the step, then saving\n"
 
 
@@ -54,10 +55,13 @@ class StopRequest:
                 os.write(2, NOTICE)  # not print, which the signal may have interrupted
 
 
-def ignore_signals(worker: int) -> None:
-    """For processes that decode images: a signal to the whole group is the loop's to answer, which still needs them."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def outlive_signals(worker: int) -> None:
+    """For processes that decode images: a signal to the whole group is the loop's to answer, which still needs them.
+
+    After a SIGTERM they end by themselves, late: whoever waits for them to end must not wait for ever.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
 def raise_stopped(number: int, frame: FrameType | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable
@@ -127,20 +128,21 @@ class Run:
             self.data, batch_size=recipe.batch_size, seed=recipe.seed, epoch=epoch, start=first * recipe.accumulate,
             workers=recipe.workers, on_bad=on_bad,
         )  # fmt: skip
-        stream = (to_device(batch, self.data.info, self.machine) for batch in batches)
-        while stepper.step < end:
-            done = stepper(stream)
-            if stepper.peak.timeline and stepper.step == stepper.measured + 1:
-                log.timeline(stepper.peak)
-            if not done.skipped:
-                self.loss += done.losses[-1]
-                self.taken += 1
-            log.step(stepper.step, epoch, done, stepper.peak.total)
-            self._tell_bad_images(log)
-            stop.check()
-            steps, seconds = stepper.step - self._tried[0], time.monotonic() - self._tried[1]
-            if stepper.step < end and self.saving.due(steps, seconds):
-                self.save(log)
+        with contextlib.closing(batches):
+            stream = (to_device(batch, self.data.info, self.machine) for batch in batches)
+            while stepper.step < end:
+                done = stepper(stream)
+                if stepper.peak.timeline and stepper.step == stepper.measured + 1:
+                    log.timeline(stepper.peak)
+                if not done.skipped:
+                    self.loss += done.losses[-1]
+                    self.taken += 1
+                log.step(stepper.step, epoch, done, stepper.peak.total)
+                self._tell_bad_images(log)
+                stop.check()
+                steps, seconds = stepper.step - self._tried[0], time.monotonic() - self._tried[1]
+                if stepper.step < end and self.saving.due(steps, seconds):
+                    self.save(log)
         scores = evaluate(self.model, self.data, recipe, self.machine, on_bad=on_bad, between=stop.check)
         self._tell_bad_images(log)
         row = {
@@ -227,14 +229,16 @@ def evaluate(
     sums: dict[str, float] = {}
     count = 0
     size = max(recipe.batch_size, 256)
-    for batch in data_room.test_batches(data, batch_size=size, workers=recipe.workers, on_bad=on_bad):
-        x, y = to_device(batch, data.info, machine)
-        with machine.cast():
-            logits = model(x)
-        for name, value in task.metrics(logits, y).items():
-            sums[name] = sums.get(name, 0.0) + float(value)
-        count += len(y)
-        between()
+    batches = data_room.test_batches(data, batch_size=size, workers=recipe.workers, on_bad=on_bad)
+    with contextlib.closing(batches):
+        for batch in batches:
+            x, y = to_device(batch, data.info, machine)
+            with machine.cast():
+                logits = model(x)
+            for name, value in task.metrics(logits, y).items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+            count += len(y)
+            between()
     model.train(was_training)
     if not count:
         raise RunError("no image of the test set can be read")
