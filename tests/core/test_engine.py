@@ -162,6 +162,55 @@ def test_stepping_as_you_go_equals_stepping_after_the_pass_bit_for_bit(coupling:
     assert not any(p.grad is not None for p in going.parameters())
 
 
+@pytest.mark.parametrize("coupling", ALL_COUPLINGS, ids=str)
+def test_averages_that_are_left_to_the_caller_move_as_the_engine_moves_them(coupling: lg.MAN | None) -> None:
+    model = local(coupling)
+    own = copy.deepcopy(model)
+    each, others = sgd(lg.param_groups(model)), sgd(lg.param_groups(own))
+    for _ in range(3):
+        x, y = batch()
+        lg.local_backward(model, x, y)
+        each.step()
+        each.zero_grad()
+        lg.local_backward(own, x, y, micro_batch=None)
+        for k in range(4):
+            own.move_averages(k)
+        others.step()
+        others.zero_grad()
+        for k in range(4):
+            own.move_averages(k, pull=True)
+    if coupling is not None and coupling.form == "pull":
+        for k in range(4):
+            model.move_averages(k, pull=True)  # which the engine does as the next step begins
+    assert_same(model.state_dict(), own.state_dict())
+
+
+@pytest.mark.parametrize("coupling", [lg.MAN(0.5), lg.DeepMAN(0.5)], ids=str)
+def test_a_check_that_raises_comes_before_the_coupling_and_the_step(coupling: lg.MAN) -> None:
+    model = local(coupling)
+    with torch.no_grad():
+        for parameter in model.backbone.parameters():
+            parameter.mul_(1.1)  # so that a move shows
+    averages = of_averages(state(model.auxiliaries))
+    seen: list[tuple[int, float]] = []
+
+    def check(k: int, loss: Tensor) -> None:
+        assert all(p.grad is not None for p in model.members(k))
+        seen.append((k, float(loss)))
+        if k == 1:
+            raise ArithmeticError
+
+    stepped: list[int] = []
+    with pytest.raises(ArithmeticError):
+        lg.local_backward(model, *batch(), check=check, after_block=stepped.append)
+    assert [k for k, _ in seen] == [0, 1]
+    assert stepped == [0]
+    moved = {k.split(".")[0] for k, v in averages.items() if not torch.equal(v, model.auxiliaries.state_dict()[k])}
+    assert moved == {"0"}
+    out = lg.local_backward(model, *batch(), check=lambda k, loss: seen.append((k, float(loss))))
+    assert [loss for _, loss in seen[-4:]] == [float(loss) for loss in out.losses]
+
+
 # What lives on
 
 

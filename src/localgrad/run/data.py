@@ -264,9 +264,7 @@ def _chunks(order: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def _augmented(
-    split: Images, info: DataInfo, chunks: list[NDArray[np.int64]], seed: int, epoch: int
-) -> Batches:
+def _augmented(split: Images, info: DataInfo, chunks: list[NDArray[np.int64]], seed: int, epoch: int) -> Batches:
     for chunk in chunks:
         images = crop_flip(split.images, chunk, pad=info.pad, flip=info.flip, seed=seed, epoch=epoch)
         yield images, split.labels[torch.from_numpy(chunk)]

@@ -202,8 +202,9 @@ class Stepper:
     def _memory_sentence(self, error: BaseException) -> str:
         on_cuda = self.machine.device.type == "cuda"
         held = torch.cuda.max_memory_allocated(self.machine.device) if on_cuda else peak_rss()
-        asked = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
-        more = f" and {asked[1]} more were asked for" if asked else ""
+        asked = re.search(r"tried to allocate ([\d.]+) (\w+)", str(error), re.IGNORECASE)
+        size = "" if asked is None else mib(float(asked[1])) if asked[2] == "bytes" else f"{asked[1]} {asked[2]}"
+        more = f", {size} more were asked for" if size else ""
         finer = "more --blocks" if len(self._blocks) > 1 else "--method dgl with --blocks 4 or more"
         return (
             f"out of memory in {self._where} at step {self.step + 1}: {mib(held)} were held{more}; "
