@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-run
 READY_DEV := $(VENV)/.ready-dev
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-faults lint clean
 demo: $(READY)
 	$(BIN)/localgrad compare --data digits --methods bp,dgl,dgl+man,dgl+deep-man --blocks 4 --seeds 0 --out runs/demo
 
@@ -15,6 +15,10 @@ test: lint
 
 test-slow: $(READY_DEV)
 	$(BIN)/python -m pytest -m slow
+
+test-faults: $(READY_DEV)
+	$(BIN)/python -m pytest -m 'not gpu' --figures results/reliability.csv tests/faults tests/run/test_resume.py \
+		tests/run/test_step.py tests/run/test_bad_images.py tests/run/test_checkpoint.py
 
 lint: $(READY_DEV)
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before PyTorch starts, and for the processes that tests start
 
@@ -19,7 +20,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
-FIGURES = pytest.StashKey[list[dict[str, object]]]()
+FIGURES = pytest.StashKey[dict[str, dict[str, Any]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,19 +29,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def figure(pytestconfig: pytest.Config) -> Callable[[str, int, int], None]:
-    """`figure(fault, tried, passed)`: one row of the table of faults. Call it before the assertion on `passed`."""
+    """`figure(fault, tried, passed)`: a row of the table of faults, to which calls of the same name add up. Call it
+    before the assertion on `passed`."""
     began = time.monotonic()
-    rows = pytestconfig.stash.setdefault(FIGURES, [])
+    rows = pytestconfig.stash.setdefault(FIGURES, {})
 
     def add(fault: str, tried: int, passed: int) -> None:
-        seconds = round(time.monotonic() - began, 1)
-        rows.append({"fault": fault, "tried": tried, "passed": passed, "seconds": seconds})
+        row = rows.setdefault(fault, {"fault": fault, "tried": 0, "passed": 0, "seconds": 0.0})
+        row["tried"] += tried
+        row["passed"] += passed
+        row["seconds"] = round(row["seconds"] + time.monotonic() - began, 1)
 
     return add
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    rows = config.stash.get(FIGURES, [])
+    rows = list(config.stash.get(FIGURES, {}).values())
     for row in rows:
         terminalreporter.write_line("{fault}: {passed} of {tried}, {seconds} s".format(**row))
     place = config.getoption("--figures")

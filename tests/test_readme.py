@@ -25,7 +25,7 @@ from localgrad.run.compare import grid
 from localgrad.run.recipe import settle
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/methods.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/methods.md", "docs/reliability.md")
 
 
 def read(page: str) -> str:

@@ -48,6 +48,11 @@ def train(recipe: Recipe, folder: Path, *, saving: Saving | None = None, tensorb
                     run.epoch(log, stop)
             except Stopped as stopped:
                 raise Stopped(stopped.number, run.farewell(log)) from None
+            except RuntimeError as error:
+                if "DataLoader worker" in str(error):
+                    text = "a process that decodes images was killed: with fewer --workers less memory is needed"
+                    raise RunError(text) from error
+                raise
             checkpoints.save_weights(folder / checkpoints.MODEL, run.model.backbone.state_dict())
     return run.rows[-1]
 
