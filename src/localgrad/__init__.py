@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from localgrad.core.errors import RunError, UserError
     from localgrad.core.methods import auglocal, bp, dgl, infopro, infopro_weights, predsim
     from localgrad.core.task import Classification
-    from localgrad.scale.memory import PeakBytes, measure_peak
+    from localgrad.scale.memory import PeakBytes, measure_peak, predict_peak
+    from localgrad.scale.recompute import recompute
 
 _HOME = {
     "core.auxiliary": ("Auxiliary", "Method", "Site", "Term"),
@@ -34,7 +35,8 @@ _HOME = {
     "core.errors": ("RunError", "UserError"),
     "core.methods": ("auglocal", "bp", "dgl", "infopro", "infopro_weights", "predsim"),
     "core.task": ("Classification",),
-    "scale.memory": ("PeakBytes", "measure_peak"),
+    "scale.memory": ("PeakBytes", "measure_peak", "predict_peak"),
+    "scale.recompute": ("recompute",),
 }
 _ROOM_OF = {name: room for room, names in _HOME.items() for name in names}
 
@@ -42,7 +44,7 @@ __all__ = [  # noqa: RUF022 (in the order of the rooms)
     "Auxiliary", "Method", "Site", "Term", "CifarResNet", "build", "Block", "Boundary", "Unit", "units",
     "DeepMAN", "MAN", "MANPlusPlus", "update_ema", "LocalModel", "StepResult", "local_backward", "localize",
     "param_groups", "RunError", "UserError", "auglocal", "bp", "dgl", "infopro", "infopro_weights", "predsim",
-    "Classification", "PeakBytes", "measure_peak",
+    "Classification", "PeakBytes", "measure_peak", "predict_peak", "recompute",
 ]  # fmt: skip
 
 

@@ -6,7 +6,7 @@ A unit or block references the modules that it runs, never copies or renames the
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,16 +73,30 @@ class Unit:
         return nn.Sequential(Clone(), module) if self.begins_in_place else module
 
 
+Way = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+
+
+def straight(run: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
+    """The way in which a piece of the network is run: as it is. `scale.recompute` has another."""
+    return run(h)
+
+
 class Block(nn.Sequential):
     """Consecutive units that share one loss; the last block also runs the network's own head.
 
-    names: of its units. boundary: what it hands on.
+    names: of its units. boundary: what it hands on. ways: how each of its modules is run.
     """
 
     def __init__(self, units: Sequence[Unit], head: nn.Module | None = None) -> None:
         super().__init__(*[u.module for u in units], *([] if head is None else [head]))
         self.names = tuple(u.name for u in units)
         self.boundary = units[-1].output
+        self.ways: list[Way] = [straight] * len(self)
+
+    def forward(self, h: Tensor) -> Tensor:
+        for way, module in zip(self.ways, self, strict=True):
+            h = way(module, h)
+        return h
 
 
 def units(backbone: nn.Module, example: Tensor) -> list[str]:

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from localgrad.core.blocks import Unit, select_path
+from localgrad.core.blocks import Unit, Way, select_path, straight
 from localgrad.core.errors import UserError
 
 FORMS = ("branches", "pull")
@@ -93,7 +93,9 @@ class DeepMAN(MAN):
 
 
 class Link(nn.Module):
-    """Both branches of one source unit. A branch that is switched off is None."""
+    """Both branches of one source unit. A branch that is switched off is None. way: how they are run."""
+
+    way: Way
 
     def __init__(self, spec: MAN, source: Unit) -> None:
         super().__init__()
@@ -103,8 +105,13 @@ class Link(nn.Module):
         parameter = next(source.module.parameters(), None)
         like = {} if parameter is None else {"device": parameter.device, "dtype": parameter.dtype}
         self.scale = nn.Parameter(torch.ones((), **like)) if spec.scaled else None
+        self.way = straight
 
     def forward(self, h: Tensor) -> Tensor:
+        return self.way(self.sum, h)
+
+    def sum(self, h: Tensor) -> Tensor:
+        """What the branches give together."""
         if self.learnable is None or self.ema is None:
             branch = self.ema if self.learnable is None else self.learnable
             assert branch is not None

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-import resource
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +16,7 @@ from localgrad.core.errors import RunError
 from localgrad.run.build import Machine
 from localgrad.run.recipe import Recipe
 from localgrad.run.runlog import Done, mib
-from localgrad.scale.memory import MemoryMeter, PeakBytes
+from localgrad.scale.memory import MemoryMeter, PeakBytes, peak_rss
 
 Batch = tuple[Tensor, Tensor]  # normalised inputs and targets, on the device
 SKIPS = 10  # steps skipped one after another before a run is given up: no later one will be better
@@ -226,12 +224,6 @@ def rate(step: int, total: int, warmup: float) -> float:
     if step < rising:
         return (step + 1) / rising
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
-
-
-def peak_rss() -> int:
-    """The most memory that this process has held, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _optimizer(recipe: Recipe, groups: list[dict]) -> torch.optim.Optimizer:

@@ -22,7 +22,8 @@ from localgrad.run.files import locked
 from localgrad.run.recipe import Recipe, Saving, shown
 from localgrad.run.runlog import RunLog, environment, read_environment
 from localgrad.run.signals import Stopped, StopRequest
-from localgrad.run.step import Stepper, peak_rss
+from localgrad.run.step import Stepper
+from localgrad.scale.memory import peak_rss
 
 
 def train(recipe: Recipe, folder: Path, *, saving: Saving | None = None, tensorboard: bool = False) -> dict[str, float]:

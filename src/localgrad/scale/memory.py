@@ -1,43 +1,68 @@
-"""Measures the memory of one step: everything live, parameters and optimizer state included."""
+"""The memory of one step, everything live counted: measured while it runs, or predicted without running it."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import resource
+import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from localgrad.core.engine import LocalModel, local_backward
+from localgrad.core.task import Task
+
+KINDS: tuple[str, ...] = ("parameters", "gradients", "optimizer", "activations", "auxiliaries")
+Optimizers = Sequence[torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
 class PeakBytes:
-    """The most bytes that were live at once. reserved: what CUDA's allocator held (None on the CPU). timeline: on the
-    CPU, (label, bytes live) each time that a storage came or went; labels come from `MemoryMeter.mark`."""
+    """The most bytes that were live at once.
+
+    reserved: what CUDA's allocator held (None on the CPU). timeline: on the CPU, (label, bytes live) each time that a
+    storage came or went; labels come from `MemoryMeter.mark`. split: on the CPU, the peak by `KINDS`: parameters with
+    their buffers, gradients, the optimizer's state, the parameters and averages of auxiliaries, and activations, which
+    is all else. rss: the most that the process has ever held, which the step's peak is a part of.
+    """
 
     total: int
     reserved: int | None = None
     timeline: list[tuple[str, int]] = field(default_factory=list, repr=False)
+    split: dict[str, int] = field(default_factory=dict)
+    rss: int = 0
 
 
 class MemoryMeter(TorchDispatchMode):
     """Follows every tensor storage that an operation reads or makes, on the CPU or another eager device.
 
-    A storage first seen as an input was live before, so it counts from the start. Each operation gets slower: measure
-    one step, not a run. Scratch memory inside a kernel is not seen.
+    model, optimizers: whose tensors get a name in the split. A storage first seen as an input was live before, so it
+    counts from the start. Each operation gets slower: measure one step, not a run. Scratch memory inside a kernel is
+    not seen.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module | None = None, optimizers: Optimizers = ()) -> None:
         super().__init__()
         self.label = ""
         self._paused = False
         self._known: dict[int, weakref.finalize] = {}
-        self._before = 0
-        self._changes: list[tuple[str, int]] = []
+        self._serial: dict[int, int] = {}  # of the storage that has this address now
+        self._sizes: list[int] = []  # by serial number, as all that follows
+        self._kinds: dict[int, str] = {}
+        self._before: list[int] = []
+        self._changes: list[tuple[str, int, int]] = []  # label, serial, 1 as it came and -1 as it went
+        self._named = {t.untyped_storage()._cdata: kind for t, kind in _named(model, optimizers)}
+        self._parameters = [] if model is None else [p for p in model.parameters() if p.requires_grad]
+        self._hooks: list[Any] = []
 
     def mark(self, label: str) -> None:
         """What happens from now on is listed under `label`."""
@@ -52,6 +77,18 @@ class MemoryMeter(TorchDispatchMode):
         finally:
             self._paused = False
 
+    def __enter__(self) -> MemoryMeter:
+        self._hooks = [p.register_post_accumulate_grad_hook(self._gradient) for p in self._parameters]
+        return super().__enter__()
+
+    def __exit__(self, *exc_info: Any) -> None:
+        super().__exit__(*exc_info)
+        for finalizer in self._known.values():
+            finalizer.detach()
+        for hook in self._hooks:
+            hook.remove()
+        self._known.clear()
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if self._paused:
@@ -63,11 +100,16 @@ class MemoryMeter(TorchDispatchMode):
 
     def result(self) -> PeakBytes:
         """The peak so far."""
-        live, timeline = self._before, [("", self._before)]
-        for label, change in self._changes:
-            live += change
+        live = sum(self._sizes[serial] for serial in self._before)
+        timeline = [("", live)]
+        for label, serial, sign in self._changes:
+            live += sign * self._sizes[serial]
             timeline.append((label, live))
-        return PeakBytes(max(bytes_live for _, bytes_live in timeline), timeline=timeline)
+        peak = max(range(len(timeline)), key=lambda i: timeline[i][1])
+        split: dict[str, int] = dict.fromkeys(KINDS, 0)
+        for serial, sign in [(s, 1) for s in self._before] + [(s, sign) for _, s, sign in self._changes[:peak]]:
+            split[self._kinds.get(serial, "activations")] += sign * self._sizes[serial]
+        return PeakBytes(timeline[peak][1], timeline=timeline, split=split, rss=peak_rss())
 
     def _see(self, tree: Any, *, made: bool) -> None:
         for leaf in tree_leaves(tree):
@@ -78,29 +120,40 @@ class MemoryMeter(TorchDispatchMode):
         key = storage._cdata
         if key in self._known:
             return
-        size = storage.nbytes()
+        serial = len(self._sizes)
+        self._sizes.append(storage.nbytes())
+        self._serial[key] = serial
         if made:
-            self._changes.append((self.label, size))
+            self._changes.append((self.label, serial, 1))
         else:
-            self._before += size
-        self._known[key] = weakref.finalize(storage, self._gone, key, size)
+            self._before.append(serial)
+            if key in self._named:
+                self._kinds[serial] = self._named[key]
+        self._known[key] = weakref.finalize(storage, self._gone, key, serial)
 
-    def _gone(self, key: int, size: int) -> None:
+    def _gone(self, key: int, serial: int) -> None:
         del self._known[key]
-        self._changes.append((self.label, -size))
+        self._changes.append((self.label, serial, -1))
 
-    def __exit__(self, *exc_info: Any) -> None:
-        super().__exit__(*exc_info)
-        for finalizer in self._known.values():
-            finalizer.detach()
-        self._known.clear()
+    def _gradient(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            serial = self._serial.get(parameter.grad.untyped_storage()._cdata)
+            if serial is not None:
+                self._kinds[serial] = "gradients"
 
 
-def measure_peak(step: Callable[[], object], *, device: torch.device | str = "cpu") -> PeakBytes:
+def measure_peak(
+    step: Callable[[], object],
+    *,
+    device: torch.device | str = "cpu",
+    model: nn.Module | None = None,
+    optimizers: Optimizers = (),
+) -> PeakBytes:
     """Runs `step` once and returns the most bytes that were live during it.
 
     What `step` should hold: forward and backward passes and the optimizer's step, after a first step that has made
-    the optimizer's state. On the CPU through `MemoryMeter`; on CUDA from the allocator's own peak.
+    the optimizer's state. On the CPU through `MemoryMeter`; on CUDA from the allocator's own peak. model, optimizers:
+    whose tensors the split tells apart (CPU).
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -108,8 +161,83 @@ def measure_peak(step: Callable[[], object], *, device: torch.device | str = "cp
         torch.cuda.reset_peak_memory_stats(device)
         step()
         torch.cuda.synchronize(device)
-        return PeakBytes(torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device))
-    meter = MemoryMeter()
+        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        return PeakBytes(allocated, reserved, rss=peak_rss())
+    meter = MemoryMeter(model, optimizers)
     with meter:
         step()
     return meter.result()
+
+
+def predict_peak(
+    model: LocalModel,
+    batch_size: int,
+    optimizers: Callable[[LocalModel], Optimizers],
+    *,
+    step_as_you_go: bool = False,
+    autocast: torch.dtype | None = None,
+) -> PeakBytes:
+    """What `measure_peak` would find for a training step of `model`, without running it and without its memory.
+
+    A copy of the model is stepped twice on fake tensors, which have shapes and no values. optimizers: makes those of
+    the copy: one, or with `step_as_you_go` one for each block. Seconds for a network of ImageNet's size.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        memo: dict[int, Any] = {}
+        for tensor in (*model.parameters(), *model.buffers()):
+            other = fake.from_tensor(tensor.detach())
+            memo[id(tensor)] = nn.Parameter(other, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else other
+        copied = copy.deepcopy(model, memo)
+        copied.task = cast(Task, SimpleNamespace(criterion=model.task.criterion, check_targets=lambda targets: None))
+        weight = next(p for p in copied.parameters() if p.ndim == 4)
+        last = weight.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if last else torch.contiguous_format
+        x = torch.empty(batch_size, *model.image, device=weight.device, dtype=weight.dtype).to(memory_format=layout)
+        y = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
+        own = optimizers(copied)
+
+        def step() -> None:
+            training_step(copied, own, x, y, step_as_you_go=step_as_you_go, autocast=autocast)
+
+        step()  # makes the optimizers' state
+        return measure_peak(step, model=copied, optimizers=own)
+
+
+def training_step(
+    model: LocalModel,
+    optimizers: Optimizers,
+    x: Tensor,
+    y: Tensor,
+    *,
+    step_as_you_go: bool = False,
+    autocast: torch.dtype | None = None,
+) -> None:
+    """One step as `localgrad train` takes it: optimizers[0] after the pass, or optimizers[k] after block k."""
+
+    def after_block(k: int) -> None:
+        if step_as_you_go:
+            optimizers[k].step()
+            optimizers[k].zero_grad()
+
+    local_backward(model, x, y, autocast=autocast, after_block=after_block)
+    if not step_as_you_go:
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+
+
+def peak_rss() -> int:
+    """The most memory that this process has held, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _named(model: nn.Module | None, optimizers: Optimizers) -> Iterator[tuple[Tensor, str]]:
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
+            yield from ((value, "optimizer") for value in state.values() if isinstance(value, Tensor))
+    if model is not None:
+        for tensor in (*model.parameters(), *model.buffers()):
+            yield tensor, "parameters"
+    if isinstance(model, LocalModel):
+        for tensor in (*model.auxiliaries.parameters(), *model.auxiliaries.buffers()):
+            yield tensor, "auxiliaries"
