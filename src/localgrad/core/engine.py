@@ -179,7 +179,7 @@ def local_backward(
     for k, (block, auxiliary) in enumerate(model.isolated):
         if first:
             auxiliary.move(pull=True)
-        with _autocast(h, autocast):
+        with autocasting(h, autocast):
             h = block(h)
             outputs = auxiliary(h)
         part = auxiliary.losses(outputs, y, images)
@@ -195,7 +195,7 @@ def local_backward(
             auxiliary.move(pull=False)
         if after_block is not None:
             after_block(k)
-    with _autocast(h, autocast):
+    with autocasting(h, autocast):
         logits = model.blocks[-1](h)
     loss = model.task.criterion(full_precision(logits), y)
     _backward(loss, scale)
@@ -278,7 +278,7 @@ def _backward(loss: Tensor, scale: float | Tensor) -> None:
     (loss if isinstance(scale, float) and scale == 1.0 else loss * scale).backward()
 
 
-def _autocast(h: Tensor, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+def autocasting(h: Tensor, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
     """Opened around one block's forward only: around the whole step, its cache of cast weights would outlive them."""
     return contextlib.nullcontext() if dtype is None else torch.autocast(h.device.type, dtype)
 

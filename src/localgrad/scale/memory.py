@@ -182,18 +182,7 @@ def predict_peak(
     A copy of the model is stepped twice on fake tensors, which have shapes and no values. optimizers: makes those of
     the copy: one, or with `step_as_you_go` one for each block. Seconds for a network of ImageNet's size.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        memo: dict[int, Any] = {}
-        for tensor in (*model.parameters(), *model.buffers()):
-            other = fake.from_tensor(tensor.detach())
-            memo[id(tensor)] = nn.Parameter(other, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else other
-        copied = copy.deepcopy(model, memo)
-        copied.task = cast(Task, SimpleNamespace(criterion=model.task.criterion, check_targets=lambda targets: None))
-        weight = next(p for p in copied.parameters() if p.ndim == 4)
-        last = weight.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.channels_last if last else torch.contiguous_format
-        x = torch.empty(batch_size, *model.image, device=weight.device, dtype=weight.dtype).to(memory_format=layout)
-        y = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
+    with on_fake_tensors(model, batch_size) as (copied, x, y):
         own = optimizers(copied)
 
         def step() -> None:
@@ -201,6 +190,25 @@ def predict_peak(
 
         step()  # makes the optimizers' state
         return measure_peak(step, model=copied, optimizers=own)
+
+
+@contextlib.contextmanager
+def on_fake_tensors(model: LocalModel, batch_size: int) -> Iterator[tuple[LocalModel, Tensor, Tensor]]:
+    """A copy of `model` with a batch for it, all of fake tensors: they have shapes, devices and formats, no values.
+    What lies on the meta device counts as if on the CPU."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        memo: dict[int, Any] = {}
+        for tensor in (*model.parameters(), *model.buffers()):
+            device = torch.device("cpu") if tensor.is_meta else tensor.device
+            other = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+            memo[id(tensor)] = nn.Parameter(other, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else other
+        copied = copy.deepcopy(model, memo)
+        copied.task = cast(Task, SimpleNamespace(criterion=model.task.criterion, check_targets=lambda targets: None))
+        weight = next(p for p in copied.parameters() if p.ndim == 4)
+        last = weight.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if last else torch.contiguous_format
+        x = torch.empty(batch_size, *model.image, device=weight.device, dtype=weight.dtype).to(memory_format=layout)
+        yield copied, x, torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
 
 
 def training_step(

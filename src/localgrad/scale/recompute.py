@@ -21,12 +21,14 @@ from localgrad.core.engine import LocalModel
 from localgrad.core.errors import unknown
 
 
-def recompute(model: LocalModel, *, units: bool | Sequence[str] = True, couplings: bool = False) -> LocalModel:
+def recompute(
+    model: LocalModel, *, units: bool | Sequence[str] = True, couplings: bool | Sequence[int] = False
+) -> LocalModel:
     """Sets what `model` makes again in the backward pass, and returns it.
 
     units: all, none, or those named. The network's own head counts to its last unit's block and is always kept.
-    couplings: each link of every coupling, both branches at once. `recompute(model, units=False)` undoes it. Raises
-    UserError for a name that is no unit.
+    couplings: each link of every coupling, or of those of the blocks listed; both branches at once. `recompute(model,
+    units=False)` undoes it. Raises UserError for a name that is no unit.
     """
     names = [name for block in model.blocks for name in block.names]
     chosen = set(names) if units is True else set(units or ())
@@ -35,9 +37,11 @@ def recompute(model: LocalModel, *, units: bool | Sequence[str] = True, coupling
     for block in model.blocks:
         own = [again if name in chosen else straight for name in block.names]
         block.ways = own + [straight] * (len(block) - len(own))
-    for link in model.auxiliaries.modules():
-        if isinstance(link, Link):
-            link.way = again if couplings else straight
+    for k, auxiliary in enumerate(model.auxiliaries):
+        here = couplings if isinstance(couplings, bool) else k in couplings
+        for link in auxiliary.modules():
+            if isinstance(link, Link):
+                link.way = again if here else straight
     return model
 
 

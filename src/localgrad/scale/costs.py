@@ -1,0 +1,150 @@
+"""What each unit and each possible auxiliary costs: bytes kept, arithmetic, traced once on tensors without values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from localgrad.core.auxiliary import Auxiliary, full_precision
+from localgrad.core.engine import LocalModel, autocasting
+from localgrad.scale.memory import MemoryMeter, on_fake_tensors
+from localgrad.scale.recompute import recompute
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations, and bytes read and written."""
+
+    flops: float = 0.0
+    moved: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flops + other.flops, self.moved + other.moved)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One unit, or one auxiliary with its loss, for one batch.
+
+    output: bytes of what it hands on. kept: bytes that the forward pass leaves for the backward pass, output included.
+    forward_peak, backward_peak: the most bytes above what lived before the forward pass began. gradients: bytes of its
+    parameters' gradients. state: bytes that it adds to the model, parameters and all.
+    """
+
+    output: int
+    kept: int
+    forward_peak: int
+    backward_peak: int
+    gradients: int
+    state: int
+    forward: Work
+    backward: Work
+
+
+class WorkMeter(TorchDispatchMode):
+    """Adds up what operations compute and move. Views cost nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.work = Work()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            count = flop_registry.get(func._overloadpacket)
+            flops = count(*args, **(kwargs or {}), out_val=out) if count is not None else 0
+            tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
+            self.work += Work(flops, sum(t.numel() * t.element_size() for t in tensors))
+        return out
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of a network that is cut after each unit: its units, the auxiliary that a cut after each but the last would add,
+    both as they are ([0]) and recomputed ([1]), and the bytes of a batch. The last unit has the network's own head and
+    the criterion with it."""
+
+    names: tuple[str, ...]
+    units: tuple[list[Cost], list[Cost]]
+    auxiliaries: tuple[list[Cost], list[Cost]]
+    batch: int
+
+
+def trace_costs(model: LocalModel, batch_size: int, autocast: torch.dtype | None = None) -> Costs:
+    """Costs of `model`, which has a block for each unit. Pieces that look alike are traced once; nothing is run."""
+    plain, again = (_trace(model, batch_size, autocast, again=again) for again in (False, True))
+    names = tuple(block.names[0] for block in model.blocks)
+    batch = batch_size * math.prod(model.image) * next(model.parameters()).element_size()
+    return Costs(names, (plain[0], again[0]), (plain[1], again[1]), batch)
+
+
+def _trace(
+    model: LocalModel, batch_size: int, autocast: torch.dtype | None, *, again: bool
+) -> tuple[list[Cost], list[Cost]]:
+    seen: dict[str, Cost] = {}
+
+    def once(what: nn.Module, run: Callable[[Tensor], Tensor], h: Tensor) -> Cost:
+        key = f"{nn.Module.__repr__(what)} {tuple(h.shape)} {h.dtype} {h.requires_grad}"
+        if key not in seen:
+            seen[key] = _traced(what, run, h, autocast)
+        return seen[key]
+
+    with on_fake_tensors(model, batch_size) as (copied, x, y):
+        recompute(copied, units=again, couplings=again)
+        images = copied.method.images(x) if any(a.needs_images for _, a in copied.isolated) else None
+        units, auxiliaries, h = [], [], x
+        for block, auxiliary in copied.isolated:
+            units.append(once(block, block, h))
+            with torch.no_grad(), autocasting(h, autocast):
+                h = block(h)
+            h.requires_grad_()
+
+            def local_loss(h: Tensor, auxiliary: Auxiliary = auxiliary) -> Tensor:
+                return auxiliary.total(auxiliary.losses(auxiliary(h), y, images))
+
+            auxiliaries.append(once(auxiliary, local_loss, h))
+        last = copied.blocks[-1]
+        units.append(once(last, lambda h: copied.task.criterion(full_precision(last(h)), y), h))
+    return units, auxiliaries
+
+
+def _traced(what: nn.Module, run: Callable[[Tensor], Tensor], h: Tensor, autocast: torch.dtype | None) -> Cost:
+    forward, backward, meter = WorkMeter(), WorkMeter(), MemoryMeter()
+    h = h.detach().requires_grad_(h.requires_grad)
+    with meter:
+        meter.mark("forward")
+        with forward, autocasting(h, autocast):
+            out = run(h)
+        meter.mark("between")
+        gradient = torch.empty_like(out)
+        meter.mark("backward")
+        with backward:
+            torch.autograd.backward(out, gradient)
+    timeline = meter.result().timeline
+    base = timeline[0][1]
+    during = {label: [live - base for mark, live in timeline if mark == label] for label in ("forward", "backward")}
+    trained = [p for p in what.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = None
+    return Cost(
+        output=out.untyped_storage().nbytes(),
+        kept=during["forward"][-1],
+        forward_peak=max(during["forward"]),
+        backward_peak=max(during["backward"]),
+        gradients=_bytes(trained),
+        state=_bytes([*what.parameters(), *what.buffers()]),
+        forward=forward.work,
+        backward=backward.work,
+    )
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
