@@ -8,12 +8,16 @@ as `step-N.part`, flushed to the disk, and renamed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import io
 import json
 import os
-import pickle
+import pickletools
 import random
+import re
 import shutil
+import stat
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,17 +26,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from localgrad.core.errors import RunError, UserError
-from localgrad.run.files import PART, flush, part_of, replacing
+from localgrad.run.files import PART, flush, part_of, remove, replacing
+from localgrad.scale.memory import is_out_of_memory
 
 FORMAT = 1
 MODEL, AUXILIARIES, STATE, MANIFEST = "model.safetensors", "auxiliaries.safetensors", "state.pt", "manifest.json"
 DAMAGED = ".damaged"  # a checkpoint that was set aside
 _MANIFEST_LIMIT = 2**20  # bytes; ours have about a thousand
+_CALLS = {"GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"}  # pickle's ways to name a function
+_PLAIN = re.compile(r"torch\._utils _rebuild_tensor_v2|collections OrderedDict|torch \w+Storage")
+
+
+class Damaged(RunError):
+    """A checkpoint that is not what was written, or holds what no run writes."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +61,13 @@ def save_weights(path: Path, state: Mapping[str, Tensor]) -> None:
     """Writes tensors as safetensors, contiguous and on the CPU: equal weights give equal bytes. RunError if the disk
     does not take them; then nothing is left of them."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
+    owners = {t.untyped_storage().data_ptr(): name for name, t in tensors.items()}
+    # Of tensors that share memory each is written: the format has no sharing.
+    whole = {n: t if owners[t.untyped_storage().data_ptr()] == n else t.clone() for n, t in tensors.items()}
     try:
         with replacing(path) as part:
-            save_file(tensors, part, metadata={"format": "pt"})
-    except (OSError, SafetensorError) as error:
+            part.write_bytes(serialize(whole, metadata={"format": "pt"}))
+    except OSError as error:
         raise RunError(f"cannot write {path}: {_reason(error)}") from error
 
 
@@ -66,7 +80,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # a damaged file makes PyTorch raise almost anything
+        if is_out_of_memory(error):
+            raise RunError(f"there is not enough memory to read {path}") from error
         raise RunError(f"{path} is damaged or no checkpoint of plain tensors") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
@@ -103,7 +119,7 @@ def save_checkpoint(
         if not folder.is_dir():
             folder.mkdir(parents=True)
             flush(folder.parent)
-        shutil.rmtree(part, ignore_errors=True)
+        remove(part)
         part.mkdir()
         save_weights(part / MODEL, model)
         save_weights(part / AUXILIARIES, auxiliaries)
@@ -126,22 +142,25 @@ def save_checkpoint(
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Reads a checkpoint after comparing every file with its hash. Raises RunError saying what is wrong with it, and
-    UserError if a later version of localgrad wrote it."""
-    manifest = _read_manifest(path)
-    for name, wanted in manifest["files"].items():
-        file = path / name
-        try:
-            same = not file.is_symlink() and _fingerprint(file) == wanted
-        except OSError as error:
-            raise RunError(f"{path} is damaged: {name} cannot be read ({_reason(error)})") from error
-        if not same:
-            raise RunError(f"{path} is damaged: {name} is not what was written")
+    """Reads a checkpoint after comparing every file with its hash. Raises Damaged saying what is wrong with it,
+    UserError if a later version of localgrad wrote it, and RunError if it cannot be read now."""
     try:
+        manifest = _read_manifest(path)
+        for name, wanted in manifest["files"].items():
+            if _size(path / name) != wanted["bytes"] or _fingerprint(path / name) != wanted:
+                raise Damaged(f"{path} is damaged: {name} is not what was written")
         state = _read_state(path / STATE)
         return Checkpoint(path, load_file(path / MODEL), load_file(path / AUXILIARIES), state, manifest["environment"])
+    except (UserError, RunError):
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EIO):
+            raise Damaged(f"{path} is damaged: {_reason(error)}") from error
+        raise RunError(f"{path} cannot be read: {_reason(error)}") from error
     except Exception as error:  # hashes agree, so somebody made this file, and may have made it raise anything
-        raise RunError(f"{path} is refused: it holds more than tensors and plain values ({_reason(error)})") from error
+        if is_out_of_memory(error):
+            raise RunError(f"there is not enough memory to read {path}") from error
+        raise Damaged(f"{path} is refused: it holds other than tensors and plain values") from error
 
 
 def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
@@ -149,9 +168,9 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Checkpoint | 
     for path in reversed(saved(folder)):
         try:
             return read_checkpoint(path)
-        except RunError as error:
+        except Damaged as error:
             aside = path.with_name(path.name + DAMAGED)
-            shutil.rmtree(aside, ignore_errors=True)
+            remove(aside)
             os.replace(path, aside)
             say(f"{error}; set aside as {aside.name}")
     return None
@@ -168,17 +187,19 @@ def prune(folder: Path, count: int, best: int | None) -> None:
     """Removes all but the newest `count` checkpoints and the one of step `best`, to which the link `best` then leads,
     and what a killed process has left. What cannot be removed stays."""
     target, link = folder / f"step-{best}", folder / "best"
+    for rest in folder.glob(f"*{PART}"):
+        with contextlib.suppress(OSError):
+            remove(rest)
     with contextlib.suppress(OSError):  # some file systems have no links
         if target.is_dir() and not (link.is_symlink() and os.readlink(link) == target.name):
-            part_of(link).unlink(missing_ok=True)
             part_of(link).symlink_to(target.name, target_is_directory=True)
             os.replace(part_of(link), link)
+    keep = (target.name, os.readlink(link) if link.is_symlink() else None)
     for old in saved(folder)[:-count]:
-        if old != target:
+        if old.name not in keep:
             with contextlib.suppress(OSError):
                 os.replace(old, part_of(old))  # first, so that a checkpoint that has its name is whole
-    for rest in folder.glob(f"*{PART}"):
-        shutil.rmtree(rest, ignore_errors=True)
+                remove(part_of(old))
 
 
 def random_state() -> dict[str, Any]:
@@ -199,8 +220,9 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
+    size = _size(file)
     try:
-        if file.is_symlink() or file.stat().st_size > _MANIFEST_LIMIT:
+        if not 0 <= size <= _MANIFEST_LIMIT:
             raise ValueError("not a manifest of ours")
         written = file.read_bytes()
         content = json.loads(written)
@@ -208,15 +230,18 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         # Every byte counts: another spelling of the same content is damage too.
         if _rendered(content) != written:
             raise ValueError("its hash is another")
-    except FileNotFoundError:
-        raise RunError(f"{path} is damaged: it has no {MANIFEST}") from None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise RunError(f"{path} is damaged: {MANIFEST} is not what was written") from error
-    if content.get("format") != FORMAT:
-        raise UserError(f"{path} was written by another version of localgrad (format {content.get('format')})")
-    files, environment = content.get("files"), content.get("environment")
-    if not isinstance(files, dict) or set(files) != {MODEL, AUXILIARIES, STATE} or not isinstance(environment, dict):
-        raise RunError(f"{path} is refused: its {MANIFEST} lists other files than a checkpoint has")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise Damaged(f"{path} is damaged: {MANIFEST} is not what was written") from error
+    if type(content.get("format")) is not int or content["format"] != FORMAT:
+        found = ascii(content.get("format"))[:20]
+        raise UserError(f"{path} was written by another version of localgrad (format {found})")
+    files = content.get("files")
+    sound = isinstance(files, dict) and set(files) == {MODEL, AUXILIARIES, STATE}
+    sound = sound and all(isinstance(wanted, dict) and "bytes" in wanted for wanted in files.values())
+    if not sound or not isinstance(content.get("environment"), dict):
+        raise Damaged(f"{path} is refused: its {MANIFEST} lists other than what a checkpoint has")
+    if path.name != f"step-{content.get('step')}":
+        raise Damaged(f"{path} is damaged: its {MANIFEST} is that of another")
     return content
 
 
@@ -232,11 +257,33 @@ def _fingerprint(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "sha256": digest}
 
 
+def _size(file: Path) -> int:
+    """Of a regular file; -1 for a pipe, a link and the like."""
+    found = file.lstat()
+    return found.st_size if stat.S_ISREG(found.st_mode) else -1
+
+
 def _read_state(file: Path) -> dict[str, Any]:
-    with zipfile.ZipFile(file) as archive:  # torch.save stores, so more than the file's bytes is a bomb
-        if sum(entry.file_size for entry in archive.infolist()) > file.stat().st_size:
-            raise ValueError("its archive announces more than it holds")
-    state = torch.load(file, map_location="cpu", weights_only=True)
+    """A `torch.save` file of tensors and plain values. Raises almost anything for others.
+
+    weights_only lets no code run, but archives can be read in two ways, and pickles can ask for more memory than they
+    have: PyTorch is given a copy of what Python reads, in which nothing is packed and only tensors are called for.
+    """
+    copied = io.BytesIO()
+    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(copied, "w") as plain:
+        if len(set(archive.namelist())) != len(archive.namelist()):
+            raise ValueError("two entries of one name")
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > file.stat().st_size:
+                raise ValueError("a packed entry")
+            content = archive.read(entry)
+            if entry.filename.endswith(".pkl"):
+                for code, argument, _ in pickletools.genops(content):
+                    if code.name in _CALLS and not _PLAIN.fullmatch(str(argument)):
+                        raise ValueError("a call")
+            plain.writestr(entry.filename, content)
+    copied.seek(0)
+    state = torch.load(copied, map_location="cpu", weights_only=True)
     if not isinstance(state, dict):
         raise TypeError("it is no dictionary")
     return state

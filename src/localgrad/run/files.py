@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,13 +24,14 @@ def part_of(place: Path) -> Path:
 def replacing(place: Path) -> Iterator[Path]:
     """A path to write to, which takes the place of `place` when the block ends, and goes when the block fails."""
     part = part_of(place)
+    remove(part)
     try:
         yield part
         flush(part)
         os.replace(part, place)
         flush(place.parent)
     except BaseException:
-        part.unlink(missing_ok=True)
+        remove(part)
         raise
 
 
@@ -37,13 +41,22 @@ def write_text(place: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+def remove(path: Path) -> None:
+    """Removes a file, a link or a whole folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def flush(path: Path) -> None:
     """Waits until a file, or the names in a folder, are on the disk."""
-    if path.is_dir() and os.name != "posix":
-        return  # only POSIX can
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # which some network file systems say of every folder
+            raise
     finally:
         os.close(handle)
 
@@ -55,18 +68,17 @@ def locked(folder: Path) -> Iterator[None]:
     The lock is the system's and ends with the process, however that ends; children that fork from it do not hold it.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.is_dir():
+            folder.mkdir(parents=True)
+            flush(folder.parent)
         file = (folder / LOCK).open("a")
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
     with file:
         try:
-            import fcntl
-        except ImportError:  # Windows: two runs in one folder are not kept apart there
-            yield
-            return
-        try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"another process is training in {folder}: wait for it, or choose another --out") from error
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # others come from file systems that have no locks
+                text = f"another process is training in {folder}: wait for it, or choose another --out"
+                raise UserError(text) from error
         yield

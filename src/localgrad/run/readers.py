@@ -156,15 +156,20 @@ def decoded(
         generator=own,
         worker_init_fn=outlive_signals,
     )
-    for chunk, (images, labels, bad) in zip(chunks, loader, strict=True):
-        for path, reason in bad:
-            if on_bad is None:
-                raise RunError(f"{path} is not a readable image: {reason}")
-            on_bad(path, reason)
-        if seed is not None and len(labels) < len(chunk):
-            raise RunError(f"{bad[-1][0]} and others that were tried instead are no readable images: look at the data")
-        if len(labels):
-            yield images, labels
+    batches = iter(loader)
+    try:
+        for chunk, (images, labels, bad) in zip(chunks, batches, strict=True):
+            for path, reason in bad:
+                if on_bad is None:
+                    raise RunError(f"{path} is not a readable image: {reason}")
+                on_bad(path, reason)
+            if seed is not None and len(labels) < len(chunk):
+                raise RunError(f"{bad[-1][0]} and others tried in its place are no readable images: look at the data")
+            if len(labels):
+                yield images, labels
+    finally:
+        # Now, and not when the last frame of an error's traceback goes: until then the process could not end.
+        getattr(batches, "_shutdown_workers", lambda: None)()
 
 
 def fetch(name: str, root: Path) -> None:

@@ -16,7 +16,7 @@ from localgrad.core.errors import RunError
 from localgrad.run.build import Machine
 from localgrad.run.recipe import Recipe
 from localgrad.run.runlog import Done, mib
-from localgrad.scale.memory import MemoryMeter, PeakBytes, peak_rss
+from localgrad.scale.memory import MemoryMeter, PeakBytes, is_out_of_memory, peak_rss
 
 Batch = tuple[Tensor, Tensor]  # normalised inputs and targets, on the device
 SKIPS = 10  # steps skipped one after another before a run is given up: no later one will be better
@@ -71,6 +71,9 @@ class Stepper:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(own)
+            for parameter, kept in optimizer.state.items():
+                if any(isinstance(t, Tensor) and t.ndim and t.shape != parameter.shape for t in kept.values()):
+                    raise ValueError("the optimizer's state is that of other parameters")
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.skipped, self._in_a_row = state["step"], state["skipped"], state["in_a_row"]
         self.peak = PeakBytes(**state["peak"])
@@ -103,7 +106,7 @@ class Stepper:
             self.skipped += 1
             done = Done([], [], 0.0, 0, skipped=str(error).partition(":")[0])
         except (RuntimeError, MemoryError) as error:
-            if isinstance(error, RunError) or not _out_of_memory(error):
+            if isinstance(error, RunError) or not is_out_of_memory(error):
                 raise
             raise RunError(self._memory_sentence(error)) from error
         if meter is not None:
@@ -241,9 +244,3 @@ def _norm(parameters: Sequence[nn.Parameter]) -> Tensor:
 def _copy(into: Sequence[Tensor], source: Sequence[Tensor]) -> None:
     for a, b in zip(into, source, strict=True):
         a.copy_(b)
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    """Whether PyTorch says so: CUDA's allocator has a class of its own, the CPU's only a sentence."""
-    words = ("can't allocate memory", "not enough memory", "bad_alloc", "could not create a memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)

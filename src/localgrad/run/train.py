@@ -20,7 +20,7 @@ from localgrad.run import data as data_room
 from localgrad.run.build import Machine, build_model, machine_for
 from localgrad.run.files import locked
 from localgrad.run.recipe import Recipe, Saving, shown
-from localgrad.run.runlog import RunLog, environment, read_environment
+from localgrad.run.runlog import SUMMARY, RunLog, environment, read_environment
 from localgrad.run.signals import Stopped, StopRequest
 from localgrad.run.step import Stepper
 from localgrad.scale.memory import peak_rss
@@ -107,7 +107,8 @@ class Run:
                 state[n] for n in ("bad_images", "spent", "images", "epochs")
             )
             checkpoints.set_random_state(state["random"])
-        except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            self._check_position()
+        except (LookupError, ValueError, TypeError, ArithmeticError, AttributeError, RuntimeError) as error:
             raise RunError(f"{found.path} does not fit this run: remove it, or choose another --out") from error
         if images != len(self.data.train):
             raise UserError(
@@ -192,6 +193,18 @@ class Run:
         if saved:
             return f"{where}, saved as {self._saved}: the same command goes on from there"
         return f"{where}, which could not be saved: the last checkpoint is {self._saved or 'none'}"
+
+    def _check_position(self) -> None:
+        """Raises ValueError or TypeError for a state that no run has been in."""
+        step, epochs = self.stepper.step, len(self.rows)
+        if not epochs * self.per_epoch <= step <= min((epochs + 1) * self.per_epoch, self.stepper.total):
+            raise ValueError("as many epochs as this are not done at this step")
+        for row in self.rows:
+            if set(row) != set(SUMMARY) or not all(isinstance(value, int | float) for value in row.values()):
+                raise ValueError("a row is not one of a summary")
+        if not all(isinstance(text, str) for pair in self.bad_images.items() for text in pair):
+            raise TypeError("bad images are paths with reasons")
+        self.loss, self.taken, self._spent = float(self.loss), int(self.taken), float(self._spent)
 
     def _state(self) -> dict[str, Any]:
         """All that a run depends on beside the model, as tensors and plain values. The position in the data is the
