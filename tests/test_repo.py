@@ -8,10 +8,12 @@ import importlib
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import localgrad as lg
 from localgrad.core import couplings, heads, methods
@@ -51,12 +53,22 @@ def offences(node: ast.AST) -> Iterator[str]:
             yield f"pickle.{name}"
         case ast.ImportFrom(module="pickle" | "dill" | "cloudpickle" | "joblib" | "marshal" | "shelve" as name):
             yield f"from {name}"
+        case ast.Call(func=ast.Attribute()) if trusts(node):
+            yield "torch.load without weights_only=True"
+        case ast.ImportFrom(module="torch" | "torch.serialization", names=names) if "load" in {a.name for a in names}:
+            yield "from torch import load"
         case ast.keyword(arg="weights_only", value=ast.Constant(value=False)):
             yield "weights_only=False"
         case ast.keyword(arg="allow_pickle", value=ast.Constant(value=True)):
             yield "allow_pickle=True"
         case _:
             pass
+
+
+def trusts(call: ast.Call) -> bool:
+    """Whether torch.load may unpickle whatever the file holds. (weights_only=False has a rule of its own.)"""
+    safe = [k.value.value for k in call.keywords if k.arg == "weights_only" and isinstance(k.value, ast.Constant)]
+    return ast.unparse(call.func) in ("torch.load", "torch.serialization.load") and safe not in ([True], [False])
 
 
 def is_torch(value: ast.AST) -> bool:
@@ -85,6 +97,10 @@ def test_no_file_is_long(path: Path) -> None:
         ("pickle.load(a)", "pickle.load"),
         ("from pickle import loads", "from pickle"),
         ("torch.load(a, weights_only=False)", "weights_only=False"),
+        ("torch.load(a)", "torch.load without weights_only=True"),
+        ("torch.load(a, map_location='cpu', weights_only=safe)", "torch.load without weights_only=True"),
+        ("torch.serialization.load(a, **how)", "torch.load without weights_only=True"),
+        ("from torch import load, save", "from torch import load"),
         ("np.load(a, allow_pickle=True)", "allow_pickle=True"),
         ("model.eval(); torch.cuda.synchronize(); torch.load(a, weights_only=True)", None),
     ],
@@ -179,6 +195,75 @@ def test_every_module_says_what_it_is_for() -> None:
 def test_examples_in_docstrings_are_true(path: Path) -> None:
     module = importlib.import_module(".".join(path.relative_to(ROOT / "src").with_suffix("").parts))
     assert doctest.testmod(module).failed == 0
+
+
+# What is asked of others
+
+
+def test_pyproject_asks_for_pytorch_2_10_or_newer() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        wanted = [Requirement(text) for text in tomllib.load(file)["project"]["dependencies"]]
+    (torch,) = [requirement for requirement in wanted if requirement.name == "torch"]
+    allowed = [version for version in ("2.5.1", "2.9.1", "2.10.0", "2.11.0", "3.0.0") if version in torch.specifier]
+    assert allowed == ["2.10.0", "2.11.0", "3.0.0"]
+    assert torch.marker is None
+
+
+# An audit hook cannot be taken away again, and no handler of exceptions catches what it does.
+OFFLINE = """
+import os, sys
+
+def hook(event, args):
+    name = event.removeprefix("socket.")
+    asks = name in ("connect", "bind", "sendto", "sendmsg", "getaddrinfo", "getnameinfo")
+    if asks or name.startswith("gethostby") or event in ("urllib.Request", "http.client.connect"):
+        os.write(2, event.encode())
+        os._exit(77)
+
+sys.addaudithook(hook)
+"""
+EVERYTHING = """
+import importlib, pkgutil, runpy, localgrad
+for argv in (["--help"], ["train", "--help"], ["list"]):
+    sys.argv = ["localgrad", *argv]
+    try:
+        runpy.run_module("localgrad", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        assert not end.code, end.code
+for module in pkgutil.walk_packages(localgrad.__path__, "localgrad."):
+    if module.name != "localgrad.__main__":
+        importlib.import_module(module.name)
+        print("imported", module.name)
+"""
+
+
+def offline(code: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in a process that ends with 77 where it would open a connection or look up a name."""
+    return subprocess.run([sys.executable, "-c", OFFLINE + code], capture_output=True, text=True, timeout=120)
+
+
+def test_imports_help_and_list_open_no_connection() -> None:
+    done = offline(EVERYTHING)
+    assert done.returncode == 0, done.stderr
+    own = {path.relative_to(SOURCE.parent).with_suffix("") for path in SOURCE.glob("*/*.py") if path.stem[0] != "_"}
+    assert {".".join(path.parts) for path in own} <= {*done.stdout.split()}
+    assert all(word in done.stdout for word in ("usage: localgrad COMMAND", "--on-bad-image", "scikit-learn"))
+
+
+@pytest.mark.parametrize(
+    ("code", "event"),
+    [
+        ("socket.create_connection(('127.0.0.1', 9))", "socket.getaddrinfo"),
+        ("socket.socket().connect(('127.0.0.1', 9))", "socket.connect"),
+        ("socket.socket().bind(('127.0.0.1', 0))", "socket.bind"),
+        ("socket.socket(type=socket.SOCK_DGRAM).sendto(b'a', ('127.0.0.1', 9))", "socket.sendto"),
+        ("socket.gethostbyname('localhost')", "socket.gethostbyname"),
+        ("import urllib.request as r; r.urlopen('http://127.0.0.1:9')", "urllib.Request"),
+    ],
+)
+def test_a_connection_would_be_seen(code: str, event: str) -> None:
+    done = offline(f"import socket\ntry: {code}\nexcept BaseException: pass")
+    assert (done.returncode, done.stderr) == (77, event)
 
 
 # Places

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from localgrad.core.errors import RunError, UserError, unknown
 from localgrad.run.arguments import Compare, Eval, Export, List, Train
 from localgrad.run.recipe import Recipe, override
 from localgrad.run.recipes import RECIPES, named_recipe
-from localgrad.run.signals import Stopped, raise_stopped
+from localgrad.run.signals import Stopped, sigterm_raises
 
 COMMANDS: dict[str, type] = {"train": Train, "eval": Eval, "compare": Compare, "export": Export, "list": List}
 USAGE = """usage: localgrad COMMAND [flags]    (localgrad COMMAND --help shows the flags)
@@ -30,24 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     the signal's number for one that a signal stopped."""
     args = list(sys.argv[1:] if argv is None else argv)
     warnings.showwarning = _show_warning
-    before = signal.signal(signal.SIGTERM, raise_stopped)
     try:
-        if not args or args[0] in ("-h", "--help"):
-            width = max(map(len, COMMANDS))
-            lines = [f"  {name:{width}}  {(kind.__doc__ or '').splitlines()[0]}" for name, kind in COMMANDS.items()]
-            print(USAGE + "\n".join(lines))
-            return 0 if args else 2
-        if args[0] == "--version":
-            import localgrad
-
-            print(localgrad.__version__)
-            return 0
-        if args[0] not in COMMANDS:
-            raise unknown("command", args[0], COMMANDS)
-        command = _parse(args[0], args[1:])
-        from localgrad.run import commands
-
-        return getattr(commands, f"run_{args[0]}")(command)
+        with sigterm_raises():
+            return _run(args)
     except (UserError, RunError) as error:
         print(f"localgrad: {error}", file=sys.stderr)
         return error.exit_code
@@ -57,8 +41,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("localgrad: stopped", file=sys.stderr)
         return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
+
+
+def _run(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        lines = [f"  {name:{width}}  {(kind.__doc__ or '').splitlines()[0]}" for name, kind in COMMANDS.items()]
+        print(USAGE + "\n".join(lines))
+        return 0 if args else 2
+    if args[0] == "--version":
+        import localgrad
+
+        print(localgrad.__version__)
+        return 0
+    if args[0] not in COMMANDS:
+        raise unknown("command", args[0], COMMANDS)
+    command = _parse(args[0], args[1:])
+    from localgrad.run import commands
+
+    return getattr(commands, f"run_{args[0]}")(command)
 
 
 def _parse(name: str, args: list[str]) -> Any:

@@ -249,7 +249,7 @@ def _limited(split: Images | Files, count: int, classes: int, seed: int) -> Imag
     chosen = np.sort(by_class[np.lexsort((seat, turn))[:count]])
     at = torch.from_numpy(chosen)
     if isinstance(split, Files):
-        return Files(split.paths[chosen], split.labels[at])
+        return Files(split.root, split.paths[chosen], split.labels[at])
     return Images(split.images[at], split.labels[at])
 
 

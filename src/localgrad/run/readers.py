@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import http.client
 import math
 import os
-import struct
 import tarfile
 import tempfile
 import warnings
@@ -25,9 +25,11 @@ from torch.utils.data import DataLoader, Dataset
 from localgrad.core.errors import RunError, UserError
 from localgrad.run.augment import REPLACE, draws, resized_crop_box
 from localgrad.run.signals import outlive_signals
+from localgrad.scale.memory import is_out_of_memory
 
 Batches = Generator[tuple[Tensor, Tensor]]  # closed, it ends its workers
 OnBad = Callable[[str, str], None]  # is told of a file and why it cannot be used
+THINNEST = 100  # sides of an image, one by the other
 REPLACEMENTS = 20  # samples that are tried in place of an unreadable one
 
 # Debian's package dataset-fashion-mnist.
@@ -49,8 +51,9 @@ FILES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, eq=False)
 class Files:
-    """A split on disk: paths of image files, encoded bytes [N], labels int64 [N]."""
+    """A split on disk: paths of image files below `root`, encoded bytes [N], labels int64 [N]."""
 
+    root: Path
     paths: NDArray[np.bytes_]
     labels: Tensor
 
@@ -124,7 +127,11 @@ def read_folder(place: Path) -> tuple[list[str], Files, Files]:
             f"{place / 'train'} and {place / 'val'} must hold the same classes, but only one has {min(odd)}"
         )
     train_files, val_files = (
-        Files(np.array([os.fsencode(path) for path, _ in part.samples]), torch.tensor(part.targets))
+        Files(
+            place,
+            np.array([os.fsencode(os.path.relpath(path, place)) for path, _ in part.samples]),
+            torch.tensor(part.targets),
+        )
         for part in (train, val)
     )
     return train.classes, train_files, val_files
@@ -159,12 +166,15 @@ def decoded(
     batches = iter(loader)
     try:
         for chunk, (images, labels, bad) in zip(chunks, batches, strict=True):
-            for path, reason in bad:
+            for path, reason, passing in bad:
+                if passing:
+                    raise RunError(f"{split.root / path} cannot be read now: {reason}")
                 if on_bad is None:
-                    raise RunError(f"{path} is not a readable image: {reason}")
+                    raise RunError(f"{split.root / path} is not a readable image: {reason}")
                 on_bad(path, reason)
             if seed is not None and len(labels) < len(chunk):
-                raise RunError(f"{bad[-1][0]} and others tried in its place are no readable images: look at the data")
+                others = "and others tried in its place are no readable images: look at the data"
+                raise RunError(f"{split.root / bad[-1].path} {others}")
             if len(labels):
                 yield images, labels
     finally:
@@ -190,6 +200,11 @@ def fetch(name: str, root: Path) -> None:
     except failures as error:
         reason = " ".join(str(error).split())
         raise RunError(f"{name} could not be downloaded into {root}: {reason}") from error
+
+
+def _files(place: Path, folder: Any) -> Files:
+    paths = [os.fsencode(os.path.relpath(path, place)) for path, _ in folder.samples]
+    return Files(place, np.array(paths), torch.tensor(folder.targets))
 
 
 def _idx_path(place: Path, file: str) -> Path:
@@ -282,12 +297,20 @@ class _Batches:
         return ([(self.epoch, int(index)) for index in chunk] for chunk in self.chunks)
 
 
+class _Bad(NamedTuple):
+    """A file, by its printable path in the data folder, and why it cannot be used; passing: now, but not for good."""
+
+    path: str
+    reason: str
+    passing: bool = False
+
+
 class _Item(NamedTuple):
-    """A sample, if there is one, and the files with reasons that could not be used for it."""
+    """A sample, if there is one, and the files that could not be used for it."""
 
     image: Tensor | None
     label: int
-    bad: list[tuple[str, str]]
+    bad: list[_Bad]
 
 
 class _Decoder(Dataset):
@@ -302,13 +325,18 @@ class _Decoder(Dataset):
 
     def __getitem__(self, pair: tuple[int, int]) -> _Item:
         epoch, index = pair
-        bad: list[tuple[str, str]] = []
+        bad: list[_Bad] = []
         for at in self._candidates(index):
             path = os.fsdecode(self.split.paths[at])
-            image = _decode(Path(path))
-            if not isinstance(image, str):
+            shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in path)
+            try:
+                image = decode(self.split.root / path)
                 return _Item(self._cropped(image, epoch, index), int(self.split.labels[at]), bad)
-            bad.append((path, image))
+            except Exception as error:  # what PIL raises on damaged files depends on the format
+                passing = is_out_of_memory(error) or getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE)
+                bad.append(_Bad(shown, " ".join(str(error).split()) or type(error).__name__, passing))
+                if passing:
+                    break
         return _Item(None, -1, bad)
 
     def _candidates(self, index: int) -> Iterator[int]:
@@ -331,29 +359,24 @@ class _Decoder(Dataset):
         return F.pil_to_tensor(image)
 
 
-def _collate(items: Sequence[_Item]) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
+def _collate(items: Sequence[_Item]) -> tuple[Tensor, Tensor, list[_Bad]]:
     good = [(item.image, item.label) for item in items if item.image is not None]
     images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
-    return images, torch.tensor([label for _, label in good]), [pair for item in items for pair in item.bad]
+    return images, torch.tensor([label for _, label in good]), [one for item in items for one in item.bad]
 
 
-def _decode(path: Path) -> Any:
-    """The image at `path` as PIL's RGB, or why it cannot be used."""
+def decode(path: Path) -> Any:
+    """The image at `path` as PIL's RGB. Raises almost anything for a file that is none, or none that can be used."""
     from PIL import Image
 
-    # What PIL raises on damaged files besides OSError depends on the format.
-    unreadable = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, MemoryError)
-    unreadable += (OverflowError, Image.DecompressionBombError)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # a warning would not keep it from memory
-            with Image.open(path) as image:
-                if image.mode == "F":
-                    return "its pixels are floating-point numbers, whose range is not known"
-                if image.mode.startswith("I"):  # 16 bits, of which PIL would clip all that is above 255
-                    return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-                return image.convert("RGB")
-    except Image.DecompressionBombWarning:
-        return f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels"
-    except unreadable as error:
-        return " ".join(str(error).split()) or type(error).__name__
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # a warning would not keep it from memory
+        with Image.open(path) as image:
+            if max(image.size) > THINNEST * min(image.size):
+                raise ValueError(f"one side is more than {THINNEST} times the other")  # a resized one would be huge
+            if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
+                raise ValueError("its pixels are 32-bit numbers, whose range is not known")
+            if image.mode.startswith("I"):  # 16 bits, of which PIL would clip all that is above 255
+                return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+            return image.convert("RGB")

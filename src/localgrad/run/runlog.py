@@ -140,7 +140,7 @@ class RunLog:
             for rest in self.folder.glob(f"*{PART}"):
                 rest.unlink()
             # The weights first: a folder that has them counts as finished.
-            for old in (MODEL, *(() if self.start else (METRICS, TABLE, TIMELINE, BAD_IMAGES))):
+            for old in (MODEL, BAD_IMAGES, *(() if self.start else (METRICS, TABLE, TIMELINE))):
                 (self.folder / old).unlink(missing_ok=True)
             if not self.start:
                 shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)

@@ -6,14 +6,16 @@ import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 
 GRACE = 300  # seconds, more than a step and a save take
 NOTICE = b"localgrad: finishing the step, then saving\n"
 
 
-class Stopped(Exception):
-    """The process was asked to end by a signal. exit_code: 128 + its number, as shells have it."""
+class Stopped(BaseException):
+    """The process was asked to end by a signal: no error, so nothing that handles errors may take it for one.
+    exit_code: 128 + its number, as shells have it."""
 
     def __init__(self, number: int, text: str = "stopped") -> None:
         super().__init__(text)
@@ -34,7 +36,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+            heard = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._ask) for number in heard}
         return self
 
     def __exit__(
@@ -64,6 +67,19 @@ def outlive_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
-def raise_stopped(number: int, frame: FrameType | None) -> None:
-    """A signal handler for the time outside of the loop, when there is nothing to save."""
-    raise Stopped(number)
+@contextlib.contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """For the time outside of the loop, when there is nothing to save: SIGTERM raises Stopped, as SIGINT raises
+    KeyboardInterrupt."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

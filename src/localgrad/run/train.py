@@ -54,6 +54,8 @@ def train(recipe: Recipe, folder: Path, *, saving: Saving | None = None, tensorb
                     text = "a process that decodes images was killed: with fewer --workers less memory is needed"
                     raise RunError(text) from error
                 raise
+            finally:
+                run.tell_bad_images(log)
             checkpoints.save_weights(folder / checkpoints.MODEL, run.model.backbone.state_dict())
     return run.rows[-1]
 
@@ -145,13 +147,13 @@ class Run:
                     self.loss += done.losses[-1]
                     self.taken += 1
                 log.step(stepper.step, epoch, done, stepper.peak.total)
-                self._tell_bad_images(log)
+                self.tell_bad_images(log)
                 stop.check()
                 steps, seconds = stepper.step - self._tried[0], time.monotonic() - self._tried[1]
                 if stepper.step < end and self.saving.due(steps, seconds):
                     self.save(log)
         scores = evaluate(self.model, self.data, recipe, self.machine, on_bad=on_bad, between=stop.check)
-        self._tell_bad_images(log)
+        self.tell_bad_images(log)
         row = {
             "epoch": epoch + 1,
             "train_loss": self.loss / max(1, self.taken),
@@ -221,7 +223,7 @@ class Run:
     def _on_bad(self, path: str, reason: str) -> None:
         self.bad_images.setdefault(path, reason)
 
-    def _tell_bad_images(self, log: RunLog) -> None:
+    def tell_bad_images(self, log: RunLog) -> None:
         if len(self.bad_images) > self._told:
             self._told = len(self.bad_images)
             log.bad_images(self.bad_images)

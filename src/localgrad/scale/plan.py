@@ -23,23 +23,13 @@ from localgrad.core.couplings import MAN
 from localgrad.core.engine import LocalModel, localize, param_groups
 from localgrad.core.errors import UserError
 from localgrad.core.task import Task
-from localgrad.scale.costs import Cost, Costs, Work, trace_costs
+from localgrad.scale.costs import Cost, Costs, trace_costs
 from localgrad.scale.memory import predict_peak
 from localgrad.scale.recompute import recompute
+from localgrad.scale.speed import Speed
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 CAPS = 48  # on the peak of a block, evenly spread in the logarithm
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Of a device: floating-point operations and bytes a second, as if it did one after the other."""
-
-    flops: float = 150e9
-    moved: float = 12e9
-
-    def seconds(self, work: Work) -> float:
-        return work.flops / self.flops + work.moved / self.moved
 
 
 @dataclass(frozen=True)
@@ -71,7 +61,7 @@ class Planner:
 
     backbone, example, method, coupling, task: as for `localize`; the batch is the example's. optimizer: makes one from
     groups of parameters; SGD with Nesterov momentum by default. autocast: as for `local_backward`. speed: of the
-    device. Nothing is run and the backbone is left as it was.
+    device (`calibrate`). Nothing is run and the backbone is left as it was.
     """
 
     def __init__(
@@ -110,6 +100,13 @@ class Planner:
         """Backpropagation with every unit recomputed: activation checkpointing, for comparison."""
         whole = next(f for f in self._forms[len(self._forms) - 1] if f.i == 0 and f.again)
         return self._plan([whole], as_you_go=False)
+
+    def even(self, blocks: int) -> Plan:
+        """As many blocks as asked for, cut as `localize` cuts, nothing recomputed; for comparison."""
+        ends = [i * len(self._forms) // blocks - 1 for i in range(1, blocks + 1)]
+        starts = [0, *(end + 1 for end in ends)]
+        plain = {(f.i, f.j): f for forms in self._forms.values() for f in forms if not (f.again or f.coupling_again)}
+        return self._plan([plain[i, j] for i, j in zip(starts, ends, strict=False)], as_you_go=False)
 
     def frontier(self) -> list[Plan]:
         """The plans of which no other needs both less memory and less time; the fastest first."""
