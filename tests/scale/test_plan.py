@@ -14,7 +14,8 @@ import localgrad as lg
 from localgrad.core.errors import UserError
 from localgrad.scale.costs import Cost, Costs, Work
 from localgrad.scale.memory import training_step
-from localgrad.scale.plan import Plan, Planner, Speed, _chain, _forms
+from localgrad.scale.plan import Plan, Planner, _chain, _forms
+from localgrad.scale.speed import Speed
 
 BATCH = 16
 
