@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -35,12 +37,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, RunError) as error:
         print(f"localgrad: {error}", file=sys.stderr)
         return error.exit_code
-    except Stopped as stopped:
-        print(f"localgrad: {stopped}", file=sys.stderr)
-        return stopped.exit_code
-    except KeyboardInterrupt:
-        print("localgrad: stopped", file=sys.stderr)
-        return 130
+    except (Stopped, KeyboardInterrupt) as stopped:
+        if argv is None:  # the process is about to end: another signal must not change how
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
+        print(f"localgrad: {stopped if isinstance(stopped, Stopped) else 'stopped'}", file=sys.stderr)
+        return stopped.exit_code if isinstance(stopped, Stopped) else 130
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # nobody takes what was said; Python would say so and exit with 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(args: list[str]) -> int:

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -112,8 +113,9 @@ class Done:
 class RunLog:
     """Writes one run's folder. A context: nothing exists before it is entered.
 
-    start: the step that the run goes on from; 0 begins anew. environment: what config.yaml shall say of machine and
-    versions. Once the run is under way, a disk that takes no more costs lines of the record, not the run.
+    start: the step and the whole epochs that the run goes on from; (0, 0) begins anew. environment: what config.yaml
+    shall say of machine and versions. Once the run is under way, a disk that takes no more costs lines of the record,
+    not the run.
     """
 
     def __init__(
@@ -123,12 +125,13 @@ class RunLog:
         total: int,
         environment: dict[str, str],
         *,
-        start: int = 0,
+        start: tuple[int, int] = (0, 0),
         tensorboard: bool = False,
     ) -> None:
-        self.folder, self.recipe, self.total, self.start = folder, recipe, total, start
+        self.folder, self.recipe, self.total = folder, recipe, total
+        self.start, self._epochs = start
         self.environment = environment
-        self.console = Console()
+        self.console = _Console()
         self._writer = _tensorboard() if tensorboard else None
         self.tensorboard: Any = None
         self.progress: Progress | None = None
@@ -146,7 +149,7 @@ class RunLog:
                 shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
             config = {"recipe": as_dict(self.recipe), "environment": self.environment}
             write_text(self.folder / CONFIG, yaml.safe_dump(config, sort_keys=False))
-            write_text(self.folder / METRICS, _until(self.start, self.folder / METRICS))
+            write_text(self.folder / METRICS, _until(self.start, self._epochs, self.folder / METRICS))
             self.metrics = (self.folder / METRICS).open("a")
             purge = self.start + 1 if self.start else None
             self.tensorboard = self._writer and self._writer(str(self.folder / "tensorboard"), purge_step=purge)
@@ -254,12 +257,21 @@ def mib(size: float) -> str:
     return f"{size / 2**20:.1f} MiB"
 
 
-def _until(step: int, metrics: Path) -> str:
-    """The lines of metrics.jsonl up to `step`; one that a kill has torn is none."""
+class _Console(Console):
+    """Falls silent when its reader goes away, where rich's own would end the process."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _until(step: int, epochs: int, metrics: Path) -> str:
+    """The lines of metrics.jsonl up to `step`, and the rows of so many epochs; one that a kill has torn is none."""
     lines = []
     for line in metrics.read_text(errors="replace").splitlines() if metrics.exists() else ():
         with contextlib.suppress(ValueError, TypeError, KeyError):
-            if json.loads(line)["step"] <= step:
+            entry = json.loads(line)
+            if entry["step"] <= step and ("eval_top1" not in entry or entry["epoch"] <= epochs):
                 lines.append(line + "\n")
     return "".join(lines)
 

@@ -37,7 +37,8 @@ def train(recipe: Recipe, folder: Path, *, saving: Saving | None = None, tensorb
     with StopRequest() as stop, locked(folder):
         said = run.resume()
         used = read_environment(folder) if run.stepper.step else run.environment
-        with RunLog(folder, recipe, run.stepper.total, used, start=run.stepper.step, tensorboard=tensorboard) as log:
+        start = (run.stepper.step, len(run.rows))
+        with RunLog(folder, recipe, run.stepper.total, used, start=start, tensorboard=tensorboard) as log:
             log.note(headline(recipe, run.data, run.model, run.machine))
             log.note(f"recipe: {shown(recipe)}")
             log.note(repr(run.model))

@@ -1,0 +1,165 @@
+"""Starts of `localgrad train` for tests of faults: as a command in a process of its own, or forked from a process that
+has imported all that a run needs. The fork takes a third of a second instead of four, and can die at a chosen point.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["localgrad.run.commands", "sklearn.datasets", "torch._dynamo"])
+PATIENCE = 120.0  # seconds
+COUNTER = itertools.count()
+TINY = ("--model", "resnet20", "--batch-size", "16", "--precision", "float32", "--head", "1c2f")
+
+
+def tiny(epochs: int, *more: str) -> tuple[str, ...]:
+    """Flags of a run of four steps an epoch, each of which takes some hundredths of a second."""
+    return (*TINY, "--limit-train", "64", "--epochs", str(epochs), *more)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What befalls a forked run. At its `call`-th call of os.fsync or os.replace it gets the signal `number`; with
+    `power_cut` files then keep their content only if they were flushed. `limit`: bytes that a file may have, beyond
+    which a write fails, or with `torn` ends the process."""
+
+    call: int = 0
+    number: int = signal.SIGKILL
+    power_cut: bool = False
+    limit: int = 0
+    torn: bool = False
+
+
+class Start:
+    """One start of a run into `folder`, in a session of its own. What it says goes to files beside the folder."""
+
+    def __init__(self, folder: Path, *flags: str, fault: Fault | None = None, forked: bool = True) -> None:
+        self.argv = ["train", *flags, "--out", str(folder)]
+        self.folder, self._config = folder, folder / "config.yaml"
+        self._before, self._began = self._written(), time.monotonic()
+        name = f"{folder.name}-{next(COUNTER)}"
+        self._out, self._err = (folder.parent / f"{name}.{kind}" for kind in ("out", "err"))
+        if forked:
+            self.process = FORKS.Process(target=_run, args=(self.argv, folder, self._out, self._err, fault or Fault()))
+            self.process.start()
+        else:
+            command = [sys.executable, "-m", "localgrad", *self.argv]
+            with self._out.open("wb") as out, self._err.open("wb") as err:
+                self.process = subprocess.Popen(command, stdout=out, stderr=err, start_new_session=True)
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+    @property
+    def out(self) -> str:
+        return self._out.read_text()
+
+    @property
+    def err(self) -> list[str]:
+        return self._err.read_text().splitlines()
+
+    def until_it_trains(self) -> float:
+        """Waits until the run has its folder, and for the end if it never does. Seconds since the start."""
+        wait_for(lambda: self._written() != self._before or not self.alive())
+        return time.monotonic() - self._began
+
+    def send(self, number: int, *, group: bool = False) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            (os.killpg if group else os.kill)(self.pid, number)
+
+    def end(self) -> int:
+        """Waits for the end: the exit code, or less than 0 for a signal."""
+        if isinstance(self.process, subprocess.Popen):
+            return self.process.wait(PATIENCE)
+        self.process.join(PATIENCE)
+        assert self.process.exitcode is not None
+        return self.process.exitcode
+
+    def alive(self) -> bool:
+        popen = self.process
+        return popen.poll() is None if isinstance(popen, subprocess.Popen) else popen.is_alive()
+
+    def _written(self) -> int:
+        return self._config.stat().st_mtime_ns if self._config.exists() else 0
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = PATIENCE) -> bool:
+    deadline = time.monotonic() + seconds
+    while not (fulfilled := condition()) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    return fulfilled
+
+
+def group_is_gone(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def _run(argv: list[str], folder: Path, out: Path, err: Path, fault: Fault) -> None:
+    """The forked process."""
+    from localgrad.cli import main
+
+    multiprocessing.set_start_method(None, force=True)  # not by another server of forks
+    os.setsid()
+    for handle, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), handle)
+    if fault.call:
+        Caller(folder, fault)
+    if fault.limit:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (fault.limit, fault.limit))
+    if fault.torn:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it, and the write fails
+    sys.exit(main(argv))
+
+
+class Caller:
+    """Sends this process the fault's signal before its `call`-th call of os.fsync or os.replace does anything."""
+
+    def __init__(self, folder: Path, fault: Fault) -> None:
+        self.folder, self.fault, self.left = folder, fault, fault.call
+        self.flushed = {_stamp(p.stat()) for p in self._files()}  # what an earlier start has left
+        self.fsync, self.replace = os.fsync, os.replace
+        os.fsync, os.replace = self._fsync, self._replace
+
+    def _fsync(self, handle: int) -> None:
+        self._count()
+        self.fsync(handle)
+        self.flushed.add(_stamp(os.fstat(handle)))
+
+    def _replace(self, source: Path, place: Path) -> None:
+        self._count()
+        self.replace(source, place)
+
+    def _count(self) -> None:
+        self.left -= 1
+        if self.left:
+            return
+        for path in self._files() if self.fault.power_cut else ():
+            if _stamp(path.stat()) not in self.flushed:
+                os.truncate(path, 0)
+        os.kill(os.getpid(), self.fault.number)
+
+    def _files(self) -> list[Path]:
+        return [path for path in self.folder.rglob("*") if path.is_file()]
+
+
+def _stamp(stat: os.stat_result) -> tuple[int, int, int]:
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
