@@ -33,13 +33,15 @@ def tiny(epochs: int, *more: str) -> tuple[str, ...]:
 class Fault:
     """What befalls a forked run. At its `call`-th call of os.fsync or os.replace it gets the signal `number`; with
     `power_cut` files then keep their content only if they were flushed. `limit`: bytes that a file may have, beyond
-    which a write fails, or with `torn` ends the process."""
+    which a write fails, or with `torn` ends the process. `early`: the whole group gets SIGTERM when a process that
+    decodes images has taken PyTorch's handlers, but not yet ours."""
 
     call: int = 0
     number: int = signal.SIGKILL
     power_cut: bool = False
     limit: int = 0
     torn: bool = False
+    early: bool = False
 
 
 class Start:
@@ -127,7 +129,21 @@ def _run(argv: list[str], folder: Path, out: Path, err: Path, fault: Fault) -> N
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault.limit, fault.limit))
     if fault.torn:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it, and the write fails
+    if fault.early:
+        _signal_the_group_from_a_worker()
     sys.exit(main(argv))
+
+
+def _signal_the_group_from_a_worker() -> None:
+    from torch.utils.data._utils import signal_handling
+
+    take = signal_handling._set_worker_signal_handlers  # pyright: ignore[reportPrivateImportUsage]
+
+    def take_and_signal() -> None:
+        take()
+        os.killpg(0, signal.SIGTERM)
+
+    signal_handling._set_worker_signal_handlers = take_and_signal  # pyright: ignore[reportPrivateImportUsage]
 
 
 class Caller:

@@ -62,7 +62,7 @@ def disturb_often(
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("count", [10, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_run_killed_at_any_moment_ends_as_if_it_was_not(count: int, tmp_path: Path, figure: Figure) -> None:
-    draw, flags = random.Random(3), tiny(8 if count == 10 else 40, "--save-every", "1")
+    draw, flags = random.Random(3), tiny(12 if count == 10 else 40, "--save-every", "1")
     began, start = time.monotonic(), Start(tmp_path / "undisturbed", *flags, forked=False)
     assert wait_for((tmp_path / "undisturbed" / MODEL).exists)
     took, unsaved, in_a_save = time.monotonic() - began, 0, 0
@@ -192,9 +192,7 @@ def test_an_epoch_that_ends_in_a_stop_is_saved_once_and_for_all(tmp_path: Path, 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("count", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_run_with_workers_ends_with_them_and_goes_on(count: int, tmp_path: Path, figure: Figure) -> None:
-    write_images(tmp_path / "images")
-    flags = (*TINY, "--data", "image-folder", "--data-dir", str(tmp_path / "images"), "--image-size", "32")
-    flags = (*flags, "--epochs", "4", "--save-every", "2")
+    flags = (*images(tmp_path / "images"), "--epochs", "4", "--save-every", "2")
     assert Start(tmp_path / "undisturbed", *flags).end() == 0
     draw, seconds, groups = random.Random(3), seconds_of(tmp_path / "undisturbed"), []
     plans = itertools.cycle([(SIGTERM, True), (SIGKILL, False)])
@@ -222,13 +220,23 @@ def killed(start: Start) -> list[str] | None:
     return [] if code == -SIGKILL else [f"exit code {code}: {start.err}"]
 
 
-def write_images(folder: Path) -> None:
+@pytest.mark.xfail(strict=True, reason="PyTorch's handler ends a worker that has not taken ours yet")
+def test_workers_that_have_just_begun_outlive_a_signal(tmp_path: Path, figure: Figure) -> None:
+    flags = (*images(tmp_path / "images"), "--epochs", "4", "--workers", "2")
+    wrong = faults_of_a_stop(Start(tmp_path / "run", *flags, fault=Fault(early=True)), SIGTERM)
+    figure("SIGTERM to workers that have just begun", 1, int(wrong == []))
+    assert wrong == []
+
+
+def images(folder: Path) -> tuple[str, ...]:
+    """Flags of a run on small images, which are written."""
     numbers = np.random.default_rng(0)
     for split, count in (("train", 32), ("val", 8)):
         for label, i in itertools.product(("one", "other"), range(count)):
             path = folder / split / label / f"{i}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(numbers.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)
+    return (*TINY, "--data", "image-folder", "--data-dir", str(folder), "--image-size", "32")
 
 
 # Others about

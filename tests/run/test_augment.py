@@ -311,7 +311,7 @@ def test_image_folder_crops_as_the_box_says(tmp_path):
     images, labels = gathered(D.train_batches(data, batch_size=15, seed=4, epoch=2))
     flips = 0
     for image, index in zip(images, labels.tolist(), strict=True):
-        picture = Image.open(os.fsdecode(bytes(data.train.paths[index]))).convert("RGB")
+        picture = Image.open(data.train.root / os.fsdecode(bytes(data.train.paths[index]))).convert("RGB")
         (top, left, height, width), mirrored = resized_crop_box(
             picture.height, picture.width, seed=4, epoch=2, index=index
         )
