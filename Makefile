@@ -18,7 +18,7 @@ test-slow: $(READY_DEV)
 
 test-faults: $(READY_DEV)
 	$(BIN)/python -m pytest -m 'not gpu' --figures results/reliability.csv tests/faults tests/run/test_resume.py \
-		tests/run/test_step.py tests/run/test_bad_images.py tests/run/test_checkpoint.py
+		tests/run/test_step.py tests/run/test_bad_images.py tests/run/test_files.py tests/run/test_checkpoint.py
 
 lint: $(READY_DEV)
 	$(BIN)/ruff check .

@@ -220,7 +220,6 @@ def killed(start: Start) -> list[str] | None:
     return [] if code == -SIGKILL else [f"exit code {code}: {start.err}"]
 
 
-@pytest.mark.xfail(strict=True, reason="PyTorch's handler ends a worker that has not taken ours yet")
 def test_workers_that_have_just_begun_outlive_a_signal(tmp_path: Path, figure: Figure) -> None:
     flags = (*images(tmp_path / "images"), "--epochs", "4", "--workers", "2")
     wrong = faults_of_a_stop(Start(tmp_path / "run", *flags, fault=Fault(early=True)), SIGTERM)

@@ -337,6 +337,7 @@ def test_the_global_generators_are_left_alone(tmp_path):
     import random
 
     write_tree(tmp_path)
+    D.load("digits")  # scikit-learn draws as it is imported
     before = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
     sets = [D.load("digits", limit_train=50), D.load("image-folder", data_dir=str(tmp_path), image_size=16)]
     for data in sets:

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from localgrad.core.errors import RunError, UserError
 from localgrad.run.augment import REPLACE, draws, resized_crop_box
-from localgrad.run.signals import outlive_signals
+from localgrad.run.signals import held_back, outlive_signals
 from localgrad.scale.memory import is_out_of_memory
 
 Batches = Generator[tuple[Tensor, Tensor]]  # closed, it ends its workers
@@ -163,7 +163,8 @@ def decoded(
         generator=own,
         worker_init_fn=outlive_signals,
     )
-    batches = iter(loader)
+    with held_back():
+        batches = iter(loader)
     try:
         for chunk, (images, labels, bad) in zip(chunks, batches, strict=True):
             for path, reason, passing in bad:

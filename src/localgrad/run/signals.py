@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 
+BOTH = (signal.SIGTERM, signal.SIGINT)
 GRACE = 300  # seconds, more than a step and a save take
 NOTICE = b"localgrad: finishing the step, then saving\n"
 
@@ -36,7 +37,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            heard = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) != signal.SIG_IGN]
+            heard = [n for n in BOTH if signal.getsignal(n) != signal.SIG_IGN]
             self._before = {number: signal.signal(number, self._ask) for number in heard}
         return self
 
@@ -65,6 +66,18 @@ def outlive_signals(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, BOTH)
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Signals wait until the end, and in processes that begin meanwhile until `outlive_signals`: before that they would
+    end such a process."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, BOTH)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
