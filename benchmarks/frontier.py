@@ -75,27 +75,28 @@ def rows(settings: Settings, x: torch.Tensor, dtype: torch.dtype | None) -> list
     man = Planner(backbone(), x, method=local, coupling=lg.MAN(), autocast=dtype, speed=speed)
     plain = Planner(backbone(), x, method=local, autocast=dtype, speed=speed)
     deeper = Planner(backbone(), x, method=deep, coupling=lg.DeepMAN(), autocast=dtype, speed=speed)
-    again = man.exactly(man.checkpointing).peak
-    count = len(man.costs.names)
-    made = [
-        ("BP", man.bp, None),
-        ("checkpointing", man.checkpointing, None),
-        ("DGL, half of BP", plain.fastest(man.bp.peak // 2), plain),
-        ("DGL, checkpointing's memory", plain.fastest(again), plain),
-        ("MAN, half of BP", man.fastest(man.bp.peak // 2), man),
-        ("MAN, checkpointing's memory", man.fastest(again), man),
-        ("MAN, 0.65 of checkpointing's", man.fastest(int(0.65 * again)), man),
-        ("MAN, half of checkpointing's", man.fastest(again // 2), man),
-        *((f"MAN, K={k}, even", man.even(k), man) for k in (4, 8, count)),
-        *((f"deep MAN, K={k}, even", deeper.even(k), deeper) for k in (4, 8, 16)),
+    again, half, count = man.exactly(man.checkpointing).peak, man.bp.peak // 2, len(man.costs.names)
+    wanted = [
+        ("DGL, half of BP", plain, half),
+        ("DGL, checkpointing's memory", plain, again),
+        ("MAN, half of BP", man, half),
+        ("MAN, checkpointing's memory", man, again),
+        ("MAN, 0.65 of checkpointing's", man, int(0.65 * again)),
+        ("MAN, half of checkpointing's", man, again // 2),
     ]
-    found = []
-    for name, plan, owner in made:
-        coupling = {plain: None, man: lg.MAN(), deeper: lg.DeepMAN()}.get(owner) if owner is not None else None
-        found.append(
-            row(name, backbone(), (owner or man).exactly(plan), deep if owner is deeper else local, coupling, x)
-        )
-    return found
+    made: list[tuple[str, Planner, Plan]] = [("BP", man, man.bp), ("checkpointing", man, man.checkpointing)]
+    for name, owner, budget in wanted:
+        try:
+            made.append((name, owner, owner.fastest(budget)))
+        except lg.UserError as error:
+            print(f"{name}: {error}", flush=True)
+    made += [(f"MAN, K={k}, even", man, man.even(k)) for k in (4, 8, count)]
+    made += [(f"deep MAN, K={k}, even", deeper, deeper.even(k)) for k in (4, 8, 16) if k <= count]
+    couplings = {plain: None, man: lg.MAN(), deeper: lg.DeepMAN()}
+    return [
+        row(name, backbone(), owner.exactly(plan), deep if owner is deeper else local, couplings[owner], x)
+        for name, owner, plan in made
+    ]
 
 
 def main(settings: Settings) -> None:

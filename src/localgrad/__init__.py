@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from localgrad.core.methods import auglocal, bp, dgl, infopro, infopro_weights, predsim
     from localgrad.core.task import Classification
     from localgrad.scale.memory import PeakBytes, measure_peak, predict_peak
+    from localgrad.scale.plan import Plan, Planner, plan
     from localgrad.scale.recompute import recompute
+    from localgrad.scale.speed import Speed, calibrate
 
 _HOME = {
     "core.auxiliary": ("Auxiliary", "Method", "Site", "Term"),
@@ -36,7 +38,9 @@ _HOME = {
     "core.methods": ("auglocal", "bp", "dgl", "infopro", "infopro_weights", "predsim"),
     "core.task": ("Classification",),
     "scale.memory": ("PeakBytes", "measure_peak", "predict_peak"),
+    "scale.plan": ("Plan", "Planner", "plan"),
     "scale.recompute": ("recompute",),
+    "scale.speed": ("Speed", "calibrate"),
 }
 _ROOM_OF = {name: room for room, names in _HOME.items() for name in names}
 
@@ -44,7 +48,8 @@ __all__ = [  # noqa: RUF022 (in the order of the rooms)
     "Auxiliary", "Method", "Site", "Term", "CifarResNet", "build", "Block", "Boundary", "Unit", "units",
     "DeepMAN", "MAN", "MANPlusPlus", "update_ema", "LocalModel", "StepResult", "local_backward", "localize",
     "param_groups", "RunError", "UserError", "auglocal", "bp", "dgl", "infopro", "infopro_weights", "predsim",
-    "Classification", "PeakBytes", "measure_peak", "predict_peak", "recompute",
+    "Classification", "PeakBytes", "measure_peak", "predict_peak", "Plan", "Planner", "plan",
+    "recompute", "Speed", "calibrate",
 ]  # fmt: skip
 
 

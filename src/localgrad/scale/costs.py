@@ -116,6 +116,20 @@ def _trace(
     return units, auxiliaries
 
 
+class _End(torch.autograd.Function):
+    """A scalar that keeps nothing of what it is made of; its backward pass makes a gradient as the next unit would."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor) -> Tensor:
+        ctx.like = out.shape, out.dtype, out.device
+        return out.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Tensor:
+        shape, dtype, device = ctx.like
+        return torch.empty(shape, dtype=dtype, device=device)
+
+
 def _traced(what: nn.Module, run: Callable[[Tensor], Tensor], h: Tensor, autocast: torch.dtype | None) -> Cost:
     forward, backward, meter = WorkMeter(), WorkMeter(), MemoryMeter()
     h = h.detach().requires_grad_(h.requires_grad)
@@ -123,11 +137,12 @@ def _traced(what: nn.Module, run: Callable[[Tensor], Tensor], h: Tensor, autocas
         meter.mark("forward")
         with forward, autocasting(h, autocast):
             out = run(h)
-        meter.mark("between")
-        gradient = torch.empty_like(out)
+        output = out.untyped_storage().nbytes()
         meter.mark("backward")
+        end = _End.apply(out)
+        del out  # only what its own backward pass has kept of it lives on
         with backward:
-            torch.autograd.backward(out, gradient)
+            end.backward()
     timeline = meter.result().timeline
     base = timeline[0][1]
     during = {label: [live - base for mark, live in timeline if mark == label] for label in ("forward", "backward")}
@@ -135,7 +150,7 @@ def _traced(what: nn.Module, run: Callable[[Tensor], Tensor], h: Tensor, autocas
     for parameter in trained:
         parameter.grad = None
     return Cost(
-        output=out.untyped_storage().nbytes(),
+        output=output,
         kept=during["forward"][-1],
         forward_peak=max(during["forward"]),
         backward_peak=max(during["backward"]),
