@@ -73,9 +73,12 @@ def test_python_runs(page: str, code: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", COMMANDS)
-def test_command_parses(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_parses(words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Flags and values are what the command takes, and none of them is without effect (a warning is an error here)."""
     seen: list[Any] = []
+    chosen = {"method": "dgl", "coupling": "man", "head": "1c2f", "blocks": "4", "recompute": "all"}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump({"plan": {**chosen, "step_as_you_go": False}}))
+    monkeypatch.chdir(tmp_path)
 
     def instead(command: Any) -> int:
         seen.append(command)
@@ -96,7 +99,7 @@ def test_flags_in_the_text_exist(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             cli.main([name, "--help"])
         helps += capsys.readouterr().out
-    known = set(re.findall(r"--[a-z][a-z-]+", helps)) | {"--recipe"}
+    known = set(re.findall(r"--[a-z][a-z-]+", helps)) | {"--recipe", "--plan"}
     for page in PAGES:
         assert set(re.findall(r"`(--[a-z][a-z-]+)", read(page))) <= known, page
 

@@ -8,17 +8,20 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import tyro
 
 from localgrad.core.errors import RunError, UserError, unknown
-from localgrad.run.arguments import Compare, Eval, Export, List, Train
-from localgrad.run.recipe import Recipe, override
+from localgrad.run.arguments import Compare, Eval, Export, List, Plan, Train
+from localgrad.run.recipe import Recipe, override, read_plan
 from localgrad.run.recipes import RECIPES, named_recipe
 from localgrad.run.signals import Stopped, sigterm_raises
 
-COMMANDS: dict[str, type] = {"train": Train, "eval": Eval, "compare": Compare, "export": Export, "list": List}
+COMMANDS: dict[str, type] = {
+    "train": Train, "plan": Plan, "eval": Eval, "compare": Compare, "export": Export, "list": List,
+}  # fmt: skip
 USAGE = """usage: localgrad COMMAND [flags]    (localgrad COMMAND --help shows the flags)
 
 Train a network as gradient-isolated blocks with momentum auxiliary networks.
@@ -71,12 +74,17 @@ def _run(args: list[str]) -> int:
 
 def _parse(name: str, args: list[str]) -> Any:
     kind, prog = COMMANDS[name], f"localgrad {name}"
-    if kind is not Train:
+    if kind not in (Train, Plan):
         return tyro.cli(kind, args=args, prog=prog)
-    chosen, rest = _take_recipe(args)
+    chosen, rest = _take("--recipe", "a name or a YAML file", args)
+    plan, rest = _take("--plan", "a file that localgrad plan wrote", rest) if kind is Train else (None, rest)
     base = named_recipe(chosen) if chosen else Recipe()
-    description = f"{Train.__doc__}\n\n--recipe NAME starts from one of: {', '.join(RECIPES)}; or from a YAML file."
-    parsed = tyro.cli(Train, args=rest, prog=prog, default=Train(base), description=description)
+    if plan:
+        base = override(base, read_plan(Path(plan)))
+    description = f"{kind.__doc__}\n\n--recipe NAME starts from one of: {', '.join(RECIPES)}; or from a YAML file."
+    if kind is Train:
+        description += "\n--plan FILE follows what localgrad plan has written."
+    parsed = tyro.cli(kind, args=rest, prog=prog, default=kind(base), description=description)
     # Only what was typed overrides: bp's single block, say, is implied unless --blocks is there too.
     typed = {
         a.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for a in rest if a.startswith("--")
@@ -86,13 +94,14 @@ def _parse(name: str, args: list[str]) -> Any:
     return dataclasses.replace(parsed, recipe=override(base, changes))
 
 
-def _take_recipe(args: list[str]) -> tuple[str | None, list[str]]:
+def _take(flag: str, what: str, args: list[str]) -> tuple[str | None, list[str]]:
+    """The value of a flag, and the other arguments."""
     for i, arg in enumerate(args):
-        if arg.startswith("--recipe="):
-            return arg.removeprefix("--recipe="), args[:i] + args[i + 1 :]
-        if arg == "--recipe":
+        if arg.startswith(f"{flag}="):
+            return arg.removeprefix(f"{flag}="), args[:i] + args[i + 1 :]
+        if arg == flag:
             if i + 1 == len(args):
-                raise UserError("--recipe takes a name or a YAML file")
+                raise UserError(f"{flag} takes {what}")
             return args[i + 1], args[:i] + args[i + 2 :]
     return None, args
 

@@ -28,7 +28,7 @@ CHANGED = {
     "decay_norms": False,
     "label_smoothing": 0.1, "clip": 0.1, "step_as_you_go": True, "precision": "bf16", "channels_last": False,
     "device": "cpu:0", "seed": 1, "deterministic": True, "workers": 1,
-    "on_bad_image": "skip", "skip_nonfinite": True,
+    "recompute": "all", "on_bad_image": "skip", "skip_nonfinite": True,
 }  # fmt: skip
 NEEDS = {  # the setting in which a field has an effect
     "depth": {"coupling": "deep-man"},
@@ -36,6 +36,7 @@ NEEDS = {  # the setting in which a field has an effect
     "momentum": {"epochs": 2},
     "form": {"epochs": 2},
     "decay_norms": {"weight_decay": 0.5},
+    "recompute": {"batch_size": 64, "limit_train": 128},
 }
 
 

@@ -29,6 +29,22 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """Fit a recipe's training step into a budget of memory: where to cut, what to compute again. Trains nothing.
+
+    The data need not be there; --image-size alone means 3 channels and 1000 classes.
+    """
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    budget: str = "8GiB"
+    """Bytes that a step may take: 8GiB, 500MiB."""
+    out: Path | None = None
+    """File for the plan, which localgrad train --plan FILE follows."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+@dataclass(frozen=True)
 class Eval:
     """Evaluate a run's trained backbone on its test images."""
 
@@ -82,6 +98,19 @@ class List:
 
     data_dir: str | None = None
     """Where to look for data."""
+
+
+def parse_bytes(text: str) -> int:
+    """8GiB, 500 MiB, 1e9: bytes. Raises UserError."""
+    number = text.strip().lower().removesuffix("b").removesuffix("i")
+    power = {"k": 10, "m": 20, "g": 30, "t": 40}.get(number[-1:], 0)
+    try:
+        size = int(float(number[:-1] if power else number) * 2**power)
+    except (ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise UserError(f"--budget takes bytes as 8GiB or 500MiB, not '{text}'")
+    return size
 
 
 def parse_changes(pairs: Sequence[str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,11 @@ from localgrad.core.errors import UserError
 from localgrad.core.methods import METHODS
 from localgrad.core.task import Classification
 from localgrad.run.checkpoint import load_backbone
-from localgrad.run.data import Data, DataInfo
+from localgrad.run.data import DATASETS, Data, DataInfo
 from localgrad.run.recipe import Recipe
+from localgrad.scale.plan import Planner
+from localgrad.scale.recompute import recompute
+from localgrad.scale.speed import calibrate
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": None}
 
@@ -86,7 +90,27 @@ def build_model(recipe: Recipe, data: Data, machine: Machine) -> LocalModel:
         example=torch.zeros(2, info.channels, info.size, info.size),
         task=Classification(info.classes, recipe.label_smoothing),
     )
+    recompute(model, **recipe.again)
     return model.to(memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]
+
+
+def planner_for(recipe: Recipe, machine: Machine) -> Planner:
+    """Plans for the recipe's network and batch, on this device. `image_size` alone means images as of ImageNet."""
+    info = DATASETS["image-folder" if recipe.image_size else recipe.data]
+    size, classes = recipe.image_size or info.size, info.classes or 1000
+    backbone = build(recipe.model, classes=classes, in_channels=info.channels)
+    backbone.to(machine.device, memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]
+    example = torch.zeros(recipe.batch_size, info.channels, size, size, device=machine.device)
+    example = example.contiguous(memory_format=machine.memory_format)
+    if recipe.optimizer == "adamw":
+        optimizer = partial(torch.optim.AdamW, lr=recipe.lr)
+    else:
+        optimizer = partial(torch.optim.SGD, lr=recipe.lr, momentum=0.9, nesterov=True)
+    return Planner(
+        backbone, example, method=method_of(recipe, info), coupling=coupling_of(recipe),
+        task=Classification(classes, recipe.label_smoothing), optimizer=optimizer, autocast=machine.autocast,
+        speed=calibrate(backbone, example, autocast=machine.autocast),
+    )  # fmt: skip
 
 
 def method_of(recipe: Recipe, info: DataInfo) -> Method:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import replace
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+import yaml
 from rich.console import Console
 from rich.table import Table
 
 from localgrad.core.backbones import CIFAR_RESNETS, build
 from localgrad.core.errors import RunError, UserError
 from localgrad.run import data as data_room
-from localgrad.run.arguments import Compare, Eval, Export, List, Train
-from localgrad.run.build import machine_for
+from localgrad.run.arguments import Compare, Eval, Export, List, Plan, Train, parse_bytes
+from localgrad.run.build import machine_for, planner_for
 from localgrad.run.checkpoint import load_backbone, read_weights, save_weights
+from localgrad.run.files import write_text
 from localgrad.run.recipe import COUPLINGS, HEADS, METHODS, Recipe, read_recipe, settle
 from localgrad.run.recipes import RECIPES
-from localgrad.run.runlog import claim, scores, summary_rows
+from localgrad.run.runlog import claim, mib, scores, summary_rows
 from localgrad.run.train import evaluate, train
+from localgrad.scale import plan as plans
 
 
 def run_train(args: Train) -> int:
@@ -31,6 +36,48 @@ def run_train(args: Train) -> int:
     train(recipe, args.out, saving=args.saving, tensorboard=args.tensorboard)
     print(f"wrote {args.out / 'model.safetensors'}")
     return 0
+
+
+def run_plan(args: Plan) -> int:
+    recipe = settle(args.recipe)
+    budget = parse_bytes(args.budget)
+    if args.out is not None and not (args.out.parent.is_dir() and os.access(args.out.parent, os.W_OK)):
+        raise UserError(f"cannot write to {args.out.parent}: choose another --out")
+    planner = planner_for(recipe, machine_for(recipe))
+    chosen, frontier = planner.fastest(budget), planner.frontier()
+    rows = [("BP", planner.bp), ("checkpointing", planner.checkpointing)]
+    rows += [("", plan) for plan in frontier[:: max(1, len(frontier) // 10)] if len(plan.blocks) > 1]
+    rows.append((f"fits {args.budget}", chosen))
+    if args.json:
+        print(json.dumps([{"name": name, **asdict(plan)} for name, plan in rows]))
+    else:
+        show_plans(rows, planner.bp.seconds)
+    if args.out is not None:
+        single = {"method": "bp", "coupling": "none", "head": "auto", "blocks": "1"}
+        several = {"method": recipe.method, "coupling": recipe.coupling, "head": recipe.head}
+        fields = {
+            **(single if len(chosen.blocks) == 1 else {**several, "blocks": ",".join(chosen.blocks)}),
+            "recompute": ",".join([*chosen.units, *(f"coupling.{k}" for k in chosen.couplings)]) or None,
+            "step_as_you_go": chosen.step_as_you_go,
+        }
+        predicted = {"model": recipe.model, "batch_size": recipe.batch_size, "peak_bytes": chosen.peak}
+        write_text(args.out, yaml.safe_dump({"plan": fields, "predicted": predicted}, sort_keys=False, width=1000))
+        print(f"wrote {args.out}", file=sys.stderr)
+    return 0
+
+
+def show_plans(rows: list[tuple[str, plans.Plan]], bp: float) -> None:
+    table = Table("", "blocks", "peak memory", "time", "recomputed", "cut after")
+    for name, plan in rows:
+        again = [f"{len(plan.units)} units"] if plan.units else []
+        again += [f"{len(plan.couplings)} couplings"] if plan.couplings else []
+        cuts = " ".join(plan.blocks[:-1])
+        as_you_go = " (step as you go)" if plan.step_as_you_go else ""
+        count, times = f"{len(plan.blocks)}{as_you_go}", f"{plan.seconds / bp:.2f} x BP"
+        table.add_row(name, count, mib(plan.peak), times, ", ".join(again), cuts)
+    console = Console()
+    console.print(table)
+    console.print("peaks and times are predicted, nothing was trained", highlight=False)
 
 
 def run_eval(args: Eval) -> int:

@@ -84,6 +84,9 @@ class Recipe:
     step_as_you_go: bool = False
     """Step each block right after its backward pass, so that gradients are freed too."""
 
+    recompute: str | None = None
+    """Units whose tensors are made again in the backward pass, or all; and coupling.K for that of block K."""
+
     precision: Literal["auto", "bf16", "fp16", "float32"] = "auto"
     """auto is bf16 where the processor is fast at it."""
     channels_last: bool = True
@@ -122,6 +125,7 @@ class Recipe:
                 raise UserError(f"{name} must be {allowed}, not {value}")
         if any(not 0 <= factor <= LARGEST for factor in self.block_factors or ()):
             raise UserError(f"block-lr takes factors of at least 0, not '{self.block_lr}'")
+        _ = self.again
         if self.step_as_you_go and self.accumulate > 1:
             raise UserError("step-as-you-go frees gradients after each batch, but accumulate keeps them: drop one")
         if self.step_as_you_go and self.skip_nonfinite:
@@ -133,6 +137,16 @@ class Recipe:
         if self.blocks.lstrip("-").isdigit():
             return int(self.blocks)
         return [name.strip() for name in self.blocks.split(",")]
+
+    @property
+    def again(self) -> dict[str, Any]:
+        """`recompute` as the function of that name takes it. Raises UserError for a coupling without a number."""
+        words = [word.strip() for word in (self.recompute or "").split(",") if word.strip()]
+        numbers = [word.removeprefix("coupling.") for word in words if word.startswith("coupling.")]
+        if not all(number.isdecimal() for number in numbers):
+            raise UserError(f"recompute takes names of units, all, and coupling.K, not '{self.recompute}'")
+        units = [word for word in words if not word.startswith("coupling.")]
+        return {"units": True if units == ["all"] else units, "couplings": [int(number) for number in numbers]}
 
     @property
     def block_factors(self) -> list[float] | None:
@@ -174,8 +188,11 @@ class Saving:
         return (seconds if self.save_every.endswith("s") else steps) >= number
 
 
+# Fields that a plan chooses.
+PLANNED = ("method", "coupling", "head", "blocks", "recompute", "step_as_you_go")
+
 # Fields that say where things lie, how fast, or what shall not end the run, but not what comes out.
-PLACES = frozenset({"data_dir", "download", "workers", "device", "on_bad_image", "skip_nonfinite"})
+PLACES = frozenset({"data_dir", "download", "workers", "device", "recompute", "on_bad_image", "skip_nonfinite"})
 
 
 def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
@@ -248,6 +265,16 @@ def read_recipe(path: Path) -> Recipe:
         raise UserError(f"{path} holds no recipe: there is no field {error}") from error
     except (OSError, yaml.YAMLError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path} holds no recipe: {str(error).splitlines()[0]}") from error
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """The fields of a recipe that `localgrad plan` has chosen. Raises UserError."""
+    try:
+        chosen = yaml.safe_load(path.read_text())["plan"]
+        kinds = typing.get_type_hints(Recipe)
+        return {name: _as_kind(chosen[name], kinds[name]) for name in PLANNED}
+    except (OSError, yaml.YAMLError, TypeError, KeyError, ValueError) as error:
+        raise UserError(f"{path} holds no plan: let localgrad plan --out write one") from error
 
 
 def _as_kind(value: Any, kind: Any) -> Any:

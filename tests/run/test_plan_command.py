@@ -1,0 +1,90 @@
+"""`localgrad plan`: what it prints and writes, that training follows it, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from localgrad.cli import main
+from localgrad.core.errors import UserError
+from localgrad.run.arguments import parse_bytes
+from localgrad.run.recipe import Recipe, read_plan, read_recipe
+from localgrad.run.runlog import summary_rows
+
+TINY = ["--model", "resnet20", "--batch-size", "64", "--precision", "float32", "--head", "1c2f"]
+
+
+@pytest.mark.parametrize("share", [0.9, 0.7])
+def test_a_run_follows_the_plan_and_takes_what_was_predicted(
+    share: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *TINY, "--budget", "1GiB", "--json"]) == 0
+    bp, checkpointing, *_, chosen = json.loads(capsys.readouterr().out)
+    assert (bp["name"], checkpointing["name"], chosen["name"]) == ("BP", "checkpointing", "fits 1GiB")
+    assert chosen["blocks"] == bp["blocks"] == ["layer3.2"]  # nothing is faster than backpropagation, if it fits
+    budget = int(share * bp["peak"])
+    assert main(["plan", *TINY, "--budget", str(budget), "--out", str(tmp_path / "plan.yaml")]) == 0
+    plan = tmp_path / "plan.yaml"
+    command = ["train", *TINY[:-2], "--limit-train", "256", "--epochs", "1", "--plan", str(plan)]
+    assert main([*command, "--out", str(tmp_path / "r")]) == 0
+    recipe = read_recipe(tmp_path / "r" / "config.yaml")
+    assert {name: getattr(recipe, name) for name in read_plan(plan)} == read_plan(plan)
+    peak = summary_rows(tmp_path / "r")[0]["peak_bytes"]
+    assert peak <= 1.01 * budget
+    predicted = next(line for line in plan.read_text().splitlines() if "peak_bytes" in line)
+    assert peak == pytest.approx(int(predicted.split()[1]), rel=0.01)
+
+
+def test_the_table_names_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *TINY, "--budget", "1GiB"]) == 0
+    out = capsys.readouterr().out
+    assert "1.00 x BP" in out
+    assert "peaks and times are predicted, nothing was trained" in out
+
+
+def test_an_image_size_alone_means_images_as_of_imagenet(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", "timm:resnet18", "--image-size", "64", "--batch-size", "8", "--head", "0c1f"]
+    assert main(["plan", *flags, "--budget", "4GiB", "--json"]) == 0
+    bp = json.loads(capsys.readouterr().out)[0]
+    assert bp["lasting"] > 11_689_512 * 4 * 2  # all parameters of the network with 1000 classes, and their momenta
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--budget", "8 apples"], "--budget takes bytes as 8GiB or 500MiB, not '8 apples'"),
+        (["--budget", "1MiB"], "no plan fits 1 MiB: the least is"),
+        (["--out", "nowhere/plan.yaml"], "cannot write to nowhere"),
+        (["--model", "resnet21"], "unknown model 'resnet21'"),
+    ],
+)
+def test_what_cannot_be_planned(flags: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *TINY, *flags]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("", "plan: 3", "plan: {blocks: 4}", "{"):
+        (tmp_path / "plan.yaml").write_text(text)
+        assert main(["train", "--plan", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "r")]) == 2
+        assert "holds no plan: let localgrad plan --out write one" in capsys.readouterr().err
+    assert main(["train", "--plan"]) == 2
+    assert not (tmp_path / "r").exists()
+
+
+def test_bytes_in_words() -> None:
+    sizes = {"8GiB": 2**33, "500 MiB": 500 * 2**20, "1.5g": 3 * 2**29, "1e6": 10**6, "12KB": 12 * 2**10}
+    assert {text: parse_bytes(text) for text in sizes} == sizes
+    for wrong in ("", "GiB", "-1GiB", "inf", "0"):
+        with pytest.raises(UserError, match="--budget takes bytes"):
+            parse_bytes(wrong)
+
+
+def test_what_is_recomputed_is_named_in_the_recipe() -> None:
+    assert Recipe(recompute="all").again == {"units": True, "couplings": []}
+    assert Recipe(recompute="layer1.0, coupling.2").again == {"units": ["layer1.0"], "couplings": [2]}
+    assert Recipe().again == {"units": [], "couplings": []}
+    with pytest.raises(UserError, match=r"recompute takes names of units, all, and coupling\.K"):
+        Recipe(recompute="coupling.x")
