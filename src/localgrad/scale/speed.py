@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import nnls
+from sklearn.linear_model import LinearRegression
 from torch import Tensor, nn
 
 from localgrad.core.blocks import Unit, trace_units
@@ -42,7 +42,7 @@ def calibrate(backbone: nn.Module, example: Tensor, *, autocast: torch.dtype | N
     # Relative errors count, so each row is divided by its time. Neither speed can be negative.
     rows = np.array([[work.flops / seconds, work.moved / seconds] for work, seconds in runs])
     scale = rows.max(axis=0)
-    best, _ = nnls(rows / scale, np.ones(len(rows)))
+    best = LinearRegression(fit_intercept=False, positive=True).fit(rows / scale, np.ones(len(rows))).coef_
     flops, moved = (1 / value if value > 0 else float("inf") for value in (best / scale).tolist())
     return Speed(flops, moved)
 
