@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import os
 import platform
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & has it ignored, and tests send it
 FIGURES = pytest.StashKey[dict[str, dict[str, Any]]]()
 
 
