@@ -246,7 +246,9 @@ def test_memory_that_runs_out_names_the_block(j: int, kind: type[Exception]) -> 
     next(iter(stepper.model.blocks[j].children())).register_forward_pre_hook(refuse)
     name = stepper.model.blocks[j].names[-1]
     says = rf"out of memory in block {j} \({name}\) at step 3: [\d.]+ MiB were held, 256.0 MiB more were asked for; "
-    with pytest.raises(RunError, match=says + "more --blocks, or a smaller --batch-size with --accumulate"):
+    with pytest.raises(
+        RunError, match=says + "more --blocks, --recompute all, or a smaller --batch-size with --accumulate"
+    ):
         stepper(batches)
 
 

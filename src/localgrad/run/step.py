@@ -209,7 +209,7 @@ class Stepper:
         finer = "more --blocks" if len(self._blocks) > 1 else "--method dgl with --blocks 4 or more"
         return (
             f"out of memory in {self._where} at step {self.step + 1}: {mib(held)} were held{more}; "
-            f"{finer}, or a smaller --batch-size with --accumulate, needs less"
+            f"{finer}, --recompute all, or a smaller --batch-size with --accumulate, needs less"
         )
 
     def _groups(self) -> Iterator[dict]:
