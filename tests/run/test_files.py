@@ -351,7 +351,6 @@ def test_a_folder_has_one_process_at_a_time(tmp_path: Path) -> None:
         assert os.listdir(folder) == [LOCK]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
     with holder(tmp_path) as other:
         other.send_signal(signal.SIGKILL)

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from localgrad.core.task import Task
 
 KINDS: tuple[str, ...] = ("parameters", "gradients", "optimizer", "activations", "auxiliaries")
 Optimizers = Sequence[torch.optim.Optimizer]
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -193,17 +194,23 @@ def predict_peak(
         return measure_peak(step, model=copied, optimizers=own)
 
 
+def without_values(module: Module, device: str | None = None) -> Module:
+    """A copy whose tensors have the shapes and formats of `module`'s and no values; on `device`, or where they are, the
+    CPU standing in for the meta device."""
+    memo: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        place = device or ("cpu" if tensor.is_meta else tensor.device)
+        other = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=place)
+        memo[id(tensor)] = nn.Parameter(other, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else other
+    return copy.deepcopy(module, memo)
+
+
 @contextlib.contextmanager
 def on_fake_tensors(model: LocalModel, batch_size: int) -> Iterator[tuple[LocalModel, Tensor, Tensor]]:
     """A copy of `model` with a batch for it, all of fake tensors: they have shapes, devices and formats, no values.
     What lies on the meta device counts as if on the CPU."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        memo: dict[int, Any] = {}
-        for tensor in (*model.parameters(), *model.buffers()):
-            device = torch.device("cpu") if tensor.is_meta else tensor.device
-            other = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-            memo[id(tensor)] = nn.Parameter(other, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else other
-        copied = copy.deepcopy(model, memo)
+        copied = without_values(model)
         copied.task = cast(Task, SimpleNamespace(criterion=model.task.criterion, check_targets=lambda targets: None))
         weight = next(p for p in copied.parameters() if p.ndim == 4)
         last = weight.is_contiguous(memory_format=torch.channels_last)

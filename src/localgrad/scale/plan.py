@@ -2,13 +2,12 @@
 
 Every unit and every auxiliary that a cut could add is traced once (`costs.py`). A block of units i..j then has a known
 peak and time, in four forms: its units, its coupling, both or neither recomputed. For a cap on the peak of any block,
-dynamic programming over the cuts finds the fastest chain of blocks under it; many caps give the frontier. The peaks of
-the plans that are shown are then predicted exactly.
+dynamic programming over the cuts finds the fastest chain of blocks under it; many caps give the frontier. The peak of
+the plan that is chosen is then predicted on the whole step.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,7 +23,7 @@ from localgrad.core.engine import LocalModel, localize, param_groups
 from localgrad.core.errors import UserError
 from localgrad.core.task import Task
 from localgrad.scale.costs import Cost, Costs, trace_costs
-from localgrad.scale.memory import predict_peak
+from localgrad.scale.memory import predict_peak, without_values
 from localgrad.scale.recompute import recompute
 from localgrad.scale.speed import Speed
 
@@ -76,11 +75,7 @@ class Planner:
         autocast: torch.dtype | None = None,
         speed: Speed | None = None,
     ) -> None:
-        memo: dict[int, Any] = {}
-        for tensor in (*backbone.parameters(), *backbone.buffers()):
-            other = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-            memo[id(tensor)] = nn.Parameter(other, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else other
-        shapes, one = copy.deepcopy(backbone, memo), torch.empty_like(example[:1], device="meta")
+        shapes, one = without_values(backbone, "meta"), torch.empty_like(example[:1], device="meta")
         self._coupling = coupling
         self._cut = partial(localize, shapes, method=method, example=one, task=task)
         self._batch, self._autocast = len(example), autocast
