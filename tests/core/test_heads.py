@@ -10,6 +10,7 @@ from torch import nn
 
 from localgrad.core import heads
 from localgrad.core.blocks import Boundary
+from localgrad.core.decoder import Decoder
 from localgrad.core.errors import UserError
 from localgrad.core.task import Classification
 
@@ -37,7 +38,7 @@ def test_every_classifier_gives_one_logit_a_class_at_every_boundary(boundary: Bo
         assert head(h).shape == (3, 7), name
     assert heads.predsim_classifier(boundary, TASK)(h).shape == (3, 7)
     assert heads.similarity(boundary)(h).shape == (3, *(boundary.shape if boundary.layout == "NCHW" else (6, 1, 1)))
-    assert heads.decoder(boundary, (2, 12, 10))(h).shape == (3, 2, 12, 10)
+    assert Decoder(boundary, (2, 12, 10))(h).shape == (3, 2, 12, 10)
     assert heads.imagenet_classifier(boundary, TASK)(h).shape == (3, 7)
     assert heads.imagenet_decoder(boundary, (2, 33, 32))(h).shape == (3, 2, 33, 32)
 
@@ -106,7 +107,7 @@ def test_the_similarity_projection_is_one_convolution_of_the_same_width() -> Non
 
 
 def test_infopros_decoder_is_the_published_one() -> None:
-    resize, first, _, _, last = heads.decoder(square(16, 8), (3, 32, 32))
+    resize, first, _, _, last = Decoder(square(16, 8), (3, 32, 32))
     assert isinstance(resize, nn.Upsample)
     assert (resize.size, resize.mode, resize.align_corners) == ((32, 32), "bilinear", True)
     assert isinstance(first, nn.Conv2d)

@@ -33,12 +33,12 @@ def convolutional(
     ICML 2019), `1c2f` with 128 hidden features is InfoPro's CIFAR auxiliary (ICLR 2021, appendix).
     """
     layers = boundary.to_map()
-    channels, size = boundary.channels, max(boundary.size)
+    channels, size = boundary.channels, boundary.size
     for _ in range(convolutions):
-        out, stride = max(channels, min(2 * channels, width)), 2 if size > 8 else 1
+        out, stride = max(channels, min(2 * channels, width)), 2 if max(size) > 8 else 1
         layers += [nn.Conv2d(channels, out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
-        channels, size = out, -(-size // stride)
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        channels, size = out, (-(-size[0] // stride), -(-size[1] // stride))
+    layers += [*_pool_to(1, size), nn.Flatten()]
     for _ in range(linears - 1):
         layers += [nn.Linear(channels, hidden), nn.ReLU()]
         channels = hidden
@@ -53,7 +53,7 @@ def dgl_classifier(boundary: Boundary, task: Task, *, channels: int = 128, hidde
     for _ in range(3):
         layers += [nn.Conv2d(before, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
         before = channels
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    layers += [*_pool_to(1, (min(8, boundary.size[0]), min(8, boundary.size[1]))), nn.Flatten()]
     for _ in range(3):
         layers += [nn.Linear(before, hidden), nn.BatchNorm1d(hidden), nn.ReLU()]
         before = hidden
@@ -75,20 +75,6 @@ def similarity(boundary: Boundary) -> nn.Sequential:
     """One 3x3 convolution whose output's similarities are matched: a map of the boundary's own shape (ICML 2019). It
     has no bias, which the deviations over the map would cancel."""
     return nn.Sequential(*boundary.to_map(), nn.Conv2d(boundary.channels, boundary.channels, 3, padding=1, bias=False))
-
-
-def decoder(boundary: Boundary, image: tuple[int, int, int], *, hidden: int = 12) -> nn.Sequential:
-    """Bilinear resize to the image's size, 3x3 to `hidden`, norm, ReLU, 3x3 to the image's channels: logits of the
-    image, [B, *boundary.shape] -> [B, *image]. Source: InfoPro (ICLR 2021), CIFAR auxiliary."""
-    channels, height, width = image
-    return nn.Sequential(
-        *boundary.to_map(),
-        nn.Upsample((height, width), mode="bilinear", align_corners=True),
-        nn.Conv2d(boundary.channels, hidden, 3, padding=1),
-        nn.BatchNorm2d(hidden),
-        nn.ReLU(),
-        nn.Conv2d(hidden, channels, 3, padding=1),
-    )
 
 
 def imagenet_classifier(boundary: Boundary, task: Task) -> nn.Sequential:

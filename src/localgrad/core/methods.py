@@ -10,6 +10,7 @@ from torch import nn
 from localgrad.core import heads, objectives
 from localgrad.core.auxiliary import Method, Site, Term
 from localgrad.core.blocks import select_path
+from localgrad.core.decoder import Decoder
 from localgrad.core.errors import UserError
 from localgrad.core.task import Classification
 
@@ -90,7 +91,7 @@ def infopro(
             classify = Term(embedding, compare, pair[1])
         else:
             classify = Term(_classifier(site, own), site.task.criterion, pair[1])
-        decode = heads.imagenet_decoder if large else heads.decoder
+        decode = heads.imagenet_decoder if large else Decoder
         reconstruct = Term(decode(site.boundary, site.image), objectives.reconstruction, pair[0], against="images")
         return {"classifier": classify, "decoder": reconstruct}
 

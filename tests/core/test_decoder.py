@@ -1,0 +1,84 @@
+"""InfoPro's decoder: both ways of computing it agree, and the quick one is taken where it is one."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from localgrad.core.blocks import Boundary
+from localgrad.core.decoder import Decoder, resized_convolution
+from localgrad.scale.memory import measure_peak
+
+sizes = st.integers(1, 9)
+
+
+@given(channels=st.integers(1, 5), height=sizes, width=sizes, rows=sizes, columns=sizes, out=st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+def test_resizing_and_convolving_at_once_is_the_one_after_the_other(
+    channels: int, height: int, width: int, rows: int, columns: int, out: int
+) -> None:
+    torch.manual_seed(channels + height)
+    h = torch.randn(2, channels, height, width, dtype=torch.float64)
+    weight, bias = torch.randn(out, channels, 3, 3, dtype=h.dtype), torch.randn(out, dtype=h.dtype)
+    resized = F.interpolate(h, (rows, columns), mode="bilinear", align_corners=True)
+    found = resized_convolution(h, weight, bias, (rows, columns))
+    torch.testing.assert_close(found, F.conv2d(resized, weight, bias, padding=1), rtol=1e-11, atol=1e-11)
+
+
+def both(h: torch.Tensor) -> tuple[Decoder, Decoder]:
+    torch.manual_seed(0)
+    quick = Decoder(Boundary(tuple(h.shape[1:]), "NCHW", 0), (3, 32, 32)).to(h.dtype)
+    plain = copy.deepcopy(quick)
+    plain.fast = False
+    return quick, plain
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_quick_decoder_trains_like_the_plain_one(layout: torch.memory_format) -> None:
+    h = torch.randn(4, 24, 8, 8, dtype=torch.float64).contiguous(memory_format=layout)
+    quick, plain = both(h)
+    assert quick.fast
+    results = []
+    for decoder in (quick, plain):
+        own = h.clone().requires_grad_()
+        out = decoder(own)
+        (out * torch.arange(out.numel(), dtype=out.dtype).view_as(out).cos()).sum().backward()
+        gradients = [p.grad for name, p in decoder.named_parameters() if name != "1.bias"]  # which normalising cancels
+        results.append([out, own.grad, *gradients, *decoder.buffers()])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+
+
+def test_it_is_taken_where_the_map_is_small_and_only_in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    monkeypatch.setattr("localgrad.core.decoder.resized_convolution", lambda *args: taken.append(1) or real(*args))
+    real = resized_convolution
+    for channels, size, autocast, wanted in [
+        (64, 8, False, 1),
+        (64, 8, True, 0),
+        (32, 16, False, 0),
+        (16, 32, False, 0),
+    ]:
+        taken.clear()
+        h = torch.randn(2, channels, size, size)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            both(h)[0](h)
+        assert len(taken) == wanted, (channels, size, autocast)
+
+
+def test_the_resized_map_is_never_made() -> None:
+    h = torch.randn(16, 64, 8, 8)
+    quick, plain = both(h)
+    peaks = [measure_peak(lambda d=decoder: d(h).sum().backward()).total for decoder in (quick, plain)]
+    assert peaks[0] < 0.6 * peaks[1]
+
+
+def test_its_layers_are_those_of_a_sequence() -> None:
+    decoder = Decoder(Boundary((8,), "NC", 2), (1, 4, 4))
+    assert [type(m) for m in decoder] == [nn.Unflatten, nn.Upsample, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Conv2d]
+    assert decoder(torch.randn(3, 8)).shape == (3, 1, 4, 4)
