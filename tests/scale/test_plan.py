@@ -14,7 +14,8 @@ import localgrad as lg
 from localgrad.core.errors import UserError
 from localgrad.scale.costs import Cost, Costs, Work
 from localgrad.scale.memory import training_step
-from localgrad.scale.plan import Plan, Planner, _chain, _forms
+from localgrad.scale.plan import Plan, Planner
+from localgrad.scale.search import all_forms, fastest_chain
 from localgrad.scale.speed import Speed
 
 BATCH = 16
@@ -95,9 +96,11 @@ def test_a_large_network_is_planned_in_seconds_and_no_memory() -> None:
     made = Planner(
         lg.build("torchvision:resnet50", classes=1000).to("meta"), example, method=lg.dgl("0c1f"), coupling=lg.MAN()
     )
-    plan = made.fastest(made.bp.peak // 2)
-    assert plan.peak <= made.bp.peak // 2 < made.bp.peak
-    assert len(plan.blocks) > 1
+    plans = [made.fastest(int(share * made.bp.peak)) for share in (0.6, 0.4)]
+    for plan, share in zip(plans, (0.6, 0.4), strict=True):
+        assert plan.peak <= share * made.bp.peak
+    assert plans[0].seconds < plans[1].seconds
+    assert len(plans[1].blocks) > 1
 
 
 # The search against every chain there is
@@ -120,8 +123,8 @@ def networks(draw: st.DrawFn) -> Costs:
 @settings(deadline=None, max_examples=150)
 @given(networks(), st.integers(60, 600))
 def test_no_chain_under_the_cap_is_faster(network: Costs, cap: int) -> None:
-    forms = _forms(network, Speed(1.0, 1.0), coupled=True)
-    chain = _chain(network, forms, cap, as_you_go=False)
+    forms = all_forms(network, Speed(1.0, 1.0), coupled=True)
+    chain = fastest_chain(network, forms, cap, as_you_go=False)
     count, best = len(network.names), None
     for ends in itertools.chain.from_iterable(itertools.combinations(range(count - 1), n) for n in range(count)):
         starts = [0, *(e + 1 for e in ends)]

@@ -73,12 +73,12 @@ class Unit:
         return nn.Sequential(Clone(), module) if self.begins_in_place else module
 
 
-Way = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+Way = Callable[[nn.Module, Tensor], Tensor]
 
 
-def straight(run: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
+def straight(module: nn.Module, h: Tensor) -> Tensor:
     """The way in which a piece of the network is run: as it is. `scale.recompute` has another."""
-    return run(h)
+    return module(h)
 
 
 class Block(nn.Sequential):

@@ -93,7 +93,7 @@ class DeepMAN(MAN):
 
 
 class Link(nn.Module):
-    """Both branches of one source unit. A branch that is switched off is None. way: how they are run."""
+    """Both branches of one source unit. A branch that is switched off is None. way: how each is run."""
 
     way: Way
 
@@ -108,17 +108,12 @@ class Link(nn.Module):
         self.way = straight
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.way(self.sum, h)
-
-    def sum(self, h: Tensor) -> Tensor:
-        """What the branches give together."""
         if self.learnable is None or self.ema is None:
             branch = self.ema if self.learnable is None else self.learnable
             assert branch is not None
-            return branch(h)
-        if self.scale is None:
-            return self.learnable(h) + self.ema(h)
-        return self.scale * self.learnable(h) + (2 - self.scale) * self.ema(h)
+            return self.way(branch, h)
+        learnable, ema = self.way(self.learnable, h), self.way(self.ema, h)
+        return learnable + ema if self.scale is None else self.scale * learnable + (2 - self.scale) * ema
 
 
 class Momentum(nn.Module):

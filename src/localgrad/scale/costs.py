@@ -50,7 +50,7 @@ class Cost:
 
 
 class WorkMeter(TorchDispatchMode):
-    """Adds up what operations compute and move. Views cost nothing."""
+    """Adds up what operations compute and move. Views, questions and empty memory cost nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class WorkMeter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if not func.is_view:
+        if func.namespace == "aten" and not func.is_view and not func._schema.name.startswith("aten::empty"):
             count = flop_registry.get(func._overloadpacket)
             flops = count(*args, **(kwargs or {}), out_val=out) if count is not None else 0
             tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]

@@ -8,8 +8,7 @@ statistics twice (pytorch issue 96136).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +26,8 @@ def recompute(
     """Sets what `model` makes again in the backward pass, and returns it.
 
     units: all, none, or those named. The network's own head counts to its last unit's block and is always kept.
-    couplings: each link of every coupling, or of those of the blocks listed; both branches at once. `recompute(model,
-    units=False)` undoes it. Raises UserError for a name that is no unit.
+    couplings: each branch of every coupling, or of those of the blocks listed. `recompute(model, units=False)` undoes
+    it. Raises UserError for a name that is no unit.
     """
     names = [name for block in model.blocks for name in block.names]
     chosen = set(names) if units is True else set(units or ())
@@ -45,10 +44,9 @@ def recompute(
     return model
 
 
-def again(run: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
-    """`run(h)`, of which only `h` is kept; run again in the backward pass."""
-    owner = cast(nn.Module, getattr(run, "__self__", run))  # a module, or the one whose method it is
-    return checkpoint(run, h, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), _keeping(owner)))
+def again(module: nn.Module, h: Tensor) -> Tensor:
+    """`module(h)`, of which only `h` is kept; run again in the backward pass."""
+    return checkpoint(module, h, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), _keeping(module)))
 
 
 @contextlib.contextmanager

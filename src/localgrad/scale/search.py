@@ -1,0 +1,100 @@
+"""The search behind a plan: every possible block with what it needs, and the fastest row of blocks under a cap."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from localgrad.scale.costs import Cost, Costs
+from localgrad.scale.speed import Speed
+
+SHARES = 8  # in which a block's units may be recomputed, the first ones first: they are the largest
+
+
+@dataclass(frozen=True)
+class Form:
+    """Units i..j as one block, of which the first `again` are recomputed, and its coupling or not."""
+
+    i: int
+    j: int
+    again: int
+    coupling_again: bool
+    peak: int
+    seconds: float
+
+    @property
+    def plain(self) -> bool:
+        return not (self.again or self.coupling_again)
+
+
+Forms = Mapping[int, Sequence[Form]]
+
+
+def all_forms(costs: Costs, speed: Speed, *, coupled: bool) -> Forms:
+    """Every possible block, by its last unit."""
+    count = len(costs.names)
+    found: dict[int, list[Form]] = {j: [] for j in range(count)}
+    kept, made_again = costs.units
+    times = [[speed.seconds(u.forward + u.backward) for u in units] for units in costs.units]
+    for i in range(count):
+        enters = costs.batch if i == 0 else costs.batch + kept[i - 1].output
+        for j in range(i, count):
+            last = j == count - 1
+            for again in sorted({round((j + 1 - i) * n / SHARES) for n in range(SHARES + 1)}):
+                own = [*made_again[i : i + again], *kept[i + again : j + 1]]
+                seconds = sum(times[1][i : i + again]) + sum(times[0][i + again : j + 1])
+                for coupling_again in (False, True) if coupled and not last else (False,):
+                    end = None if last else costs.auxiliaries[coupling_again][j]
+                    spent = seconds + (speed.seconds(end.forward + end.backward) if end else 0)
+                    found[j].append(Form(i, j, again, coupling_again, enters + peak(own, end), spent))
+    return found
+
+
+def peak(own: Sequence[Cost], end: Cost | None) -> int:
+    """The most bytes above a block's input and what lives anyway: forward through the units, through the auxiliary and
+    back, and back through the units, whose gradients stay; what the block hands on lives until the end."""
+    kept = most = gradients = held = 0
+    for unit in own:
+        most = max(most, kept + unit.forward_peak)
+        kept += unit.kept
+    if end is not None:
+        most = max(most, kept + end.forward_peak, kept + end.backward_peak)
+        gradients = end.gradients
+    for unit in reversed(own):
+        kept -= unit.kept
+        most = max(most, kept + held + unit.backward_peak + gradients)
+        gradients += unit.gradients
+        held = own[-1].output
+    return most
+
+
+def fastest_chain(
+    costs: Costs, forms: Forms, cap: int, *, as_you_go: bool, blocks: int | None = None
+) -> list[Form] | None:
+    """The fastest blocks in a row, as many as asked for, none of which goes beyond `cap`; with gradients of those
+    before it on top unless each block steps right away. None if there are none."""
+    before = [0]
+    for unit in costs.units[0]:
+        before.append(before[-1] + unit.gradients)
+    # By the last unit of a chain, and by its length where that counts: time, gradients of auxiliaries, last block.
+    best: dict[tuple[int, int], tuple[float, int, Form | None]] = {(-1, 0): (0.0, 0, None)}
+    for j, ending in forms.items():
+        extra = costs.auxiliaries[0][j].gradients if j < len(forms) - 1 else 0
+        for form in ending:
+            for length in range(blocks or 1):
+                start = best.get((form.i - 1, length))
+                if start is None or form.peak + (0 if as_you_go else before[form.i] + start[1]) > cap:
+                    continue
+                here = (j, length + 1 if blocks else 0)
+                seconds = start[0] + form.seconds
+                if here not in best or seconds < best[here][0]:
+                    best[here] = (seconds, start[1] + extra, form)
+    chain: list[Form] = []
+    at = (len(forms) - 1, blocks or 0)
+    while at[0] >= 0:
+        form = best[at][2] if at in best else None
+        if form is None:
+            return None
+        chain.insert(0, form)
+        at = (form.i - 1, at[1] - 1 if blocks else 0)
+    return chain
