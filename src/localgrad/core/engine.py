@@ -183,12 +183,13 @@ def local_backward(
             h = block(h)
             outputs = auxiliary(h)
         part = auxiliary.losses(outputs, y, images)
+        del outputs  # or they would live on through the backward pass
         loss = auxiliary.total(part)
         _backward(loss, scale)
         h = h.detach()
         losses.append(loss.detach())
         parts.append({name: value.detach() for name, value in part.items()})
-        del outputs, part, loss  # or this block's tensors would live on into the next block
+        del part, loss  # or this block's tensors would live on into the next block
         if check is not None:
             check(k, losses[k])
         if last:

@@ -69,13 +69,14 @@ class WorkMeter(TorchDispatchMode):
 @dataclass(frozen=True)
 class Costs:
     """Of a network that is cut after each unit: its units, the auxiliary that a cut after each but the last would add,
-    both as they are ([0]) and recomputed ([1]), and the bytes of a batch. The last unit has the network's own head and
-    the criterion with it."""
+    both as they are ([0]) and recomputed ([1]), the bytes of a batch, and those of the images that decoders are compared
+    with. The last unit has the network's own head and the criterion with it."""
 
     names: tuple[str, ...]
     units: tuple[list[Cost], list[Cost]]
     auxiliaries: tuple[list[Cost], list[Cost]]
     batch: int
+    images: int = 0
 
 
 def trace_costs(model: LocalModel, batch_size: int, autocast: torch.dtype | None = None) -> Costs:
@@ -83,7 +84,8 @@ def trace_costs(model: LocalModel, batch_size: int, autocast: torch.dtype | None
     plain, again = (_trace(model, batch_size, autocast, again=again) for again in (False, True))
     names = tuple(block.names[0] for block in model.blocks)
     batch = batch_size * math.prod(model.image) * next(model.parameters()).element_size()
-    return Costs(names, (plain[0], again[0]), (plain[1], again[1]), batch)
+    images = batch if any(auxiliary.needs_images for _, auxiliary in model.isolated) else 0
+    return Costs(names, (plain[0], again[0]), (plain[1], again[1]), batch, images)
 
 
 def _trace(

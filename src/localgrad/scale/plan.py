@@ -201,7 +201,7 @@ class Planner:
         pieces = [*self.costs.units[0], *ends]
         gradients = sum(piece.gradients for piece in pieces)
         lasting = sum(piece.state for piece in pieces) + round(self._slots * gradients)
-        peak, before = 0, 0
+        peak, before = 0, self.costs.images if len(chain) > 1 else 0
         for form, end in zip(chain, [*ends, None], strict=True):
             peak = max(peak, before + form.peak)
             if not as_you_go:
