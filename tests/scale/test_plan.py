@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 import localgrad as lg
 from localgrad.core.errors import UserError
 from localgrad.scale.costs import Cost, Costs, Work
-from localgrad.scale.memory import training_step
+from localgrad.scale.memory import optimizers_for, training_step
 from localgrad.scale.plan import Plan, Planner
 from localgrad.scale.search import all_forms, fastest_chain
 from localgrad.scale.speed import Speed
@@ -34,11 +35,8 @@ def measured(plan: Plan, name: str = "resnet20", size: int = 32, coupling: lg.MA
     backbone, chosen = lg.build(name, classes=10), coupling if len(plan.blocks) > 1 else None
     model = lg.localize(backbone, blocks=list(plan.blocks), method=lg.dgl("1c2f"), coupling=chosen, example=x)
     plan.apply(model)
-    groups = lg.param_groups(model)
-    shares = (
-        [[g for g in groups if g["block"] == k] for k in range(len(plan.blocks))] if plan.step_as_you_go else [groups]
-    )
-    optimizers = [torch.optim.SGD(share, lr=0.1, momentum=0.9, nesterov=True) for share in shares]
+    make = partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)
+    optimizers = optimizers_for(lg.param_groups(model), make, as_you_go=plan.step_as_you_go)
 
     def step() -> None:
         training_step(model, optimizers, x, y, step_as_you_go=plan.step_as_you_go)

@@ -22,6 +22,7 @@ from localgrad.core.task import Classification
 from localgrad.run.checkpoint import load_backbone
 from localgrad.run.data import DATASETS, Data, DataInfo
 from localgrad.run.recipe import Recipe
+from localgrad.scale.memory import MakeOptimizer
 from localgrad.scale.plan import Planner
 from localgrad.scale.recompute import recompute
 from localgrad.scale.speed import calibrate
@@ -102,15 +103,18 @@ def planner_for(recipe: Recipe, machine: Machine) -> Planner:
     backbone.to(machine.device, memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]
     example = torch.zeros(recipe.batch_size, info.channels, size, size, device=machine.device)
     example = example.contiguous(memory_format=machine.memory_format)
-    if recipe.optimizer == "adamw":
-        optimizer = partial(torch.optim.AdamW, lr=recipe.lr)
-    else:
-        optimizer = partial(torch.optim.SGD, lr=recipe.lr, momentum=0.9, nesterov=True)
     return Planner(
         backbone, example, method=method_of(recipe, info), coupling=coupling_of(recipe),
-        task=Classification(classes, recipe.label_smoothing), optimizer=optimizer, autocast=machine.autocast,
+        task=Classification(classes, recipe.label_smoothing), optimizer=optimizer_of(recipe), autocast=machine.autocast,
         speed=calibrate(backbone, example, autocast=machine.autocast),
     )  # fmt: skip
+
+
+def optimizer_of(recipe: Recipe) -> MakeOptimizer:
+    """What makes the recipe's optimizer from groups of parameters."""
+    if recipe.optimizer == "adamw":
+        return partial(torch.optim.AdamW, lr=recipe.lr)
+    return partial(torch.optim.SGD, lr=recipe.lr, momentum=0.9, nesterov=True)
 
 
 def method_of(recipe: Recipe, info: DataInfo) -> Method:

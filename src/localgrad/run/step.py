@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from localgrad.core.engine import LocalModel, local_backward, param_groups
 from localgrad.core.errors import RunError
-from localgrad.run.build import Machine
+from localgrad.run.build import Machine, optimizer_of
 from localgrad.run.recipe import Recipe
 from localgrad.run.runlog import Done, mib
-from localgrad.scale.memory import MemoryMeter, PeakBytes, is_out_of_memory, peak_rss
+from localgrad.scale.memory import MemoryMeter, PeakBytes, is_out_of_memory, optimizers_for, peak_rss
 
 Batch = tuple[Tensor, Tensor]  # normalised inputs and targets, on the device
 SKIPS = 10  # steps skipped one after another before a run is given up: no later one will be better
@@ -45,8 +45,7 @@ class Stepper:
         rates = None if factors is None else [recipe.lr * f for f in factors]
         groups = param_groups(model, weight_decay=recipe.weight_decay, no_decay=not recipe.decay_norms, lr=rates)
         self._blocks = range(len(model.blocks))
-        shares = [[g for g in groups if g["block"] == k] for k in self._blocks]
-        self.optimizers = [_optimizer(recipe, share) for share in (shares if recipe.step_as_you_go else [groups])]
+        self.optimizers = optimizers_for(groups, optimizer_of(recipe), as_you_go=recipe.step_as_you_go)
         for group in self._groups():
             group["peak_lr"] = group["lr"]
         self.scaler = torch.amp.GradScaler(enabled=machine.precision == "fp16")  # pyright: ignore[reportPrivateImportUsage]
@@ -227,12 +226,6 @@ def rate(step: int, total: int, warmup: float) -> float:
     if step < rising:
         return (step + 1) / rising
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
-
-
-def _optimizer(recipe: Recipe, groups: list[dict]) -> torch.optim.Optimizer:
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=recipe.lr)
-    return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9, nesterov=True)
 
 
 def _norm(parameters: Sequence[nn.Parameter]) -> Tensor:

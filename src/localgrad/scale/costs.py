@@ -69,7 +69,7 @@ class WorkMeter(TorchDispatchMode):
 @dataclass(frozen=True)
 class Costs:
     """Of a network that is cut after each unit: its units, the auxiliary that a cut after each but the last would add,
-    both as they are ([0]) and recomputed ([1]), the bytes of a batch, and those of the images that decoders are compared
+    both as they are ([0]) and recomputed ([1]), the bytes of a batch, and those of the images that decoders compare
     with. The last unit has the network's own head and the criterion with it."""
 
     names: tuple[str, ...]

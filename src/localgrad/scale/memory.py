@@ -24,6 +24,7 @@ from localgrad.core.task import Task
 
 KINDS: tuple[str, ...] = ("parameters", "gradients", "optimizer", "activations", "auxiliaries")
 Optimizers = Sequence[torch.optim.Optimizer]
+MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -239,6 +240,15 @@ def training_step(
     if not step_as_you_go:
         optimizers[0].step()
         optimizers[0].zero_grad()
+
+
+def optimizers_for(
+    groups: Sequence[dict[str, Any]], make: MakeOptimizer, *, as_you_go: bool
+) -> list[torch.optim.Optimizer]:
+    """What `training_step` steps with: one optimizer for all of `param_groups`, or one for each block's."""
+    if not as_you_go:
+        return [make(list(groups))]
+    return [make([g for g in groups if g["block"] == k]) for k in sorted({g["block"] for g in groups})]
 
 
 def peak_rss() -> int:

@@ -8,7 +8,7 @@ frontier. The peak of the plan that is chosen is then predicted on the whole ste
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,12 +23,11 @@ from localgrad.core.engine import LocalModel, localize, param_groups
 from localgrad.core.errors import UserError
 from localgrad.core.task import Task
 from localgrad.scale.costs import trace_costs
-from localgrad.scale.memory import predict_peak, without_values
+from localgrad.scale.memory import MakeOptimizer, optimizers_for, predict_peak, without_values
 from localgrad.scale.recompute import recompute
 from localgrad.scale.search import Form, all_forms, fastest_chain
 from localgrad.scale.speed import Speed
 
-MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 TRIES = 5  # to come down from an estimate to within the budget
 CAPS = 48  # on the peak of a block, evenly spread in the logarithm
 
@@ -156,10 +155,7 @@ class Planner:
         model = plan.apply(self._cut(blocks=list(plan.blocks), coupling=coupling))
 
         def optimizers(own: LocalModel) -> list[torch.optim.Optimizer]:
-            groups = param_groups(own)
-            if not plan.step_as_you_go:
-                return [self._optimizer(groups)]
-            return [self._optimizer([g for g in groups if g["block"] == k]) for k in range(len(own.blocks))]
+            return optimizers_for(param_groups(own), self._optimizer, as_you_go=plan.step_as_you_go)
 
         found = predict_peak(
             model, self._batch, optimizers, step_as_you_go=plan.step_as_you_go, autocast=self._autocast
