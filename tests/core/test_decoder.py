@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from localgrad.core.blocks import Boundary
-from localgrad.core.decoder import Decoder, resized_convolution
+from localgrad.core.decoder import Decoder, is_worth_it, resized_convolution
 from localgrad.scale.memory import measure_peak
 
 sizes = st.integers(1, 9)
@@ -39,43 +39,56 @@ def both(h: torch.Tensor) -> tuple[Decoder, Decoder]:
     return quick, plain
 
 
+@pytest.mark.parametrize("size", [8, 16, 32])
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_the_quick_decoder_trains_like_the_plain_one(layout: torch.memory_format) -> None:
-    h = torch.randn(4, 24, 8, 8, dtype=torch.float64).contiguous(memory_format=layout)
+def test_the_quick_decoder_trains_like_the_plain_one(layout: torch.memory_format, training: bool, size: int) -> None:
+    h = torch.randn(4, 24, size, size, dtype=torch.float64).contiguous(memory_format=layout)
     quick, plain = both(h)
-    assert quick.fast
+    quick.train(training), plain.train(training)
     results = []
     for decoder in (quick, plain):
         own = h.clone().requires_grad_()
         out = decoder(own)
         (out * torch.arange(out.numel(), dtype=out.dtype).view_as(out).cos()).sum().backward()
-        gradients = [p.grad for name, p in decoder.named_parameters() if name != "1.bias"]  # which normalising cancels
+        gradients = [
+            p.grad for name, p in decoder.named_parameters() if name != "1.bias" or not training
+        ]  # else cancelled
         results.append([out, own.grad, *gradients, *decoder.buffers()])
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
 
 
-def test_it_is_taken_where_the_map_is_small_and_only_in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("autocast", [True, False])
+def test_it_is_taken_in_full_precision_alone(monkeypatch: pytest.MonkeyPatch, autocast: bool) -> None:
     taken = []
-    monkeypatch.setattr("localgrad.core.decoder.resized_convolution", lambda *args: taken.append(1) or real(*args))
-    real = resized_convolution
-    for channels, size, autocast, wanted in [
-        (64, 8, False, 1),
-        (64, 8, True, 0),
-        (32, 16, False, 0),
-        (16, 32, False, 0),
-    ]:
-        taken.clear()
-        h = torch.randn(2, channels, size, size)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            both(h)[0](h)
-        assert len(taken) == wanted, (channels, size, autocast)
+    monkeypatch.setattr(Decoder, "quickly", lambda self, h: taken.append(1) or h)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        both(torch.randn(2, 64, 8, 8))[0](torch.randn(2, 64, 8, 8))
+    assert bool(taken) != autocast
+
+
+def test_another_norm_goes_the_plain_way() -> None:
+    quick, plain = both(torch.randn(2, 64, 8, 8))
+    for decoder in (quick, plain):
+        decoder[2] = nn.GroupNorm(3, 12)
+    h = torch.randn(2, 64, 8, 8)
+    assert torch.equal(quick(h), plain(h))
+
+
+def test_resizing_within_the_convolution_is_for_small_maps() -> None:
+    assert [is_worth_it(torch.empty(1, c, s, s), (32, 32)) for c, s in ((64, 8), (32, 16), (16, 32))] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_the_resized_map_is_never_made() -> None:
     h = torch.randn(16, 64, 8, 8)
     quick, plain = both(h)
     peaks = [measure_peak(lambda d=decoder: d(h).sum().backward()).total for decoder in (quick, plain)]
-    assert peaks[0] < 0.6 * peaks[1]
+    resized = 16 * 64 * 32 * 32 * 4
+    assert peaks[1] - peaks[0] > resized / 2
 
 
 def test_its_layers_are_those_of_a_sequence() -> None:

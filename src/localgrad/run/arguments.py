@@ -26,6 +26,8 @@ class Train:
     saving: Annotated[Saving, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Saving)
     tensorboard: bool = False
     """Also write TensorBoard events (needs localgrad[tensorboard])."""
+    budget: str | None = None
+    """With --blocks auto: bytes that a step may take (8GiB, 500MiB); the fastest plan that fits is trained."""
 
 
 @dataclass(frozen=True)

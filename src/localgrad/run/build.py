@@ -95,10 +95,11 @@ def build_model(recipe: Recipe, data: Data, machine: Machine) -> LocalModel:
     return model.to(memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]
 
 
-def planner_for(recipe: Recipe, machine: Machine) -> Planner:
-    """Plans for the recipe's network and batch, on this device. `image_size` alone means images as of ImageNet."""
+def planner_for(recipe: Recipe, machine: Machine, classes: int | None = None) -> Planner:
+    """Plans for the recipe's network and batch, on this device. `image_size` alone means images as of ImageNet.
+    classes: where the data set has no number of its own."""
     info = DATASETS["image-folder" if recipe.image_size else recipe.data]
-    size, classes = recipe.image_size or info.size, info.classes or 1000
+    size, classes = recipe.image_size or info.size, info.classes or classes or 1000
     backbone = build(recipe.model, classes=classes, in_channels=info.channels)
     backbone.to(machine.device, memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]
     example = torch.zeros(recipe.batch_size, info.channels, size, size, device=machine.device)

@@ -7,6 +7,7 @@ import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -20,7 +21,7 @@ from localgrad.run.arguments import Compare, Eval, Export, List, Plan, Train, pa
 from localgrad.run.build import machine_for, planner_for
 from localgrad.run.checkpoint import load_backbone, read_weights, save_weights
 from localgrad.run.files import write_text
-from localgrad.run.recipe import COUPLINGS, HEADS, METHODS, Recipe, read_recipe, settle
+from localgrad.run.recipe import COUPLINGS, HEADS, METHODS, PLANNED, Recipe, read_recipe, settle
 from localgrad.run.recipes import RECIPES
 from localgrad.run.runlog import claim, mib, scores, summary_rows
 from localgrad.run.train import evaluate, train
@@ -28,7 +29,7 @@ from localgrad.scale import plan as plans
 
 
 def run_train(args: Train) -> int:
-    recipe = settle(args.recipe)
+    recipe = settle(_fitted(args))
     if claim(args.out, recipe, may_grow=True) and args.saving.resume == "auto":
         row = summary_rows(args.out)[-1]
         print(f"{args.out} holds this run, finished: top1 {row['eval_top1']:.2f}%")
@@ -53,17 +54,42 @@ def run_plan(args: Plan) -> int:
     else:
         show_plans(rows, planner.bp.seconds)
     if args.out is not None:
-        single = {"method": "bp", "coupling": "none", "head": "auto", "blocks": "1"}
-        several = {"method": recipe.method, "coupling": recipe.coupling, "head": recipe.head}
-        fields = {
-            **(single if len(chosen.blocks) == 1 else {**several, "blocks": ",".join(chosen.blocks)}),
-            "recompute": ",".join([*chosen.units, *(f"coupling.{k}" for k in chosen.couplings)]) or None,
-            "step_as_you_go": chosen.step_as_you_go,
-        }
+        fields = planned_fields(recipe, chosen)
         predicted = {"model": recipe.model, "batch_size": recipe.batch_size, "peak_bytes": chosen.peak}
         write_text(args.out, yaml.safe_dump({"plan": fields, "predicted": predicted}, sort_keys=False, width=1000))
         print(f"wrote {args.out}", file=sys.stderr)
     return 0
+
+
+def planned_fields(recipe: Recipe, chosen: plans.Plan) -> dict[str, Any]:
+    """The recipe's fields, those of `PLANNED`, by which it follows a plan."""
+    single = {"method": "bp", "coupling": "none", "head": "auto", "blocks": "1"}
+    several = {"method": recipe.method, "coupling": recipe.coupling, "head": recipe.head}
+    return {
+        **(single if len(chosen.blocks) == 1 else {**several, "blocks": ",".join(chosen.blocks)}),
+        "recompute": ",".join([*chosen.units, *(f"coupling.{k}" for k in chosen.couplings)]) or None,
+        "step_as_you_go": chosen.step_as_you_go,
+    }
+
+
+def _fitted(args: Train) -> Recipe:
+    """The recipe; `blocks="auto"` filled by the fastest plan within the budget, or as the run that goes on has it."""
+    recipe = args.recipe
+    if (recipe.blocks == "auto") != (args.budget is not None):
+        raise UserError("--blocks auto and --budget belong together: give both, as --blocks auto --budget 8GiB")
+    if args.budget is None:
+        return recipe
+    budget = parse_bytes(args.budget)
+    if args.saving.resume == "auto" and (args.out / "config.yaml").is_file():
+        earlier = read_recipe(args.out / "config.yaml")
+        return replace(recipe, **{name: getattr(earlier, name) for name in PLANNED})
+    folder = recipe.data == "image-folder"
+    info = data_room.load(recipe.data, data_dir=recipe.data_dir, image_size=recipe.image_size).info if folder else None
+    planner = planner_for(recipe, machine_for(recipe), classes=info.classes if info else None)
+    chosen = planner.fastest(budget)
+    times = chosen.seconds / planner.bp.seconds
+    print(f"fits {args.budget}: blocks {len(chosen.blocks)}, {mib(chosen.peak)} and {times:.2f} x BP's time predicted")
+    return replace(recipe, **planned_fields(recipe, chosen))
 
 
 def show_plans(rows: list[tuple[str, plans.Plan]], bp: float) -> None:

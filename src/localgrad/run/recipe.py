@@ -45,7 +45,7 @@ class Recipe:
     coupling: str = "man"
     """none, man, man++ or deep-man."""
     blocks: str = "4"
-    """How many blocks, or the last unit of each: layer1.4,layer2.4."""
+    """How many blocks, or the last unit of each: layer1.4,layer2.4; auto fits a --budget."""
     head: str = "auto"
     """Local classifier: dgl, 0c1f, 1c1f, 1c2f, 1c3f, 2c2f; auto is the method's own (deep MAN: pool + linear)."""
     momentum: float = 0.995

@@ -21,6 +21,7 @@ from localgrad.core.blocks import units
 from localgrad.core.couplings import MAN
 from localgrad.core.engine import LocalModel, localize, param_groups
 from localgrad.core.errors import UserError
+from localgrad.core.methods import dgl
 from localgrad.core.task import Task
 from localgrad.scale.costs import trace_costs
 from localgrad.scale.memory import MakeOptimizer, optimizers_for, predict_peak, without_values
@@ -39,7 +40,7 @@ class Plan:
     blocks: the last unit of each block, as `localize` takes them; one block is backpropagation. units, couplings: what
     `recompute` makes again. peak: bytes of a step, everything counted; `exact` if it was predicted on the whole step
     and not put together from its pieces. lasting: those of them that parameters, averages and the optimizer's state
-    hold. seconds: predicted time of a step.
+    hold. seconds: predicted time of a step. flops: its floating-point operations.
     """
 
     blocks: tuple[str, ...]
@@ -49,6 +50,7 @@ class Plan:
     peak: int
     lasting: int
     seconds: float
+    flops: float
     exact: bool = False
 
     def apply(self, model: LocalModel) -> LocalModel:
@@ -78,8 +80,10 @@ class Planner:
     ) -> None:
         shapes, one = without_values(backbone, "meta"), torch.empty_like(example[:1], device="meta")
         self._coupling = coupling
-        self._cut = partial(localize, shapes, method=method, example=one, task=task)
+        cuttable = method if method.terms else dgl("0c1f")  # to tell the units' costs; no head of it is in a plan
+        self._cut = partial(localize, shapes, method=cuttable, example=one, task=task)
         self._batch, self._autocast = len(example), autocast
+        self._blocks = None if method.terms else 1
         self._optimizer = optimizer or partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)
         self.costs = trace_costs(self._cut(blocks=len(units(shapes, one)), coupling=coupling), self._batch, autocast)
         self._forms = all_forms(self.costs, speed or Speed(), coupled=coupling is not None)
@@ -120,7 +124,7 @@ class Planner:
             low, high = (low, middle) if chain(middle) else (middle, high)
         return self._plan(chain(high) or [], as_you_go=False)
 
-    def frontier(self, blocks: int | None = None) -> list[Plan]:
+    def frontier(self, blocks: int | None = None, *, several: bool = False) -> list[Plan]:
         """The plans of which no other needs both less memory and less time, of as many blocks as asked for; the fastest
         first."""
         ends = [min(form.peak for form in forms) for forms in self._forms.values()]
@@ -128,7 +132,7 @@ class Planner:
         plans: dict[tuple, Plan] = {}
         for n in range(CAPS):
             for as_you_go in (False, True):
-                plan = self._under(int(low * (high / low) ** (n / (CAPS - 1))), as_you_go, blocks)
+                plan = self._under(int(low * (high / low) ** (n / (CAPS - 1))), as_you_go, blocks, several)
                 if plan is not None:
                     plans[plan.blocks, plan.units, plan.couplings, plan.step_as_you_go] = plan
         best: list[Plan] = []
@@ -137,13 +141,14 @@ class Planner:
                 best.append(plan)
         return best
 
-    def fastest(self, budget: int, blocks: int | None = None) -> Plan:
+    def fastest(self, budget: int, blocks: int | None = None, *, several: bool = False) -> Plan:
         """The fastest plan whose step takes at most `budget` bytes, by exact prediction; of as many blocks as asked
-        for. Raises UserError if none does, saying the least that would do and what holds it."""
-        plans = [plan for as_you_go in (False, True) if (plan := self._fitting(budget, as_you_go, blocks)) is not None]
+        for, or of `several`: not BP with units recomputed, which is one block. Raises UserError if none does, saying
+        the least that would do and what holds it."""
+        plans = [plan for as_you_go in (False, True) if (plan := self._fitting(budget, as_you_go, blocks, several))]
         if plans:
             return min(plans, key=lambda plan: (plan.seconds, plan.peak))
-        least = self.exactly(self.frontier(blocks)[-1])
+        least = self.exactly(self.frontier(blocks, several=several)[-1])
         raise UserError(
             f"no plan fits {budget / 2**20:.0f} MiB: the least is {least.peak / 2**20:.0f} MiB, of which parameters, "
             f"averages and the optimizer's state hold {least.lasting / 2**20:.0f}; a smaller batch needs less"
@@ -162,14 +167,14 @@ class Planner:
         )
         return replace(plan, peak=found.total, exact=True)
 
-    def _fitting(self, budget: int, as_you_go: bool, blocks: int | None) -> Plan | None:
+    def _fitting(self, budget: int, as_you_go: bool, blocks: int | None, several: bool) -> Plan | None:
         """The plan of the highest cap that stays within `budget`."""
         target = budget
         for _ in range(TRIES):
             found, low, high = None, 0, budget
             while low + 1 < high:
                 cap = (low + high) // 2
-                plan = self._under(cap, as_you_go, blocks)
+                plan = self._under(cap, as_you_go, blocks, several)
                 if plan is not None and plan.peak > target:
                     high = cap
                 else:
@@ -182,9 +187,10 @@ class Planner:
             target -= found.peak - budget  # what is put together from pieces is a little off
         return None
 
-    def _under(self, cap: int, as_you_go: bool, blocks: int | None) -> Plan | None:
+    def _under(self, cap: int, as_you_go: bool, blocks: int | None, several: bool) -> Plan | None:
         """The fastest plan none of whose blocks goes beyond `cap`."""
-        chain = fastest_chain(self.costs, self._forms, cap, as_you_go=as_you_go, blocks=blocks)
+        blocks = blocks or self._blocks
+        chain = fastest_chain(self.costs, self._forms, cap, as_you_go=as_you_go, blocks=blocks, several=several)
         return None if chain is None else self._plan(chain, as_you_go=as_you_go and len(chain) > 1)
 
     def _whole(self, again: int) -> Plan:
@@ -197,6 +203,9 @@ class Planner:
         pieces = [*self.costs.units[0], *ends]
         gradients = sum(piece.gradients for piece in pieces)
         lasting = sum(piece.state for piece in pieces) + round(self._slots * gradients)
+        kept, made_again = self.costs.units
+        run = [u for f in chain for u in (*made_again[f.i : f.i + f.again], *kept[f.i + f.again : f.j + 1])]
+        run += [self.costs.auxiliaries[form.coupling_again][form.j] for form in chain[:-1]]
         peak, before = 0, self.costs.images if len(chain) > 1 else 0
         for form, end in zip(chain, [*ends, None], strict=True):
             peak = max(peak, before + form.peak)
@@ -211,6 +220,7 @@ class Planner:
             peak=lasting + max(peak, before),
             lasting=lasting,
             seconds=sum(form.seconds for form in chain),
+            flops=sum(piece.forward.flops + piece.backward.flops for piece in run),
         )
 
 

@@ -69,10 +69,10 @@ def peak(own: Sequence[Cost], end: Cost | None) -> int:
 
 
 def fastest_chain(
-    costs: Costs, forms: Forms, cap: int, *, as_you_go: bool, blocks: int | None = None
+    costs: Costs, forms: Forms, cap: int, *, as_you_go: bool, blocks: int | None = None, several: bool = False
 ) -> list[Form] | None:
-    """The fastest blocks in a row, as many as asked for, none of which goes beyond `cap`; with gradients of those
-    before it on top unless each block steps right away. None if there are none."""
+    """The fastest blocks in a row, as many as asked for or `several` (not one), none of which goes beyond `cap`; with
+    gradients of those before it on top unless each block steps right away. None if there are none."""
     before = [0]
     for unit in costs.units[0]:
         before.append(before[-1] + unit.gradients)
@@ -81,6 +81,8 @@ def fastest_chain(
     for j, ending in forms.items():
         extra = costs.auxiliaries[0][j].gradients if j < len(forms) - 1 else 0
         for form in ending:
+            if several and form.i == 0 and j == len(forms) - 1:
+                continue
             for length in range(blocks or 1):
                 start = best.get((form.i - 1, length))
                 if start is None or form.peak + (0 if as_you_go else before[form.i] + start[1]) > cap:
