@@ -63,13 +63,14 @@ def test_units_of_sequentials() -> None:
 
 
 def test_boundaries_say_shape_layout_and_stage() -> None:
-    found, head = trace_units(resnet(20), torch.zeros(2, 3, 12, 20))
+    traced = trace_units(resnet(20), torch.zeros(2, 3, 12, 20))
+    found = traced.units
     assert [u.output.shape for u in found[::3]] == [(16, 12, 20), (16, 12, 20), (32, 6, 10), (64, 3, 5)]
     assert [u.output.stage for u in found] == [0] * 4 + [1] * 3 + [2] * 3
     assert {u.output.layout for u in found} == {"NCHW"}
     assert all(a.output is b.input for a, b in pairwise(found))
-    assert head is not None
-    vectors = trace_units(mlp(), torch.zeros(2, 3, 4, 4))[0]
+    assert traced.head is not None
+    vectors = trace_units(mlp(), torch.zeros(2, 3, 4, 4)).units
     assert [(u.output.shape, u.output.layout) for u in vectors] == [((20,), "NC"), ((20,), "NC"), ((9,), "NC")]
     assert vectors[0].output.size == (1, 1)
 
@@ -105,7 +106,7 @@ def test_named_cuts_close_blocks_and_the_last_unit_need_not_be_named() -> None:
 
 
 def test_an_uneven_split_gives_early_blocks_the_smaller_share() -> None:
-    found = trace_units(resnet(32), torch.zeros(1, 3, 8, 8))[0]
+    found = trace_units(resnet(32), torch.zeros(1, 3, 8, 8))
     assert [len(group) for group in split(found, 3)] == [5, 5, 6]
     assert [len(group) for group in split(found, 7)] == [2, 2, 2, 3, 2, 2, 3]
 
@@ -130,15 +131,15 @@ def test_impossible_cuts_are_refused_in_one_sentence(blocks: int | list[str], me
 
 
 class Skipping(nn.Module):
-    """The output of `a` goes past `b`."""
+    """The output of `a` goes past `b` and `c`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.c = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+        self.a, self.b, self.c, self.d = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.a(x)
-        return self.c(h + self.b(h)).mean((2, 3))
+        return self.d(h + self.c(self.b(h))).mean((2, 3))
 
 
 class Branching(nn.Module):
@@ -153,9 +154,8 @@ class Branching(nn.Module):
 @pytest.mark.parametrize(
     ("network", "message"),
     [
-        (Skipping(), "Skipping is no chain: the tensor of 'a' skips over 'b'"),
-        (Branching(), "Branching cannot be cut into units: tracing it failed"),
-        (nn.Sequential(nn.ReLU(), nn.Flatten()), "Sequential cannot be cut into units: it has no module with param"),
+        (Branching(), "Branching cannot be cut: its forward cannot be followed (it depends on the values of a tensor)"),
+        (nn.Sequential(nn.ReLU(), nn.Flatten()), "Sequential cannot be cut into units: it has no module with weights"),
     ],
 )
 def test_networks_that_are_no_chains_are_refused_in_one_sentence(network: nn.Module, message: str) -> None:
@@ -165,9 +165,19 @@ def test_networks_that_are_no_chains_are_refused_in_one_sentence(network: nn.Mod
     assert "\n" not in str(caught.value)
 
 
+def test_a_cut_that_a_tensor_skips_over_is_refused_and_the_nearest_offered() -> None:
+    x = torch.zeros(1, 3, 8, 8)
+    assert lg.units(Skipping(), x) == ["a", "c"]
+    with pytest.raises(UserError) as caught:
+        cut(Skipping(), ["b"], x)
+    assert str(caught.value) == "no cut behind 'b': the tensor of 'a' skips over it to 'add'; the nearest is behind 'a'"
+    with pytest.raises(UserError, match=r"has 2 units, so 1 to 2 \(behind 'b', the tensor of 'a' skips"):
+        cut(Skipping(), 3, x)
+
+
 def test_a_boundary_that_is_neither_map_nor_vector_is_refused() -> None:
-    with pytest.raises(UserError, match=r"\(1, 4, 5\) is neither a map"):
-        lg.units(nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 2)), torch.zeros(1, 4, 5))
+    with pytest.raises(UserError, match=r"behind '0', \(1, 4, 5, 6\) crosses: neither a map, nor tokens, nor a vector"):
+        lg.units(nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 2)), torch.zeros(1, 1, 4, 5, 5))
 
 
 # Blocks are the backbone
@@ -236,7 +246,7 @@ def test_functional_dropout_follows_train_and_eval_however_it_was_traced(trainin
 
 
 def test_copies_have_storage_of_their_own_and_fresh_ones_are_drawn_anew() -> None:
-    unit = trace_units(resnet(20), torch.zeros(1, 3, 8, 8))[0][1]
+    unit = trace_units(resnet(20), torch.zeros(1, 3, 8, 8)).units[1]
     same, fresh = unit.copy(fresh=False), unit.copy(fresh=True)
     assert_same(same.state_dict(), unit.module.state_dict())
     for (name, own), drawn in zip(unit.module.named_parameters(), fresh.parameters(), strict=True):
@@ -255,7 +265,7 @@ def test_a_bare_parameter_of_a_fresh_copy_keeps_its_value() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.linear(x) * self.gain
 
-    unit = trace_units(nn.Sequential(Scaled(), Scaled(), nn.Linear(3, 2)), torch.zeros(1, 3))[0][0]
+    unit = trace_units(nn.Sequential(Scaled(), Scaled(), nn.Linear(3, 2)), torch.zeros(1, 3)).units[0]
     fresh = unit.copy(fresh=True)
     assert torch.equal(fresh.get_parameter("gain"), unit.module.get_parameter("gain"))
     assert not torch.equal(fresh.get_parameter("linear.weight"), unit.module.get_parameter("linear.weight"))
@@ -265,7 +275,7 @@ def test_a_bare_parameter_of_a_fresh_copy_keeps_its_value() -> None:
 def test_copies_of_units_that_begin_in_place_leave_what_crosses_alone(coupling: lg.MAN) -> None:
     x, y = batch()
     backbone = composite()
-    found = trace_units(backbone, x)[0]
+    found = trace_units(backbone, x).units
     assert [u.begins_in_place for u in found] == [False, True, True, True]
     model = lg.localize(backbone, blocks=4, method=lg.infopro(), coupling=coupling, example=x)
     h = x
@@ -280,7 +290,7 @@ def test_copies_of_units_that_begin_in_place_leave_what_crosses_alone(coupling: 
 
 
 def test_a_copy_of_a_unit_follows_its_source_in_place_or_not() -> None:
-    unit = trace_units(composite(), torch.zeros(1, 3, 8, 8))[0][1]
+    unit = trace_units(composite(), torch.zeros(1, 3, 8, 8)).units[1]
     h = torch.randn(2, 4, 8, 8)
     plain = pre_activation(4, 4, nn.ReLU())
     plain.load_state_dict(unit.module.state_dict())

@@ -107,7 +107,7 @@ def test_deep_man_walks_a_path_of_sums() -> None:
     ],
 )
 def test_an_integer_depth_takes_that_many_units(depth: int, names: list[str]) -> None:
-    downstream = trace_units(resnet(20), torch.zeros(1, 3, 8, 8))[0][2:]
+    downstream = trace_units(resnet(20), torch.zeros(1, 3, 8, 8)).units[2:]
     assert [u.name for u in lg.DeepMAN(depth=depth).select(downstream)] == names
 
 

@@ -45,7 +45,8 @@ def both(h: torch.Tensor) -> tuple[Decoder, Decoder]:
 def test_the_quick_decoder_trains_like_the_plain_one(layout: torch.memory_format, training: bool, size: int) -> None:
     h = torch.randn(4, 24, size, size, dtype=torch.float64).contiguous(memory_format=layout)
     quick, plain = both(h)
-    quick.train(training), plain.train(training)
+    quick.train(training)
+    plain.train(training)
     results = []
     for decoder in (quick, plain):
         own = h.clone().requires_grad_()

@@ -193,7 +193,7 @@ def test_a_backbone_without_a_vector_of_logits_needs_a_task_of_its_own() -> None
         def forward(self, x: Tensor) -> Tensor:
             return self.last(self.units(x))
 
-    with pytest.raises(UserError, match=r"gives \(1, 2, 8, 8\), not one vector of logits a sample"):
+    with pytest.raises(UserError, match=r"gives \(2, 8, 8\), not one vector of logits a sample"):
         lg.localize(Maps(), blocks=2, method=lg.dgl(), example=batch()[0])
 
 

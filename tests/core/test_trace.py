@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 import localgrad as lg
 from localgrad.core.errors import UserError
-from localgrad.core.trace import trace
 
 
 class Tail(nn.Module):
@@ -86,7 +85,7 @@ def test_dropout_by_its_place_is_off_in_evaluation() -> None:
 
 def test_a_network_of_several_outputs_is_refused() -> None:
     with pytest.raises(UserError, match="gives a tuple, not one tensor"):
-        trace(Pair())
+        lg.units(Pair(), torch.zeros(1, 3, 8, 8))
 
 
 def test_units_that_share_parameters_are_refused() -> None:
@@ -107,7 +106,7 @@ def test_a_reused_module_without_parameters_is_no_matter() -> None:
 
 
 def test_an_example_that_does_not_pass_names_the_unit() -> None:
-    with pytest.raises(UserError, match=r"example of \(2, 4, 8, 8\) does not pass unit 'body.0'"):
+    with pytest.raises(UserError, match=r"example of \(2, 4, 8, 8\) does not pass 'body.0'"):
         lg.units(ViewBySize(), torch.zeros(2, 4, 8, 8))
 
 

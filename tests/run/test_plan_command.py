@@ -74,6 +74,47 @@ def test_a_file_that_is_no_plan(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert not (tmp_path / "r").exists()
 
 
+AUTO = ["train", *TINY, "--blocks", "auto", "--limit-train", "256", "--epochs", "1"]
+
+
+def test_one_call_plans_trains_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*AUTO, "--budget", "5.2MiB", "--out", str(tmp_path)]
+    assert main(command) == 0
+    assert "fits 5.2MiB: blocks" in capsys.readouterr().out
+    recipe = read_recipe(tmp_path / "config.yaml")
+    assert isinstance(recipe.cut, list)
+    assert len(recipe.cut) > 1
+    assert summary_rows(tmp_path)[0]["peak_bytes"] <= 1.01 * 5.2 * 2**20
+    assert main(command) == 0  # the plan of the run, not a new one
+    assert "holds this run, finished" in capsys.readouterr().out
+
+
+def test_backpropagation_fits_itself_by_recomputing(tmp_path: Path) -> None:
+    flags = ["--method", "bp", "--coupling", "none", "--head", "auto", "--budget", "7MiB"]
+    assert main([*AUTO, *flags, "--out", str(tmp_path)]) == 0
+    recipe = read_recipe(tmp_path / "config.yaml")
+    assert (recipe.method, recipe.blocks) == ("bp", "1")
+    assert recipe.recompute
+    assert summary_rows(tmp_path)[0]["peak_bytes"] <= 1.01 * 7 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--blocks", "auto"], "--blocks auto and --budget belong together"),
+        (["--blocks", "4", "--budget", "1GiB"], "--blocks auto and --budget belong together"),
+        (["--blocks", "auto", "--budget", "1MiB"], "no plan fits 1 MiB"),
+        (["--blocks", "auto", "--budget", "one"], "--budget takes bytes"),
+    ],
+)
+def test_a_budget_needs_auto_blocks(
+    flags: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *TINY, *flags, "--out", str(tmp_path / "r")]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
 def test_bytes_in_words() -> None:
     sizes = {"8GiB": 2**33, "500 MiB": 500 * 2**20, "1.5g": 3 * 2**29, "1e6": 10**6, "12KB": 12 * 2**10}
     assert {text: parse_bytes(text) for text in sizes} == sizes

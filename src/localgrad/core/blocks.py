@@ -9,36 +9,76 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from localgrad.core.errors import UserError, unknown
-from localgrad.core.trace import first_leaf, trace
+from localgrad.core.segments import Segment, segments
+
+MOST_PREFIX = 5  # class, distillation and register tokens
 
 
 @dataclass(frozen=True)
 class Boundary:
     """What crosses between two units: the shape of one sample, its layout, and how many shape changes came before.
 
-    layout: "NCHW" feature maps, or "NC" vectors. Heads read it through `to_map`; nobody guesses from `ndim`.
+    layout: "NCHW" or "NHWC" feature maps, "NLC" tokens or "NC" vectors. prefix: tokens before those of the image, the
+    class token first. grid: on which those of the image lie. Heads read it through `to_map` and `summary`; nobody
+    guesses from `ndim`.
     """
 
     shape: tuple[int, ...]
     layout: str
     stage: int
-
-    @property
-    def channels(self) -> int:
-        return self.shape[0]
+    prefix: int = 0
+    grid: tuple[int, int] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of the map; a vector is a map of one pixel."""
-        return (self.shape[1], self.shape[2]) if self.layout == "NCHW" else (1, 1)
+        """Height and width of the map, or of the tokens' grid; a vector is a map of one pixel."""
+        if self.layout == "NC":
+            return 1, 1
+        if self.layout == "NLC":
+            return self.grid or (self.shape[0] - self.prefix, 1)
+        height = self.layout.index("H") - 1
+        return self.shape[height], self.shape[height + 1]
+
+    @property
+    def channels(self) -> int:
+        return self.shape[0] if self.layout in ("NCHW", "NC") else self.shape[-1]
 
     def to_map(self) -> list[nn.Module]:
         """Modules that turn what crosses, [B, *shape], into a map [B, C, H, W]: none where it is one already."""
-        return [] if self.layout == "NCHW" else [nn.Unflatten(1, (self.channels, 1, 1))]
+        if self.layout == "NC":
+            return [nn.Unflatten(1, (self.channels, 1, 1))]
+        return [] if self.layout == "NCHW" else [ToMap(self.size, self.prefix)]
+
+    def summary(self) -> tuple[list[nn.Module], Boundary]:
+        """What a classifier reads, and the modules that take it from [B, *shape]: the class token, or all there is."""
+        if not self.prefix:
+            return [], self
+        return [ClassToken()], Boundary((self.channels,), "NC", self.stage)
+
+
+class ToMap(nn.Module):
+    """[B, prefix + H * W, C] or [B, H, W, C] -> [B, C, H, W]."""
+
+    def __init__(self, size: tuple[int, int], prefix: int) -> None:
+        super().__init__()
+        self.size, self.prefix = size, prefix
+
+    def forward(self, h: Tensor) -> Tensor:
+        tokens = h[:, self.prefix :] if h.ndim == 3 else h.flatten(1, 2)
+        return tokens.mT.unflatten(2, self.size)
+
+    def extra_repr(self) -> str:
+        return f"{self.size}, prefix={self.prefix}"
+
+
+class ClassToken(nn.Module):
+    """[B, L, C] -> [B, C], the first token."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h[:, 0]
 
 
 class Clone(nn.Module):
@@ -104,57 +144,55 @@ def units(backbone: nn.Module, example: Tensor) -> list[str]:
 
     example: an input batch [B, ...], of which one sample is used. Raises UserError for a network that is no chain.
     """
-    return [u.name for u in trace_units(backbone, example)[0]]
+    return [u.name for u in trace_units(backbone, example).units]
 
 
-def trace_units(backbone: nn.Module, example: Tensor) -> tuple[list[Unit], nn.Module | None]:
-    """The units of `backbone` and its head (None where the last unit already gives the output)."""
-    modules, tail = trace(backbone)
-    names = [name for name, _ in modules]
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """A backbone's units, its own head (None where the last unit already gives the output), the shape of one output,
+    the places where it cannot be cut, each with the reason, and all places in their order."""
+
+    units: list[Unit]
+    head: nn.Module | None
+    output: tuple[int, ...]
+    refused: dict[str, str]
+    places: list[str]
+
+
+def trace_units(backbone: nn.Module, example: Tensor) -> Traced:
+    """Cuts `backbone` into its units. Raises UserError for a network that cannot be cut."""
+    cut = segments(backbone, example)
     found: list[Unit] = []
-    was_training = [m for m in backbone.modules() if m.training]
-    backbone.eval()
-    try:
-        h = _like_parameters(example[:1].detach().clone(), backbone)
-        stage = 0
-        with torch.no_grad():
-            before = _boundary(h, stage)
-            for name, module in modules:
-                version = h._version
-                try:
-                    out = module(h)
-                except RuntimeError as error:
-                    reason = str(error).splitlines()[0]
-                    raise UserError(
-                        f"an example of {tuple(example.shape)} does not pass unit '{name}': {reason}"
-                    ) from error
-                # Dropout writes in training mode only, in which nothing is run here.
-                in_place = h._version != version or getattr(first_leaf(module), "inplace", False)
-                stage += tuple(out.shape[1:]) != before.shape and bool(found)
-                after = _boundary(out, stage)
-                found.append(Unit(name, module, before, after, in_place))
-                h, before = out, after
-    finally:
-        for m in was_training:
-            m.training = True
+    stage = 0
+    rest = [*cut.units[1:], cut.head]
+    entering = tuple(example.shape[1:])
+    image = (entering[-2], entering[-1]) if len(entering) == 3 else (1, 1)
+    before = Boundary(entering, "NCHW" if len(entering) == 3 else "NC", stage)
+    for segment, following in zip(cut.units, rest, strict=True):
+        stage += segment.enters != segment.leaves and bool(found)
+        after = _boundary(segment, following, stage, image)
+        found.append(Unit(segment.name, segment.module, before, after, segment.in_place))
+        before = after
     owner: dict[nn.Parameter, str] = {}
+    names = [unit.name for unit in found]
     for unit in found:
         for parameter in unit.module.parameters():
             if owner.setdefault(parameter, unit.name) != unit.name or names.count(unit.name) > 1:
                 raise UserError(
                     f"unit '{unit.name}' shares parameters with '{owner[parameter]}': they cannot be isolated"
                 )
+    output, tail = (cut.head or cut.units[-1]).leaves, cut.head.module if cut.head else None
     # A last unit that turns maps into a vector is the network's own head, whatever its module is called.
     if tail is None and len(found) > 1 and len(found[-1].output.shape) < len(found[-1].input.shape):
         tail = found.pop().module
-    return found, tail
+    return Traced(found, tail, output, cut.refused, cut.places)
 
 
-def split(all_units: Sequence[Unit], blocks: int | Sequence[str]) -> list[list[Unit]]:
+def split(traced: Traced, blocks: int | Sequence[str]) -> list[list[Unit]]:
     """Groups units into blocks: evenly for a number (early blocks, whose maps are large, take the smaller share), or
     after each named unit (the last unit closes the last block, named or not). Raises UserError for an impossible cut.
     """
-    names = [u.name for u in all_units]
+    names = [u.name for u in traced.units]
     if isinstance(blocks, str):
         blocks = [blocks]
     if isinstance(blocks, bool | float):
@@ -163,10 +201,15 @@ def split(all_units: Sequence[Unit], blocks: int | Sequence[str]) -> list[list[U
         if not 1 <= blocks <= len(names):
             raise UserError(
                 f"blocks={blocks} is out of range: this network has {len(names)} units, so 1 to {len(names)}"
+                + _why(traced)
             )
         ends = [i * len(names) // blocks for i in range(1, blocks + 1)]
     else:
         for name in blocks:
+            if name in traced.refused:
+                raise UserError(
+                    f"no cut behind '{name}': {traced.refused[name]}; the nearest is {_nearest(traced, name)}"
+                )
             if name not in names:
                 raise unknown("unit", name, names)
         ends = [names.index(name) + 1 for name in blocks]
@@ -174,7 +217,23 @@ def split(all_units: Sequence[Unit], blocks: int | Sequence[str]) -> list[list[U
             raise UserError(f"blocks must list units in their order, each once: got {', '.join(blocks) or 'none'}")
         if ends[-1] != len(names):
             ends.append(len(names))
-    return [list(all_units[a:b]) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+    return [traced.units[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def _nearest(traced: Traced, name: str) -> str:
+    """The legal cut that comes next behind the refused place, or else the last before it."""
+    order = [*traced.places]
+    at = order.index(name)
+    legal = [n for n in (*order[at:], *reversed(order[:at])) if n not in traced.refused and n != order[-1]]
+    return f"behind '{legal[0]}'" if legal else "nowhere: it is one unit"
+
+
+def _why(traced: Traced) -> str:
+    """What keeps a network from being cut more finely."""
+    if not traced.refused:
+        return ""
+    name, reason = next(iter(traced.refused.items()))
+    return f" (behind '{name}', {reason})"
 
 
 def select_path(downstream: Sequence[Unit], depth: int) -> list[Unit]:
@@ -188,13 +247,37 @@ def select_path(downstream: Sequence[Unit], depth: int) -> list[Unit]:
     return [downstream[i] for i in sorted(changing + spread)]
 
 
-def _boundary(h: Tensor, stage: int) -> Boundary:
-    layouts = {4: "NCHW", 2: "NC"}
-    if h.ndim not in layouts:
-        raise UserError(f"a boundary of shape {tuple(h.shape)} is neither a map [B, C, H, W] nor a vector [B, C]")
-    return Boundary(tuple(h.shape[1:]), layouts[h.ndim], stage)
+def _boundary(segment: Segment, following: Segment | None, stage: int, image: tuple[int, int]) -> Boundary:
+    """What leaves a segment; its layout is told by the first module that reads it."""
+    shape = segment.leaves
+    if len(shape) == 1:
+        return Boundary(shape, "NC", stage)
+    if len(shape) == 2:
+        return Boundary(shape, "NLC", stage, *_grid(shape[0], image))
+    if len(shape) != 3:
+        raise UserError(f"behind '{segment.name}', {shape} crosses: neither a map, nor tokens, nor a vector")
+    return Boundary(shape, "NHWC" if _reads_last(shape, following) else "NCHW", stage)
 
 
-def _like_parameters(h: Tensor, backbone: nn.Module) -> Tensor:
-    parameter = next(backbone.parameters(), None)
-    return h if parameter is None else h.to(parameter.device, parameter.dtype)
+def _grid(tokens: int, image: tuple[int, int]) -> tuple[int, tuple[int, int]]:
+    """How many of the tokens come before those of a grid of the image's proportions, and that grid."""
+    for prefix in range(min(tokens, MOST_PREFIX + 1)):
+        height = round(((tokens - prefix) * image[0] / image[1]) ** 0.5)
+        if height and (tokens - prefix) % height == 0 and (tokens - prefix) // height * image[0] == height * image[1]:
+            return prefix, (height, (tokens - prefix) // height)
+    return 0, (tokens, 1)
+
+
+def _reads_last(shape: tuple[int, ...], following: Segment | None) -> bool:
+    """Whether the channels of a map [B, *shape] come last: its reader is a linear layer or a norm over the last
+    dimension, or another that gets it turned round."""
+    if following is None or following.reads is None:
+        return False
+    module, given = following.reads
+    leaves = (m for m in module.modules() if next(m.children(), None) is None)
+    first = next(m for m in leaves if next(m.parameters(), None) is not None)
+    if given != shape:
+        return given == (shape[-1], *shape[:-1])
+    if isinstance(first, nn.LayerNorm):  # those over the channels of NCHW are its subclasses
+        return first.normalized_shape[-1] == shape[-1] and (type(first) is nn.LayerNorm or shape[0] != shape[-1])
+    return isinstance(first, nn.Linear) and first.in_features == shape[-1]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.core.auxiliary import Auxiliary, Method, Site, full_precision
-from localgrad.core.blocks import Block, Unit, split, trace_units
+from localgrad.core.blocks import Block, Traced, split, trace_units
 from localgrad.core.couplings import MAN
 from localgrad.core.errors import UserError
 from localgrad.core.task import Classification, Task
@@ -107,11 +107,12 @@ def localize(
         if blocks not in (None, 1):
             warnings.warn(f"{method.name} trains end to end: blocks={blocks} has no effect, there is 1", stacklevel=2)
         blocks = 1
-    all_units, head = trace_units(backbone, example)
-    groups = split(all_units, 4 if blocks is None else blocks)
+    traced = trace_units(backbone, example)
+    all_units, head = traced.units, traced.head
+    groups = split(traced, 4 if blocks is None else blocks)
     if coupling is not None and len(groups) == 1:
         warnings.warn("a coupling has no effect on a single block", stacklevel=2)
-    task = task or Classification(_outputs(all_units, head, backbone))
+    task = task or Classification(_outputs(traced))
     built = [Block(g, head if g is groups[-1] else None) for g in groups]
     image = all_units[0].input
     auxiliaries = []
@@ -284,23 +285,10 @@ def autocasting(h: Tensor, dtype: torch.dtype | None) -> contextlib.AbstractCont
     return contextlib.nullcontext() if dtype is None else torch.autocast(h.device.type, dtype)
 
 
-def _outputs(all_units: Sequence[Unit], head: nn.Module | None, backbone: nn.Module) -> int:
+def _outputs(traced: Traced) -> int:
     """How many logits the backbone gives."""
-    last = all_units[-1].output
-    if head is None and last.layout != "NC":
-        raise UserError(f"the backbone gives {last.layout} {last.shape}, not one vector of logits a sample")
-    if head is None:
-        return last.channels
-    was_training = [m for m in head.modules() if m.training]
-    head.eval()
-    parameter = next(backbone.parameters())
-    with torch.no_grad():
-        h = torch.zeros(1, *last.shape, device=parameter.device, dtype=parameter.dtype)
-        out = head(h)
-    for m in was_training:
-        m.training = True
-    if out.ndim != 2:
+    if len(traced.output) != 1:
         raise UserError(
-            f"the backbone gives {tuple(out.shape)}, not one vector of logits a sample: pass a task of your own"
+            f"the backbone gives {traced.output}, not one vector of logits a sample: pass a task of your own"
         )
-    return out.shape[1]
+    return traced.output[0]

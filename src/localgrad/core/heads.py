@@ -32,7 +32,8 @@ def convolutional(
     larger than 8. `output(features)` builds the last layer. Sources: `0c1f` is greedy learning (Belilovsky et al.,
     ICML 2019), `1c2f` with 128 hidden features is InfoPro's CIFAR auxiliary (ICLR 2021, appendix).
     """
-    layers = boundary.to_map()
+    layers, boundary = boundary.summary()
+    layers += boundary.to_map()
     channels, size = boundary.channels, boundary.size
     for _ in range(convolutions):
         out, stride = max(channels, min(2 * channels, width)), 2 if max(size) > 8 else 1
@@ -48,7 +49,8 @@ def convolutional(
 def dgl_classifier(boundary: Boundary, task: Task, *, channels: int = 128, hidden: int = 512) -> nn.Sequential:
     """Pool to at most 8x8, 3 x (1x1 convolution, norm, ReLU), pool, 3 x (linear, norm, ReLU), linear:
     [B, *boundary.shape] -> [B, classes]. Source: DGL (Belilovsky et al., ICML 2020), the "MLP-SR" auxiliary."""
-    layers = [*boundary.to_map(), *_pool_to(8, boundary.size)]
+    layers, boundary = boundary.summary()
+    layers += [*boundary.to_map(), *_pool_to(8, boundary.size)]
     before = boundary.channels
     for _ in range(3):
         layers += [nn.Conv2d(before, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
@@ -63,12 +65,14 @@ def dgl_classifier(boundary: Boundary, task: Task, *, channels: int = 128, hidde
 def predsim_classifier(boundary: Boundary, task: Task, *, limit: int = 4096) -> nn.Sequential:
     """Pool until at most `limit` features are left, then one linear layer: [B, *boundary.shape] -> [B, classes].
     Source: PredSim (ICML 2019), appendix."""
+    layers, boundary = boundary.summary()
     side = max(boundary.size)
     while side > 1 and boundary.channels * side**2 > limit:
         side = (side + 1) // 2
     height, width = (min(side, s) for s in boundary.size)
     features = boundary.channels * height * width
-    return nn.Sequential(*boundary.to_map(), *_pool_to(side, boundary.size), nn.Flatten(), task.output(features))
+    layers += [*boundary.to_map(), *_pool_to(side, boundary.size)]
+    return nn.Sequential(*layers, nn.Flatten(), task.output(features))
 
 
 def similarity(boundary: Boundary) -> nn.Sequential:
@@ -80,7 +84,8 @@ def similarity(boundary: Boundary) -> nn.Sequential:
 def imagenet_classifier(boundary: Boundary, task: Task) -> nn.Sequential:
     """1x1 to a quarter of the channels, 3x3/2 to 256, 3x3/2 to 512, 1x1 to 2048, pool, linear:
     [B, *boundary.shape] -> [B, classes]. Source: InfoPro (ICLR 2021), ImageNet auxiliary."""
-    layers, before = boundary.to_map(), boundary.channels
+    layers, boundary = boundary.summary()
+    layers, before = [*layers, *boundary.to_map()], boundary.channels
     for channels, kernel, stride in ((max(1, before // 4), 1, 1), (256, 3, 2), (512, 3, 2), (2048, 1, 1)):
         convolution = nn.Conv2d(before, channels, kernel, stride, padding=kernel // 2, bias=False)
         layers += [convolution, nn.BatchNorm2d(channels), nn.ReLU()]

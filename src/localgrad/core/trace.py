@@ -1,198 +1,204 @@
-"""Backbone -> named runs of its modules: a symbolic trace with the repeated units as leaves.
+"""Backbone -> the steps of its forward pass: a symbolic trace that opens only what holds repeated units.
 
-Only chains are traced: each operation reads what the one before it made, and numbers of its shape.
+Each step carries what it gave for two batch sizes on tensors without values, so that Python's own control flow over
+shapes goes the way that it goes for the example, and sizes that follow the batch can be told from those that do not.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, fx, nn
-from torch.fx.node import map_aggregate, map_arg
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
 from localgrad.core.errors import UserError
 
-_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
+BATCHES = (2, 3)  # two sizes; normalisation over a batch needs more than one sample
+VALUE = "value"  # of a step for each of BATCHES, in its `meta`
+Module = TypeVar("Module", bound=nn.Module)
+CONTAINERS = (nn.Sequential, nn.ModuleList)
+BORN = "born"  # the version of a step's tensor as it was made
 
 
-def trace(backbone: nn.Module) -> tuple[list[tuple[str, nn.Module]], nn.Module | None]:
-    """The units of `backbone` in order, each with the module that runs it, and the network's own head (None where
-    the last unit ends the network). Raises UserError for a network that is no chain."""
-    runs, head = _pieces(backbone, _nodes(backbone))
-    return [(name, _chain(backbone, nodes)) for name, nodes in runs], _chain(backbone, head) if head else None
+def trace(backbone: nn.Module, example: Tensor) -> fx.Graph:
+    """The steps of `backbone` on a batch like `example` [B, ...]; nothing is run on real tensors.
+
+    Raises UserError for a network whose own forward cannot be followed, naming the module that stopped it.
+    """
+    shapes = without_values(backbone, "meta").train()
+    opened = _opened(shapes)
+    while True:
+        tracer = _Tracer(opened, example)
+        try:
+            return tracer.trace(_Whole(shapes))
+        except Exception as error:  # symbolic tracing fails in as many ways as Python has control flow
+            stopped = tracer.stopped or ""
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            if stopped not in opened:
+                raise UserError(f"an example of {tuple(example.shape)} does not pass '{stopped}': {reason}") from error
+            if stopped == "":
+                raise UserError(
+                    f"{type(backbone).__name__} cannot be cut: its forward cannot be followed ({reason}); give its "
+                    "parts by hand, as nn.Sequential(part, part, ...)"
+                ) from error
+            opened.discard(stopped)  # it becomes one step; so do those within it
 
 
-class _Here:
-    """Marks the place of the crossing tensor among traced arguments; one object even after a deep copy."""
-
-    def __deepcopy__(self, memo: dict) -> _Here:
-        return self
+def weighted_layers(module: nn.Module) -> int:
+    """How many weights with two dimensions or more: a residual unit has several, a convolution with its norm one."""
+    return sum(p.ndim > 1 for p in module.parameters())
 
 
-_HERE = _Here()
+def is_unit(module: nn.Module) -> bool:
+    """Whether a module is worth being a unit of its own."""
+    return next(module.children(), None) is not None and weighted_layers(module) > 1
 
 
-@dataclass(frozen=True)
-class _Size:
-    """A number read off the crossing tensor as it passes, such as `h.size(0)`: its target and arguments."""
-
-    target: Callable[..., Any] | str
-    args: tuple[Any, ...]
+def is_stage(module: nn.Module) -> bool:
+    """A container of units, such as a ResNet's layer1 or a transformer's blocks."""
+    return isinstance(module, CONTAINERS) and sum(is_unit(m) or is_stage(m) for m in module.children()) > 1
 
 
-class Call(nn.Module):
-    """A traced function or tensor method as a module: `target(h, ...)` with the traced constant arguments."""
-
-    def __init__(self, target: Callable[..., Tensor] | str, args: Any, kwargs: Any) -> None:
-        super().__init__()
-        self.target = target
-        self.args, self.kwargs = args, kwargs
-
-    def forward(self, h: Tensor) -> Tensor:
-        kwargs = _fill(self.kwargs, h)
-        if "training" in kwargs:  # traced as a constant, yet it has to follow .train() and .eval()
-            kwargs = {**kwargs, "training": self.training}
-        return _apply(self.target, _fill(self.args, h), kwargs)
-
-
-def _is_composite(module: nn.Module) -> bool:
-    return next(module.children(), None) is not None
-
-
-def _is_stage(module: nn.Module) -> bool:
-    """A container of composite modules, such as a ResNet's layer1: cut between its elements."""
-    with_parameters = [m for m in module.children() if next(m.parameters(), None) is not None]
-    container = isinstance(module, nn.Sequential | nn.ModuleList)
-    return container and bool(with_parameters) and all(map(_is_composite, with_parameters))
-
-
-def _elements(backbone: nn.Module) -> set[str]:
-    """Names of the modules that stand in a Sequential or ModuleList and are no stage themselves."""
-    found = set()
-    for name, module in backbone.named_modules():
-        if isinstance(module, nn.Sequential | nn.ModuleList):
-            prefix = f"{name}." if name else ""
-            found |= {prefix + child for child, m in module.named_children() if not _is_stage(m)}
+def _opened(network: nn.Module) -> set[str]:
+    """Modules whose forward is followed: those with a stage within them; where there is none, plain containers, but not
+    those that stand as one layer in another."""
+    found = {name for name, module in network.named_modules() if any(map(is_stage, module.modules()))} | {""}
+    if len(found) > 1 or is_stage(network):
+        return found
+    modules = dict(network.named_modules())
+    for name, module in modules.items():  # parents come before their children
+        parent = name.rpartition(".")[0]
+        weighted = [m for m in module.children() if weighted_layers(m)]
+        layer = isinstance(modules[parent], CONTAINERS) and any(next(m.children(), None) is None for m in weighted)
+        if isinstance(module, CONTAINERS) and parent in found and not layer:
+            found.add(name)
     return found
 
 
-class _UnitTracer(fx.Tracer):
-    def __init__(self, leaves: set[str]) -> None:
+def without_values(module: Module, device: str | None = None) -> Module:
+    """A copy whose tensors have the shapes and formats of `module`'s and no values; on `device`, or where they are, the
+    CPU standing in for the meta device."""
+    memo: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        place = device or ("cpu" if tensor.is_meta else tensor.device)
+        other = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=place)
+        memo[id(tensor)] = nn.Parameter(other, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else other
+    return copy.deepcopy(module, memo)
+
+
+class _Whole(nn.Module):
+    """Calls the network with its first input only, so that its other arguments have their defaults."""
+
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.leaves = leaves
+        self.network = network
+
+    def forward(self, x: Any) -> Any:
+        return self.network(x)
+
+
+class _Proxy(fx.Proxy):
+    """A proxy that knows what it stands for, as far as that is no tensor."""
+
+    def _known(self) -> Any:
+        value = self.node.meta[VALUE][0]
+        if isinstance(value, Tensor):
+            raise TypeError("it depends on the values of a tensor")
+        return value
+
+    def __len__(self) -> int:
+        value = self.node.meta[VALUE][0]
+        return len(value)
+
+    def __int__(self) -> int:
+        return int(self._known())
+
+    def __index__(self) -> int:
+        return self._known().__index__()
+
+    def __float__(self) -> float:
+        return float(self._known())
+
+
+class _Tracer(fx.Tracer):
+    """opened: names of the modules whose forward is followed. stopped: the innermost one that could not be."""
+
+    def __init__(self, opened: set[str], example: Tensor) -> None:
+        super().__init__()
+        self.opened, self.example = opened, example
+        self.stopped: str | None = None
+        self._running = False
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name in self.leaves or super().is_leaf_module(m, module_qualified_name)
+        return module_qualified_name.removeprefix("network").removeprefix(".") not in self.opened
+
+    def call_module(self, m: nn.Module, forward: Callable, args: Any, kwargs: Any) -> Any:
+        if self._running:
+            return forward(*args, **kwargs)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            if self.stopped is None:
+                self.stopped = self.path_of_module(m).removeprefix("network").removeprefix(".")
+            raise
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict) -> Any:
+        return attr_val if self._running else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return bool(obj._known())  # pyright: ignore[reportAttributeAccessIssue]
+
+    def iter(self, obj: fx.Proxy) -> Iterator:
+        known: Any = obj
+        return iter([known[i] for i in range(len(known))])
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        if node.op != "output":
+            with self._run():
+                node.meta[VALUE] = tuple(self._value(node, i) for i in range(len(BATCHES)))
+            value = node.meta[VALUE][0]
+            node.meta[BORN] = value._version if isinstance(value, Tensor) else 0
+        return node
+
+    @contextlib.contextmanager
+    def _run(self) -> Iterator[None]:
+        """Modules called inside are run, not traced."""
+        self._running = True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._running = False
+
+    def _value(self, node: fx.Node, which: int) -> Any:
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta[VALUE][which])
+        target: Any = node.target
+        if node.op == "placeholder":
+            size = (BATCHES[which], *self.example.shape[1:])
+            parameter = next(self.root.parameters(), None)
+            return torch.empty(size, dtype=self.example.dtype if parameter is None else parameter.dtype, device="meta")
+        if node.op == "get_attr":
+            return _attribute(self.root, target)
+        if node.op == "call_module":
+            return self.root.get_submodule(target)(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        return target(*args, **kwargs)
 
 
-def _nodes(backbone: nn.Module) -> list[fx.Node]:
-    """The operations of `backbone` in order, each reading only the one before. Raises UserError otherwise."""
-    try:
-        graph = _UnitTracer(_elements(backbone)).trace(backbone)
-    except Exception as error:  # symbolic tracing fails in as many ways as Python has control flow
-        raise UserError(f"{type(backbone).__name__} cannot be cut into units: tracing it failed ({error})") from error
-    *nodes, output = [n for n in graph.nodes if not _reads_size(n) and (n.op != "placeholder" or n.users)]
-    if not isinstance(output.args[0], fx.Node):
-        raise UserError(f"{type(backbone).__name__} gives a {type(output.args[0]).__name__}, not one tensor")
-    for before, node in zip(nodes, [*nodes[1:], output], strict=True):
-        sources = set().union(*map(_tensors_of, node.all_input_nodes))
-        if sources != {before}:
-            other = next((n for n in sources if n is not before), before)
-            skips, over = (str(n.target) if n.op == "call_module" else n.name for n in (other, before))
-            raise UserError(
-                f"{type(backbone).__name__} is no chain: the tensor of '{skips}' skips over '{over}' to '{node.name}'; "
-                "give its repeated units as elements of an nn.Sequential or nn.ModuleList"
-            )
-    return nodes[1:]
+def _attribute(root: nn.Module, target: str) -> Any:
+    owner, _, name = target.rpartition(".")
+    return getattr(root.get_submodule(owner), name)
 
 
-def _reads_size(node: fx.Node) -> bool:
-    """Whether a node gives numbers of a shape (`h.size(0)`, `h.shape[1] * 16`), not a tensor."""
-    if node.op == "call_method":
-        return node.target == "size"
-    if node.op != "call_function":
-        return False
-    if node.target is getattr:
-        return bool(node.args[1] == "shape")
-    arithmetic = getattr(node.target, "__module__", "") == operator.mul.__module__
-    return arithmetic and all(map(_reads_size, node.all_input_nodes))
-
-
-def _tensors_of(node: fx.Node) -> set[fx.Node]:
-    """The tensor that a node is, or those whose shapes it reads."""
-    return set().union(*map(_tensors_of, node.all_input_nodes)) if _reads_size(node) else {node}
-
-
-def _freeze(arguments: Any) -> Any:
-    """Traced arguments without the graph: the crossing tensor as _HERE, what is read off its shape as _Size."""
-    return map_arg(arguments, lambda n: _Size(n.target, _freeze(n.args)) if _reads_size(n) else _HERE)  # pyright: ignore[reportArgumentType]
-
-
-def _fill(arguments: Any, h: Tensor) -> Any:
-    """Frozen arguments with the tensor that passes now."""
-
-    def value(a: Any) -> Any:
-        if isinstance(a, _Size):
-            return _apply(a.target, _fill(a.args, h), {})
-        return h if a is _HERE else a
-
-    return map_aggregate(arguments, value)
-
-
-def _apply(target: Callable[..., Any] | str, args: Any, kwargs: Any) -> Any:
-    return getattr(args[0], target)(*args[1:], **kwargs) if isinstance(target, str) else target(*args, **kwargs)
-
-
-def _pieces(backbone: nn.Module, nodes: list[fx.Node]) -> tuple[list[tuple[str, list[fx.Node]]], list[fx.Node]]:
-    """Named runs of nodes, one per unit, and the nodes of the network's own head."""
-
-    def module(node: fx.Node) -> nn.Module:
-        return backbone.get_submodule(str(node.target)) if node.op == "call_module" else nn.Identity()
-
-    def has_parameters(node: fx.Node) -> bool:
-        return next(module(node).parameters(), None) is not None
-
-    elements = _elements(backbone)
-    composite = [n.target in elements and _is_composite(module(n)) for n in nodes]
-    plain = not any(composite)
-    starts = [
-        i
-        for i, n in enumerate(nodes)
-        if (has_parameters(n) and not isinstance(module(n), _NORMS) if plain else composite[i])
-    ]
-    if not starts:
-        raise UserError(f"{type(backbone).__name__} cannot be cut into units: it has no module with parameters")
-    runs = [(str(nodes[a].target), nodes[a:b]) for a, b in zip(starts, [*starts[1:], len(nodes)], strict=True)]
-    before, head = nodes[: starts[0]], []
-    if any(map(has_parameters, before)):
-        runs.insert(0, ("stem", before))
-    else:
-        runs[0] = (runs[0][0], before + runs[0][1])
-    if plain and len(runs) > 1:  # the last layer is the network's own head, as in any classifier
-        head = runs.pop()[1]
-    elif any(map(has_parameters, runs[-1][1][1:])):  # pool, flatten, linear after the last repeated unit
-        name, last = runs[-1]
-        runs[-1], head = (name, last[:1]), last[1:]
-    return runs, head
-
-
-def _chain(backbone: nn.Module, nodes: Iterable[fx.Node]) -> nn.Module:
-    modules = [backbone.get_submodule(str(n.target)) if n.op == "call_module" else _call(backbone, n) for n in nodes]
-    return modules[0] if len(modules) == 1 else nn.Sequential(*modules)
-
-
-def _call(backbone: nn.Module, node: fx.Node) -> Call:
-    args, kwargs = node.args, node.kwargs
-    if node.op == "call_function":  # by name, so that a `training` that was passed by its place is found
-        named = node.normalized_arguments(backbone, normalize_to_only_use_kwargs=True)
-        if named is not None and "training" in named.kwargs:
-            args, kwargs = (), named.kwargs
-    return Call(node.target, _freeze(args), _freeze(kwargs))  # pyright: ignore[reportArgumentType]
-
-
-def first_leaf(module: nn.Module) -> nn.Module:
-    """The first module of `module` that has no modules of its own."""
-    return next(m for m in module.modules() if not _is_composite(m))
+def has_tensor(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))

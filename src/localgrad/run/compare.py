@@ -75,7 +75,7 @@ def check(cells: Sequence[Cell]) -> None:
             info = replace(info, classes=2)  # an image folder's are counted when it is read; no cut depends on them
         backbone = build(recipe.model, classes=info.classes, in_channels=info.channels)
         size = recipe.image_size or info.size
-        split(trace_units(backbone, torch.zeros(1, info.channels, size, size))[0], recipe.cut)
+        split(trace_units(backbone, torch.zeros(1, info.channels, size, size)), recipe.cut)
 
 
 def grid(args: Compare) -> list[Cell]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import errno
 import resource
 import sys
@@ -11,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +20,11 @@ from torch.utils._pytree import tree_leaves
 
 from localgrad.core.engine import LocalModel, local_backward
 from localgrad.core.task import Task
+from localgrad.core.trace import without_values
 
 KINDS: tuple[str, ...] = ("parameters", "gradients", "optimizer", "activations", "auxiliaries")
 Optimizers = Sequence[torch.optim.Optimizer]
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
-Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -193,17 +192,6 @@ def predict_peak(
 
         step()  # makes the optimizers' state
         return measure_peak(step, model=copied, optimizers=own)
-
-
-def without_values(module: Module, device: str | None = None) -> Module:
-    """A copy whose tensors have the shapes and formats of `module`'s and no values; on `device`, or where they are, the
-    CPU standing in for the meta device."""
-    memo: dict[int, Any] = {}
-    for tensor in (*module.parameters(), *module.buffers()):
-        place = device or ("cpu" if tensor.is_meta else tensor.device)
-        other = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=place)
-        memo[id(tensor)] = nn.Parameter(other, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else other
-    return copy.deepcopy(module, memo)
 
 
 @contextlib.contextmanager

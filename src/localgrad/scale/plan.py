@@ -23,8 +23,9 @@ from localgrad.core.engine import LocalModel, localize, param_groups
 from localgrad.core.errors import UserError
 from localgrad.core.methods import dgl
 from localgrad.core.task import Task
+from localgrad.core.trace import without_values
 from localgrad.scale.costs import trace_costs
-from localgrad.scale.memory import MakeOptimizer, optimizers_for, predict_peak, without_values
+from localgrad.scale.memory import MakeOptimizer, optimizers_for, predict_peak
 from localgrad.scale.recompute import recompute
 from localgrad.scale.search import Form, all_forms, fastest_chain
 from localgrad.scale.speed import Speed

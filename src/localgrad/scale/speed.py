@@ -36,7 +36,7 @@ def calibrate(backbone: nn.Module, example: Tensor, *, autocast: torch.dtype | N
     """The speed at which this device trains `backbone`: a copy of each unit that looks different is run forward and
     backward on as many samples of `example` [B, C, H, W] as give the device enough to do, and two speeds are fitted to
     the times. Seconds."""
-    units = trace_units(copy.deepcopy(backbone).train(), example)[0]
+    units = trace_units(copy.deepcopy(backbone).train(), example).units
     different = {f"{unit.module!r} {unit.input.shape}": unit for unit in units}
     runs = [_timed(unit, example, autocast) for unit in different.values()]
     # Relative errors count, so each row is divided by its time. Neither speed can be negative.
