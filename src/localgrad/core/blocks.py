@@ -248,7 +248,7 @@ def select_path(downstream: Sequence[Unit], depth: int) -> list[Unit]:
 
 
 def _boundary(segment: Segment, following: Segment | None, stage: int, image: tuple[int, int]) -> Boundary:
-    """What leaves a segment; its layout is told by the first module that reads it."""
+    """What leaves a segment; its layout is told by what reads it, or read the like before."""
     shape = segment.leaves
     if len(shape) == 1:
         return Boundary(shape, "NC", stage)
@@ -256,7 +256,8 @@ def _boundary(segment: Segment, following: Segment | None, stage: int, image: tu
         return Boundary(shape, "NLC", stage, *_grid(shape[0], image))
     if len(shape) != 3:
         raise UserError(f"behind '{segment.name}', {shape} crosses: neither a map, nor tokens, nor a vector")
-    return Boundary(shape, "NHWC" if _reads_last(shape, following) else "NCHW", stage)
+    itself = segment if segment.enters == shape else None
+    return Boundary(shape, _read_as(shape, following) or _read_as(shape, itself) or "NCHW", stage)
 
 
 def _grid(tokens: int, image: tuple[int, int]) -> tuple[int, tuple[int, int]]:
@@ -268,16 +269,18 @@ def _grid(tokens: int, image: tuple[int, int]) -> tuple[int, tuple[int, int]]:
     return 0, (tokens, 1)
 
 
-def _reads_last(shape: tuple[int, ...], following: Segment | None) -> bool:
-    """Whether the channels of a map [B, *shape] come last: its reader is a linear layer or a norm over the last
-    dimension, or another that gets it turned round."""
-    if following is None or following.reads is None:
-        return False
-    module, given = following.reads
-    leaves = (m for m in module.modules() if next(m.children(), None) is None)
-    first = next(m for m in leaves if next(m.parameters(), None) is not None)
+def _read_as(shape: tuple[int, ...], reader: Segment | None) -> str | None:
+    """The layout in which a segment reads a map [B, *shape], as far as the first layer with parameters in it tells."""
+    if reader is None or reader.reads is None:
+        return None
+    module, given = reader.reads
     if given != shape:
-        return given == (shape[-1], *shape[:-1])
-    if isinstance(first, nn.LayerNorm):  # those over the channels of NCHW are its subclasses
-        return first.normalized_shape[-1] == shape[-1] and (type(first) is nn.LayerNorm or shape[0] != shape[-1])
-    return isinstance(first, nn.Linear) and first.in_features == shape[-1]
+        return "NHWC" if given == (shape[-1], *shape[:-1]) else None
+    first = next(m for m in module.modules() if next(m.parameters(recurse=False), None) is not None)
+    if isinstance(first, nn.LayerNorm) and first.normalized_shape[-1] == shape[-1]:
+        # Norms over the channels of NCHW are its subclasses.
+        return "NHWC" if type(first) is nn.LayerNorm or shape[0] != shape[-1] else "NCHW"
+    if isinstance(first, nn.Linear) and first.in_features == shape[-1]:
+        return "NHWC"
+    channels = getattr(first, "in_channels", None) or getattr(first, "num_features", None)
+    return "NCHW" if channels == shape[0] else None
