@@ -3,7 +3,7 @@
     python benchmarks/depth.py
 
 Local plans are measured (the second step), BP is predicted: ResNet-1202 would take more than 11 GiB. Bytes do not
-depend on the machine's load. Writes results/depth.csv and docs/depth.svg.
+depend on the machine's load. `benchmarks/pictures.py` draws it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 import tyro
-from matplotlib.figure import Figure
 
 import localgrad as lg
 from localgrad.core.backbones import CifarResNet
@@ -33,7 +32,6 @@ class Settings:
     depths: tuple[int, ...] = DEPTHS
     batch_size: int = 128
     out: Path = Path("results/depth.csv")
-    picture: Path = Path("docs/depth.svg")
 
 
 def local(depth: int, batch_size: int) -> PeakBytes:
@@ -51,19 +49,6 @@ def local(depth: int, batch_size: int) -> PeakBytes:
 def bp(depth: int, batch_size: int) -> PeakBytes:
     model = lg.localize(CifarResNet(depth), method=lg.bp(), example=torch.zeros(1, 3, 32, 32))
     return lg.predict_peak(model, batch_size, lambda own: [SGD(own.parameters())])
-
-
-def draw(depths: list[int], series: dict[str, list[int]], place: Path) -> None:
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.subplots()
-    for (name, sizes), marker in zip(series.items(), "os^", strict=False):
-        axes.plot(depths, [size / 2**20 for size in sizes], marker=marker, label=name)
-    axes.set(xscale="log", yscale="log", xlabel="layers", ylabel="MiB", ylim=(50, None))
-    axes.set_xticks(depths, [str(depth) for depth in depths])
-    axes.minorticks_off()
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(place, metadata={"Date": None})
 
 
 def main(settings: Settings) -> None:
@@ -84,7 +69,6 @@ def main(settings: Settings) -> None:
             print(f"ResNet-{depth}: " + ", ".join(f"{name} {mib(s[-1])}" for name, s in series.items()), flush=True)
     activations = series["one unit per block, activations"]
     print(f"activations: the largest is {max(activations) / min(activations):.3f} times the smallest")
-    draw(list(settings.depths), series, settings.picture)
 
 
 if __name__ == "__main__":

@@ -23,11 +23,11 @@ from localgrad.core.errors import UserError
 from localgrad.run.runlog import environment
 from localgrad.scale.plan import Plan, Planner
 
-# The paper's K=2 and K=4 cuts; of vision transformers we know none, so those are even.
+# The K=2 cut of InfoPro's published code and the K=4 cuts of MAN's; of transformers we know none, so those are even.
 CUTS = {
-    "torchvision:resnet101": ["layer3.8", "layer2.2 layer3.8 layer3.16"],
-    "torchvision:resnet152": ["layer3.13", "layer2.6 layer3.13 layer3.25"],
-    "torchvision:resnext101_32x8d": ["layer3.8", "layer2.2 layer3.8 layer3.16"],
+    "torchvision:resnet101": ["layer2.0", "layer2.2 layer3.8 layer3.16"],
+    "torchvision:resnet152": ["layer2.5", "layer2.6 layer3.13 layer3.25"],
+    "torchvision:resnext101_32x8d": ["layer2.2", "layer2.2 layer3.8 layer3.16"],
     "timm:vit_small_patch16_224": [],
     "timm:vit_base_patch16_224": [],
 }

@@ -126,8 +126,11 @@ def test_imagenet_heads_are_the_published_ones() -> None:
     decode = heads.imagenet_decoder(boundary, (3, 224, 224))
     assert [up.size for up in of(decode, nn.Upsample)] == [(112, 112), (224, 224)]
     assert decode(h).shape == (2, 3, 224, 224)
-    wide = heads.imagenet_decoder(square(256, 14), (3, 224, 224))
-    assert [c.out_channels for c in of(wide, nn.Conv2d)] == [128, 64, 32, 16, 3]
+    widths = {28: [128, 32, 12, 3], 14: [128, 128, 32, 12, 3], 56: [128, 12, 3], 224: [128, 3]}
+    for size, wanted in widths.items():
+        deep = heads.imagenet_decoder(square(256, size), (3, 224, 224))
+        assert [c.out_channels for c in of(deep, nn.Conv2d)] == wanted
+        assert [type(m) for m in deep][-1] is nn.Conv2d
 
 
 @pytest.mark.parametrize(("name", "near"), [("1c2g", "1c2f"), ("dlg", "dgl"), ("3c1f", "1f")])

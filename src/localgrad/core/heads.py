@@ -94,17 +94,22 @@ def imagenet_classifier(boundary: Boundary, task: Task) -> nn.Sequential:
 
 
 def imagenet_decoder(boundary: Boundary, image: tuple[int, int, int]) -> nn.Sequential:
-    """x2 bilinear steps, each halving the channels (not below 16) by a 3x3 convolution, to the image's size:
-    logits of the image, [B, *boundary.shape] -> [B, *image]. Source: InfoPro (ICLR 2021), ImageNet auxiliary."""
-    channels, height, width = image
-    layers, before, size = boundary.to_map(), boundary.channels, boundary.size
-    while size[0] < height or size[1] < width:
-        size = (min(2 * size[0], height), min(2 * size[1], width))
-        out = max(16, before // 2)
-        layers += [nn.Upsample(size, mode="bilinear", align_corners=False)]
-        layers += [nn.Conv2d(before, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+    """1x1 to 128, then bilinear steps that double the map up to the image's size, each followed by a 3x3 convolution,
+    the last of them to 32, 12 and the image's channels: logits of the image, [B, *boundary.shape] -> [B, *image].
+    Source: InfoPro (ICLR 2021), ImageNet auxiliary, whose published code reads maps of 28x28, in three steps."""
+    channels, *full = image
+    size, sizes = boundary.size, []
+    while size[0] < full[0] or size[1] < full[1]:
+        size = (min(2 * size[0], full[0]), min(2 * size[1], full[1]))
+        sizes.append(size)
+    widths = [*[128] * (len(sizes) - 3), 32, 12, channels][-max(1, len(sizes)) :]
+    layers = [*boundary.to_map(), nn.Conv2d(boundary.channels, 128, 1), nn.BatchNorm2d(128), nn.ReLU()]
+    before = 128
+    for size, out in zip(sizes or [size], widths, strict=True):
+        layers += [nn.Upsample(size, mode="bilinear", align_corners=True), nn.Conv2d(before, out, 3, padding=1)]
+        layers += [nn.BatchNorm2d(out), nn.ReLU()]
         before = out
-    return nn.Sequential(*layers, nn.Conv2d(before, channels, 3, padding=1))
+    return nn.Sequential(*layers[:-2])
 
 
 def _pool_to(side: int, size: tuple[int, int]) -> list[nn.Module]:

@@ -113,9 +113,9 @@ def _imagenet(model: str, blocks: str, batch_size: int) -> Recipe:
 
 def imagenet_resnet101_k2() -> Recipe:
     """`localgrad train --recipe imagenet_resnet101_k2`. Published: BP 22.03 / 5.93 (top-1 / top-5), 19.71 GB a GPU;
-    InfoPro K=2 21.85 / 5.89, 12.06 GB (ICLR 2021); with MAN not found. The cut is the middle one of K=4's. 8 GPUs in
-    the paper, one here."""
-    return _imagenet("resnet101", "layer3.8", 1024)
+    InfoPro K=2 21.85 / 5.89, 12.06 GB (ICLR 2021); with MAN not found. The cut is that of InfoPro's published code. 8
+    GPUs in the paper, one here."""
+    return _imagenet("resnet101", "layer2.0", 1024)
 
 
 def imagenet_resnet101_k4() -> Recipe:
@@ -126,9 +126,9 @@ def imagenet_resnet101_k4() -> Recipe:
 
 def imagenet_resnet152_k2() -> Recipe:
     """`localgrad train --recipe imagenet_resnet152_k2`. Published: BP 21.60 / 5.92, 26.29 GB a GPU; InfoPro K=2
-    21.45 / 5.84, 15.53 GB (ICLR 2021); with MAN not found. The cut is the middle one of K=4's. 8 GPUs in the paper,
-    one here."""
-    return _imagenet("resnet152", "layer3.13", 1024)
+    21.45 / 5.84, 15.53 GB (ICLR 2021); with MAN not found. The cut is that of InfoPro's published code. 8 GPUs in the
+    paper, one here."""
+    return _imagenet("resnet152", "layer2.5", 1024)
 
 
 def imagenet_resnet152_k4() -> Recipe:
@@ -139,9 +139,9 @@ def imagenet_resnet152_k4() -> Recipe:
 
 def imagenet_resnext101_k2() -> Recipe:
     """`localgrad train --recipe imagenet_resnext101_k2`. Published: BP 20.64 / 5.40, 19.22 GB; InfoPro K=2
-    20.35 / 5.28, 11.55 GB (ICLR 2021); with MAN not found. The cut is the middle one of K=4's. 8 GPUs in the paper,
-    one here."""
-    return _imagenet("resnext101_32x8d", "layer3.8", 512)
+    20.35 / 5.28, 11.55 GB (ICLR 2021); with MAN not found. The cut is that of InfoPro's published code. 8 GPUs in the
+    paper, one here."""
+    return _imagenet("resnext101_32x8d", "layer2.2", 512)
 
 
 def imagenet_resnext101_k4() -> Recipe:
