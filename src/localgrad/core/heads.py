@@ -102,11 +102,12 @@ def imagenet_decoder(boundary: Boundary, image: tuple[int, int, int]) -> nn.Sequ
     while size[0] < full[0] or size[1] < full[1]:
         size = (min(2 * size[0], full[0]), min(2 * size[1], full[1]))
         sizes.append(size)
-    widths = [*[128] * (len(sizes) - 3), 32, 12, channels][-max(1, len(sizes)) :]
+    sizes = sizes or [size]
+    widths = [*[128] * (len(sizes) - 3), 32, 12, channels][-len(sizes) :]
     layers = [*boundary.to_map(), nn.Conv2d(boundary.channels, 128, 1), nn.BatchNorm2d(128), nn.ReLU()]
     before = 128
-    for size, out in zip(sizes or [size], widths, strict=True):
-        layers += [nn.Upsample(size, mode="bilinear", align_corners=True), nn.Conv2d(before, out, 3, padding=1)]
+    for step, out in zip(sizes, widths, strict=True):
+        layers += [nn.Upsample(step, mode="bilinear", align_corners=True), nn.Conv2d(before, out, 3, padding=1)]
         layers += [nn.BatchNorm2d(out), nn.ReLU()]
         before = out
     return nn.Sequential(*layers[:-2])
