@@ -221,11 +221,10 @@ def split(traced: Traced, blocks: int | Sequence[str]) -> list[list[Unit]]:
 
 
 def _nearest(traced: Traced, name: str) -> str:
-    """The legal cut that comes next behind the refused place, or else the last before it."""
-    order = [*traced.places]
-    at = order.index(name)
-    legal = [n for n in (*order[at:], *reversed(order[:at])) if n not in traced.refused and n != order[-1]]
-    return f"behind '{legal[0]}'" if legal else "nowhere: it is one unit"
+    """The legal cut nearest to the refused place."""
+    at = traced.places.index(name)
+    legal = [i for i, place in enumerate(traced.places[:-1]) if place not in traced.refused]
+    return f"behind '{traced.places[min(legal, key=lambda i: abs(i - at))]}'" if legal else "nowhere: it is one unit"
 
 
 def _why(traced: Traced) -> str:

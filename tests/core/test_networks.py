@@ -1,0 +1,198 @@
+"""Networks as people bring them: tokens, maps with their channels last, tables beside the chain, control flow."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from small import chain
+from timm.models.beit import Beit
+from timm.models.mlp_mixer import MlpMixer
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import localgrad as lg
+from localgrad.core.blocks import trace_units
+from localgrad.core.errors import UserError
+
+TINY = {"img_size": 16, "num_classes": 5, "embed_dim": 16}
+
+
+def vit(**how: object) -> nn.Module:
+    return VisionTransformer(**{**TINY, "patch_size": 4, "depth": 4, "num_heads": 2, "drop_path_rate": 0.2, **how})
+
+
+def swin() -> nn.Module:
+    return SwinTransformer(**TINY, patch_size=2, depths=(2, 2), num_heads=(2, 2), window_size=4)
+
+
+def shared_table() -> nn.Module:
+    """Every layer reads one table of relative positions, which belongs to none of them."""
+    how = {"use_abs_pos_emb": False, "use_shared_rel_pos_bias": True}
+    network = Beit(**TINY, patch_size=4, depth=4, num_heads=2, **how)
+    nn.init.normal_(network.rel_pos_bias.relative_position_bias_table)
+    return network
+
+
+class Unit(nn.Module):
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(features, 2 * features), nn.Linear(2 * features, features)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.b(F.gelu(self.a(h)))
+
+
+class Own(nn.Module):
+    """What people write at the top of a network: options, control flow over shapes, sizes that follow the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(3, 8)
+        self.units = nn.ModuleList(Unit(8) for _ in range(4))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, pool: str = "mean") -> Tensor:
+        if x.shape[-1] > 4:
+            x = F.avg_pool2d(x, 2)
+        if mask is not None:
+            x = x * mask
+        count, channels, height, width = x.shape
+        h = self.stem(x.permute(0, 2, 3, 1).reshape(count * height * width, channels)).view(count, height * width, -1)
+        h = F.dropout(h, 0.1, self.training)
+        for unit in self.units:
+            h = unit(h)
+        assert len(h) == count
+        h = h + torch.arange(h.size(1), device=h.device)[None, :, None] / 100
+        return self.head(h.mean(1) if pool == "mean" else h[:, 0])
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "vit": vit,
+    "vit, mean of tokens": lambda: vit(class_token=False, global_pool="avg"),
+    "vit with registers": lambda: vit(reg_tokens=3),
+    "swin": swin,
+    "mixer": lambda: MlpMixer(img_size=16, patch_size=4, num_blocks=4, embed_dim=16, num_classes=5),
+    "shared table": shared_table,
+    "own": Own,
+}
+
+
+@pytest.fixture(params=NETWORKS)
+def network(request: pytest.FixtureRequest) -> nn.Module:
+    torch.manual_seed(0)
+    return NETWORKS[request.param]()
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_chained_blocks_are_the_network_bit_for_bit(network: nn.Module, count: int) -> None:
+    x = torch.randn(count, 3, 16, 16)
+    model = lg.localize(network, blocks=4, method=lg.dgl("0c1f"), example=torch.zeros(2, 3, 16, 16))
+    for training in (False, True):
+        model.train(training)
+        torch.manual_seed(1)
+        through_blocks = chain(model, x)
+        torch.manual_seed(1)
+        assert torch.equal(through_blocks, network(x))
+
+
+@pytest.mark.parametrize("coupling", [None, lg.MAN(), lg.DeepMAN(depth=2)], ids=str)
+@pytest.mark.parametrize("method", [lg.dgl("0c1f"), lg.infopro(), lg.predsim(), lg.auglocal()], ids=lambda m: m.name)
+def test_every_parameter_that_learns_under_bp_learns(
+    network: nn.Module, method: lg.Method, coupling: lg.MAN | None
+) -> None:
+    x, y = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])
+    alone = copy.deepcopy(network)
+    F.cross_entropy(alone(x), y).backward()
+    learns = {name for name, p in alone.named_parameters() if p.grad is not None}
+    weights = {"method": lg.infopro(weights=[(1, 1)] * 3)} if method.name == "infopro" else {"method": method}
+    model = lg.localize(network, blocks=4, coupling=coupling, example=x, **weights)
+    lg.local_backward(model, x, y)
+    assert {name for name, p in network.named_parameters() if p.grad is not None} == learns
+    owned = [p for group in lg.param_groups(model) for p in group["params"]]
+    assert len(owned) == len(set(owned))
+    assert set(network.parameters()) <= set(owned)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "shape", "prefix", "size"),
+    [
+        ("vit", "NLC", (17, 16), 1, (4, 4)),
+        ("vit with registers", "NLC", (20, 16), 4, (4, 4)),
+        ("vit, mean of tokens", "NLC", (16, 16), 0, (4, 4)),
+        ("swin", "NHWC", (8, 8, 16), 0, (8, 8)),
+        ("own", "NLC", (64, 8), 0, (8, 8)),
+    ],
+)
+def test_a_boundary_knows_its_layout(
+    name: str, layout: str, shape: tuple[int, ...], prefix: int, size: tuple[int, int]
+) -> None:
+    boundary = trace_units(NETWORKS[name](), torch.zeros(1, 3, 16, 16)).units[1].output
+    assert (boundary.layout, boundary.shape, boundary.prefix, boundary.size) == (layout, shape, prefix, size)
+    h = torch.randn(2, *shape)
+    as_map = nn.Sequential(*boundary.to_map())(h)
+    assert as_map.shape == (2, boundary.channels, *size)
+    grid = h[:, prefix:].reshape(2, *size, boundary.channels)
+    assert torch.equal(as_map, grid.permute(0, 3, 1, 2))
+    layers, summary = boundary.summary()
+    assert torch.equal(nn.Sequential(*layers)(h), h[:, 0] if prefix else h)
+    assert (summary.layout == "NC") == bool(prefix)
+
+
+def test_a_table_beside_the_chain_is_trained_by_the_first_block_that_reads_it() -> None:
+    network = shared_table()
+    model = lg.localize(network, blocks=4, method=lg.dgl("0c1f"), coupling=lg.MAN(), example=torch.zeros(1, 3, 16, 16))
+    table = network.get_parameter("rel_pos_bias.relative_position_bias_table")
+    assert [any(p is table for p in model.members(k)) for k in range(4)] == [
+        False,
+        True,
+        False,
+        False,
+    ]  # the first is the stem alone
+    moved = copy.deepcopy(model).double()
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    assert torch.equal(chain(moved.eval(), x), moved.backbone(x))
+
+
+class UNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.ModuleList(nn.Sequential(nn.Conv2d(c, 8, 3, padding=1), nn.Conv2d(8, 8, 1)) for c in (3, 8, 8))
+        self.up = nn.ModuleList(nn.Sequential(nn.Conv2d(16, 8, 3, padding=1), nn.Conv2d(8, 8, 1)) for _ in range(2))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = []
+        for down in self.down:
+            x = F.relu(down(x))
+            kept.append(x)
+        for up, skip in zip(self.up, reversed(kept[:-1]), strict=True):
+            x = up(torch.cat([x, skip], 1))
+        return self.head(x.mean((2, 3)))
+
+
+class TwoInputs(nn.Module):
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        return x + other
+
+
+def test_a_cut_that_a_skip_passes_over_names_it_and_the_nearest() -> None:
+    x = torch.zeros(1, 3, 8, 8)
+    assert lg.units(UNet(), x) == ["down.0", "up.0", "up.1"]
+    for place, nearest in (("down.1", "down.0"), ("down.2", "up.0")):
+        with pytest.raises(UserError) as caught:
+            lg.localize(UNet(), blocks=[place], method=lg.dgl("0c1f"), example=x)
+        said = str(caught.value)
+        assert said.startswith(f"no cut behind '{place}': the tensor of 'down.0' skips over it to 'cat")
+        assert said.endswith(f"the nearest is behind '{nearest}'")
+
+
+def test_what_cannot_be_followed_says_so_and_what_to_do() -> None:
+    with pytest.raises(
+        UserError, match=r"TwoInputs cannot be cut: its forward cannot be followed \(.*other.*nn.Sequential\(part"
+    ):
+        lg.units(TwoInputs(), torch.zeros(1, 3, 8, 8))
