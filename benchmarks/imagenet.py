@@ -72,6 +72,7 @@ def plans(model: str, batch_size: int) -> Iterator[tuple[str, Plan]]:
             except UserError:
                 continue  # nothing of that kind is so small
             yield f"{name}, the fastest in {share:.0%} of BP's memory", plan
+    yield "MAN, the least", man.exactly(man.frontier(several=True)[-1])
 
 
 def main(settings: Settings) -> None:
@@ -88,12 +89,15 @@ def main(settings: Settings) -> None:
         began, base = time.perf_counter(), None
         for name, plan in plans(model, settings.batch_size):
             base = base or plan
-            below = 100 * (1 - plan.peak / base.peak)
+            below = 100 * (base.peak - plan.peak) / base.peak
             ratios = [f"{plan.flops / base.flops:.3f}", f"{plan.seconds / base.seconds:.3f}"]
             what = [plan.step_as_you_go, len(plan.units), len(plan.couplings), " ".join(plan.blocks[:-1])]
             row = [model, name, len(plan.blocks), plan.peak, f"{below:.1f}", *ratios, *what, settings.batch_size]
             done.append(dict(zip(columns, map(str, [*row, *env.values()]), strict=True)))
-            print(f"{model} {name}: {plan.peak / 2**30:.2f} GiB (-{below:.1f}%), arithmetic {ratios[0]}x", flush=True)
+            print(
+                f"{model} {name}: {plan.peak / 2**30:.2f} GiB ({below:.1f}% below BP), arithmetic {ratios[0]}x",
+                flush=True,
+            )
         print(f"{model}: {time.perf_counter() - began:.0f} s", flush=True)
         with settings.out.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns, lineterminator="\n")

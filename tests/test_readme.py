@@ -25,7 +25,7 @@ from localgrad.run.compare import grid
 from localgrad.run.recipe import settle
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/methods.md", "docs/reliability.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/methods.md", "docs/memory.md", "docs/reliability.md")
 
 
 def read(page: str) -> str:
@@ -117,6 +117,13 @@ def test_links_and_files_exist(page: str) -> None:
         assert not anchor or anchor in {h.lower().replace(" ", "-") for h in headings}, target
     for name in re.findall(r"`((?:src|tests|docs|core|run|scale)/[\w./-]*)`", text):
         assert (ROOT / name).exists() or (ROOT / "src/localgrad" / name).exists(), f"{page} names {name}"
+
+
+def test_tables_are_those_of_the_results() -> None:
+    filled = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))["filled"]
+    page = read("docs/memory.md")
+    assert "| BP | 1 | 1.00 |" in page
+    assert filled(page) == page, "run python benchmarks/tables.py"
 
 
 def test_make_targets_and_extras_exist() -> None:

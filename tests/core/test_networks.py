@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -19,11 +20,12 @@ import localgrad as lg
 from localgrad.core.blocks import trace_units
 from localgrad.core.errors import UserError
 
-TINY = {"img_size": 16, "num_classes": 5, "embed_dim": 16}
+TINY: dict[str, Any] = {"img_size": 16, "num_classes": 5, "embed_dim": 16}
+LAYERS: dict[str, Any] = {**TINY, "patch_size": 4, "depth": 4, "num_heads": 2}
 
 
-def vit(**how: object) -> nn.Module:
-    return VisionTransformer(**{**TINY, "patch_size": 4, "depth": 4, "num_heads": 2, "drop_path_rate": 0.2, **how})
+def vit(**how: Any) -> nn.Module:
+    return VisionTransformer(**LAYERS, drop_path_rate=0.2, **how)
 
 
 def swin() -> nn.Module:
@@ -32,9 +34,8 @@ def swin() -> nn.Module:
 
 def shared_table() -> nn.Module:
     """Every layer reads one table of relative positions, which belongs to none of them."""
-    how = {"use_abs_pos_emb": False, "use_shared_rel_pos_bias": True}
-    network = Beit(**TINY, patch_size=4, depth=4, num_heads=2, **how)
-    nn.init.normal_(network.rel_pos_bias.relative_position_bias_table)
+    network = Beit(**LAYERS, use_abs_pos_emb=False, use_shared_rel_pos_bias=True)
+    nn.init.normal_(network.get_parameter("rel_pos_bias.relative_position_bias_table"))
     return network
 
 
@@ -109,8 +110,9 @@ def test_every_parameter_that_learns_under_bp_learns(
     alone = copy.deepcopy(network)
     F.cross_entropy(alone(x), y).backward()
     learns = {name for name, p in alone.named_parameters() if p.grad is not None}
-    weights = {"method": lg.infopro(weights=[(1, 1)] * 3)} if method.name == "infopro" else {"method": method}
-    model = lg.localize(network, blocks=4, coupling=coupling, example=x, **weights)
+    if method.name == "infopro":  # whose own weights end at nothing
+        method = lg.infopro(weights=[(1.0, 1.0)] * 3)
+    model = lg.localize(network, blocks=4, coupling=coupling, example=x, method=method)
     lg.local_backward(model, x, y)
     assert {name for name, p in network.named_parameters() if p.grad is not None} == learns
     owned = [p for group in lg.param_groups(model) for p in group["params"]]

@@ -125,10 +125,10 @@ def test_the_prediction_is_what_is_measured(name: str, size: int, blocks: int) -
 @pytest.mark.parametrize(
     "name",
     ["resnet110", "timm:resnet26d", "timm:resnext26ts", "torchvision:resnet50", "torchvision:wide_resnet50_2",
-     "torchvision:resnext50_32x4d"],
+     "torchvision:resnext50_32x4d", "timm:vit_tiny_patch16_224"],
 )  # fmt: skip
 def test_the_prediction_is_what_is_measured_on_larger_networks(name: str, blocks: int) -> None:
-    model = local(name, blocks, lg.MAN(), 32 if name == "resnet110" else 96)
+    model = local(name, blocks, lg.MAN(), {"resnet110": 32, "timm:vit_tiny_patch16_224": 224}.get(name, 96))
     assert lg.predict_peak(model, BATCH, sgd).total == pytest.approx(measured(model, sgd).total, rel=0.001)
 
 

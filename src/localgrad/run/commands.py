@@ -150,9 +150,7 @@ def run_list(args: List) -> int:
     for title, names in (("methods", METHODS), ("couplings", COUPLINGS), ("heads", HEADS), ("recipes", RECIPES)):
         console.print(f"[bold]{title}[/]  {', '.join(names)}", highlight=False)
     models = f"{', '.join(CIFAR_RESNETS)}, torchvision:NAME, timm:NAME"
-    console.print(
-        f"[bold]backbones[/]  {models} (chains of units, such as ResNet-18 to 152 and ResNeXt)", highlight=False
-    )
+    console.print(f"[bold]backbones[/]  {models} (classification networks)", highlight=False)
     table = Table("data set", "images", "classes", "present", title="data sets", title_justify="left")
     for name, info in data_room.DATASETS.items():
         place = data_room.present(name, args.data_dir)
