@@ -40,7 +40,8 @@ def all_forms(costs: Costs, speed: Speed, *, coupled: bool) -> Forms:
         enters = costs.batch if i == 0 else costs.batch + kept[i - 1].output
         for j in range(i, count):
             last = j == count - 1
-            for again in sorted({round((j + 1 - i) * n / SHARES) for n in range(SHARES + 1)}):
+            shares = count if last and i == 0 else SHARES  # each number of units where there is one block only
+            for again in sorted({round((j + 1 - i) * n / shares) for n in range(shares + 1)}):
                 own = [*made_again[i : i + again], *kept[i + again : j + 1]]
                 seconds = sum(times[1][i : i + again]) + sum(times[0][i + again : j + 1])
                 for coupling_again in (False, True) if coupled and not last else (False,):
