@@ -96,7 +96,6 @@ class Unit:
     module: nn.Module
     input: Boundary
     output: Boundary
-    begins_in_place: bool = False
 
     @property
     def changes_shape(self) -> bool:
@@ -110,7 +109,7 @@ class Unit:
                 reset = getattr(part, "reset_parameters", None)
                 if callable(reset):
                     reset()
-        return nn.Sequential(Clone(), module) if self.begins_in_place else module
+        return module
 
 
 Way = Callable[[nn.Module, Tensor], Tensor]
@@ -171,16 +170,18 @@ def trace_units(backbone: nn.Module, example: Tensor) -> Traced:
     for segment, following in zip(cut.units, rest, strict=True):
         stage += segment.enters != segment.leaves and bool(found)
         after = _boundary(segment, following, stage, image)
-        found.append(Unit(segment.name, segment.module, before, after, segment.in_place))
+        module = nn.Sequential(Clone(), segment.module) if segment.in_place else segment.module
+        found.append(Unit(segment.name, module, before, after))
         before = after
     owner: dict[nn.Parameter, str] = {}
     names = [unit.name for unit in found]
-    for unit in found:
-        for parameter in unit.module.parameters():
-            if owner.setdefault(parameter, unit.name) != unit.name or names.count(unit.name) > 1:
-                raise UserError(
-                    f"unit '{unit.name}' shares parameters with '{owner[parameter]}': they cannot be isolated"
-                )
+    pieces = [(unit.name, unit.module) for unit in found]
+    if cut.head is not None:
+        pieces.append(("head", cut.head.module))
+    for name, module in pieces:
+        for parameter in module.parameters():
+            if owner.setdefault(parameter, name) != name or names.count(name) > 1:
+                raise UserError(f"unit '{name}' shares parameters with '{owner[parameter]}': they cannot be isolated")
     output, tail = (cut.head or cut.units[-1]).leaves, cut.head.module if cut.head else None
     # A last unit that turns maps into a vector is the network's own head, whatever its module is called.
     if tail is None and len(found) > 1 and len(found[-1].output.shape) < len(found[-1].input.shape):

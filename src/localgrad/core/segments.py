@@ -3,6 +3,8 @@ crosses, each as a module that references the backbone's own."""
 
 from __future__ import annotations
 
+import copy
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,10 +61,25 @@ class _Held(nn.Module):
         self.held = (module,)  # a tuple, so that it is not registered
 
     def __deepcopy__(self, memo: dict) -> _Held:
-        return _Held(self.held[0])  # the backbone's own for copies too
+        whole = any(id(p) in memo for p in self.held[0].parameters())
+        return _Held(copy.deepcopy(self.held[0], memo) if whole else self.held[0])
 
     def forward(self, h: Tensor) -> Tensor:
         return self.held[0](h).detach()
+
+
+class _Reads(nn.Module):
+    """A tensor that is no parameter, read where it lies."""
+
+    def __init__(self, owner: nn.Module, name: str) -> None:
+        super().__init__()
+        self.owner, self.name = (owner,), name
+
+    def __deepcopy__(self, memo: dict) -> _Reads:
+        return _Reads(memo.get(id(self.owner[0]), self.owner[0]), self.name)
+
+    def forward(self) -> Any:
+        return getattr(self.owner[0], self.name)
 
 
 class _Follows(nn.Module):
@@ -233,6 +250,9 @@ class _Flow:
         h = env[entering]
 
         def add(node: fx.Node) -> Any:
+            if node.op == "get_attr" and (where := self._lies(node)) is not None:
+                roots[f"reads_{len(roots)}"] = _Reads(*where)
+                return graph.call_module(f"reads_{len(roots) - 1}")
             if node.op in ("call_module", "get_attr"):
                 roots[_name(node)] = self._attribute(node)
             copied = graph.node_copy(node, place)
@@ -243,10 +263,13 @@ class _Flow:
 
         def place(node: fx.Node) -> Any:
             if node not in env:
-                env[node] = _literal(node.meta[VALUE], h, graph) if not has_tensor(node.meta[VALUE]) else beside(node)
+                values = node.meta[VALUE]
+                env[node] = beside(node) if has_tensor(values) else _literal(values, h, entering.meta[VALUE][0].dtype)
             return env[node]
 
         def beside(node: fx.Node) -> Any:
+            if node.op in ("call_function", "call_method"):
+                return add(node)  # what it reads may belong to several units
             if all(self.owner.setdefault(p, name) == name for p in self._parameters_beside(node)):
                 return add(node)
             held = f"held_{len(roots)}"
@@ -267,7 +290,7 @@ class _Flow:
         waiting = [node]
         while waiting:
             now = waiting.pop()
-            waiting += now.all_input_nodes
+            waiting += [n for n in now.all_input_nodes if n not in self.depends and has_tensor(n.meta[VALUE])]
             if now.op == "get_attr" and isinstance(value := self._attribute(now), nn.Parameter):
                 found.add(id(value))
             elif (module := self.module(now)) is not None:
@@ -281,6 +304,13 @@ class _Flow:
         if name.startswith("_tensor_constant"):  # made while tracing
             return node.meta[VALUE][0]
         return getattr(self.backbone.get_submodule(owner), name)
+
+    def _lies(self, node: fx.Node) -> tuple[nn.Module, str] | None:
+        """Where the backbone has a tensor that is no parameter."""
+        owner, _, name = _name(node).rpartition(".")
+        if name.startswith("_tensor_constant") or isinstance(self._attribute(node), nn.Parameter):
+            return None
+        return self.backbone.get_submodule(owner), name
 
     def _follow_training(self, node: fx.Node, graph: fx.Graph, roots: dict[str, Any]) -> None:
         named = node.normalized_arguments(self.backbone, normalize_to_only_use_kwargs=True)
@@ -300,24 +330,19 @@ def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
-def _literal(values: tuple[Any, ...], h: fx.Node, graph: fx.Graph) -> Any:
-    """A value that is no tensor, as the unit reads it: a constant, or what follows the batch of `h`."""
+def _literal(values: tuple[Any, ...], h: fx.Node, dtype: torch.dtype) -> Any:
+    """What is no tensor, as the unit reads it: a constant, or what follows the batch, device or dtype of `h`."""
     first, other = values
     if isinstance(first, torch.device):
-        return graph.call_function(getattr, (h, "device"))
-    if isinstance(first, bool) or not isinstance(first, int | tuple | list):
+        return h.graph.call_function(getattr, (h, "device"))
+    if first is dtype:
+        return h.graph.call_function(getattr, (h, "dtype"))
+    if isinstance(first, tuple | list):
+        parts = [_literal((a, b), h, dtype) for a, b in zip(first, other, strict=True)]
+        return parts if isinstance(first, list) else tuple(parts)
+    if first == other:
         return first
-    if isinstance(first, int):
-        if first == other:
-            return first
-        if first * BATCHES[1] != other * BATCHES[0]:
-            raise UserError(f"a size that is {first} for a batch of {BATCHES[0]} is {other} for one of {BATCHES[1]}")
-        size = graph.call_method("size", (h, 0))
-        times = first // BATCHES[0]
-        return size if times == 1 else graph.call_function(_times, (size, times))
-    parts = [_literal((a, b), h, graph) for a, b in zip(first, other, strict=True)]
-    return parts if isinstance(first, list) else tuple(parts)
-
-
-def _times(a: int, b: int) -> int:
-    return a * b
+    if not isinstance(first, int) or first * BATCHES[1] != other * BATCHES[0]:
+        raise UserError(f"what is {first} for a batch of {BATCHES[0]} is {other} for one of {BATCHES[1]}: no cut there")
+    size, times = h.graph.call_method("size", (h, 0)), first // BATCHES[0]
+    return size if times == 1 else h.graph.call_function(operator.mul, (size, times))

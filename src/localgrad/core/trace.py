@@ -2,6 +2,7 @@
 
 Each step carries what it gave for two batch sizes on tensors without values, so that Python's own control flow over
 shapes goes the way that it goes for the example, and sizes that follow the batch can be told from those that do not.
+The trace is taken in training mode: `if self.training` beside the units, outside any module, is followed as it is then.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from localgrad.core.errors import UserError
 
-BATCHES = (2, 3)  # two sizes; normalisation over a batch needs more than one sample
+BATCHES = (5, 7)  # two sizes without a common share
 VALUE = "value"  # of a step for each of BATCHES, in its `meta`
 Module = TypeVar("Module", bound=nn.Module)
 CONTAINERS = (nn.Sequential, nn.ModuleList)
@@ -30,7 +31,10 @@ def trace(backbone: nn.Module, example: Tensor) -> fx.Graph:
 
     Raises UserError for a network whose own forward cannot be followed, naming the module that stopped it.
     """
-    shapes = without_values(backbone, "meta").train()
+    try:
+        shapes = without_values(backbone, "meta").train()
+    except RuntimeError as error:
+        raise UserError(f"{type(backbone).__name__} cannot be copied: {str(error).splitlines()[0]}") from error
     opened = _opened(shapes)
     while True:
         tracer = _Tracer(opened, example)
@@ -106,14 +110,23 @@ class _Proxy(fx.Proxy):
     """A proxy that knows what it stands for, as far as that is no tensor."""
 
     def _known(self) -> Any:
-        value = self.node.meta[VALUE][0]
+        value, other = self.node.meta[VALUE]
         if isinstance(value, Tensor):
             raise TypeError("it depends on the values of a tensor")
+        if value != other:
+            raise TypeError("it depends on the size of the batch")
         return value
 
+    def __getattr__(self, k: str) -> Any:
+        if callable(getattr(self.node.meta[VALUE][0], k)):
+            return super().__getattr__(k)
+        return self.tracer.create_proxy("call_function", getattr, (self, k), {})
+
     def __len__(self) -> int:
-        value = self.node.meta[VALUE][0]
-        return len(value)
+        value, other = map(len, self.node.meta[VALUE])
+        if value != other:
+            raise TypeError("it depends on the size of the batch: take x.shape[0], not len(x)")
+        return value
 
     def __int__(self) -> int:
         return int(self._known())
@@ -180,7 +193,7 @@ class _Tracer(fx.Tracer):
             self._running = False
 
     def _value(self, node: fx.Node, which: int) -> Any:
-        args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta[VALUE][which])
+        args, kwargs = tree_map(_without_value, map_arg((node.args, node.kwargs), lambda n: n.meta[VALUE][which]))
         target: Any = node.target
         if node.op == "placeholder":
             size = (BATCHES[which], *self.example.shape[1:])
@@ -198,6 +211,11 @@ class _Tracer(fx.Tracer):
 def _attribute(root: nn.Module, target: str) -> Any:
     owner, _, name = target.rpartition(".")
     return getattr(root.get_submodule(owner), name)
+
+
+def _without_value(value: Any) -> Any:
+    """Tensors that a forward makes itself, or holds beside its buffers, have values."""
+    return value.to("meta") if isinstance(value, Tensor) and not value.is_meta and value.ndim else value
 
 
 def has_tensor(value: Any) -> bool:

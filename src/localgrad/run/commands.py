@@ -45,7 +45,7 @@ def run_plan(args: Plan) -> int:
     if args.out is not None and not (args.out.parent.is_dir() and os.access(args.out.parent, os.W_OK)):
         raise UserError(f"cannot write to {args.out.parent}: choose another --out")
     planner = planner_for(recipe, machine_for(recipe))
-    chosen, frontier = planner.fastest(budget), planner.frontier()
+    chosen, frontier = planner.fastest(budget, as_you_go=may_step_as_it_goes(recipe)), planner.frontier()
     rows = [("BP", planner.bp), ("checkpointing", planner.checkpointing)]
     rows += [("", plan) for plan in frontier[:: max(1, len(frontier) // 10)] if len(plan.blocks) > 1]
     rows.append((f"fits {args.budget}", chosen))
@@ -72,6 +72,11 @@ def planned_fields(recipe: Recipe, chosen: plans.Plan) -> dict[str, Any]:
     }
 
 
+def may_step_as_it_goes(recipe: Recipe) -> bool:
+    """Whether a plan of the recipe may free gradients block by block."""
+    return recipe.accumulate == 1 and not recipe.skip_nonfinite
+
+
 def _fitted(args: Train) -> Recipe:
     """The recipe; `blocks="auto"` filled by the fastest plan within the budget, or as the run that goes on has it."""
     recipe = args.recipe
@@ -82,11 +87,12 @@ def _fitted(args: Train) -> Recipe:
     budget = parse_bytes(args.budget)
     if args.saving.resume == "auto" and (args.out / "config.yaml").is_file():
         earlier = read_recipe(args.out / "config.yaml")
+        print(f"going on with the plan of {args.out}: blocks {earlier.blocks}")
         return replace(recipe, **{name: getattr(earlier, name) for name in PLANNED})
     folder = recipe.data == "image-folder"
     info = data_room.load(recipe.data, data_dir=recipe.data_dir, image_size=recipe.image_size).info if folder else None
     planner = planner_for(recipe, machine_for(recipe), classes=info.classes if info else None)
-    chosen = planner.fastest(budget)
+    chosen = planner.fastest(budget, as_you_go=may_step_as_it_goes(recipe))
     times = chosen.seconds / planner.bp.seconds
     print(f"fits {args.budget}: blocks {len(chosen.blocks)}, {mib(chosen.peak)} and {times:.2f} x BP's time predicted")
     return replace(recipe, **planned_fields(recipe, chosen))

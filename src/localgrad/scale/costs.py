@@ -94,7 +94,7 @@ def _trace(
     seen: dict[str, Cost] = {}
 
     def once(what: nn.Module, run: Callable[[Tensor], Tensor], h: Tensor) -> Cost:
-        key = f"{nn.Module.__repr__(what)} {tuple(h.shape)} {h.dtype} {h.requires_grad}"
+        key = f"{looks(what)} {tuple(h.shape)} {h.dtype} {h.requires_grad}"
         if key not in seen:
             seen[key] = _traced(what, run, h, autocast)
         return seen[key]
@@ -116,6 +116,13 @@ def _trace(
         last = copied.blocks[-1]
         units.append(once(last, lambda h: copied.task.criterion(full_precision(last(h)), y), h))
     return units, auxiliaries
+
+
+def looks(module: nn.Module) -> str:
+    """What tells a module from others that cost another amount: layers, sizes, steps."""
+    sizes = [(name, tuple(p.shape)) for name, p in module.named_parameters()]
+    steps = [m.code for m in module.modules() if isinstance(m, torch.fx.GraphModule)]
+    return f"{nn.Module.__repr__(module)} {sizes} {steps}"
 
 
 class _End(torch.autograd.Function):

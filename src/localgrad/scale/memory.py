@@ -201,9 +201,9 @@ def on_fake_tensors(model: LocalModel, batch_size: int) -> Iterator[tuple[LocalM
     with FakeTensorMode(allow_non_fake_inputs=True):
         copied = without_values(model)
         copied.task = cast(Task, SimpleNamespace(criterion=model.task.criterion, check_targets=lambda targets: None))
-        weight = next(p for p in copied.parameters() if p.ndim == 4)
-        last = weight.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.channels_last if last else torch.contiguous_format
+        weight = next((p for p in copied.parameters() if p.ndim == 4), next(copied.parameters()))
+        last = weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if last and len(model.image) == 3 else torch.contiguous_format
         x = torch.empty(batch_size, *model.image, device=weight.device, dtype=weight.dtype).to(memory_format=layout)
         yield copied, x, torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
 

@@ -109,11 +109,13 @@ class Planner:
 
     def even(self, blocks: int) -> Plan:
         """As many blocks as asked for, cut as `localize` cuts, nothing recomputed; for comparison."""
+        self._check(blocks)
         count = len(self._forms)
         return self.cut([self.costs.names[i * count // blocks - 1] for i in range(1, blocks + 1)])
 
     def balanced(self, blocks: int) -> Plan:
         """As many blocks as asked for, cut so that the step needs the least, nothing recomputed."""
+        self._check(blocks)
         plain = {j: [f for f in forms if f.plain] for j, forms in self._forms.items()}
 
         def chain(cap: int) -> list[Form] | None:
@@ -125,15 +127,16 @@ class Planner:
             low, high = (low, middle) if chain(middle) else (middle, high)
         return self._plan(chain(high) or [], as_you_go=False)
 
-    def frontier(self, blocks: int | None = None, *, several: bool = False) -> list[Plan]:
+    def frontier(self, blocks: int | None = None, *, several: bool = False, as_you_go: bool = True) -> list[Plan]:
         """The plans of which no other needs both less memory and less time, of as many blocks as asked for; the fastest
         first."""
+        self._check(2 if several else blocks or 1)
         ends = [min(form.peak for form in forms) for forms in self._forms.values()]
         low, high = max(ends), self._forms[len(self._forms) - 1][0].peak
         plans: dict[tuple, Plan] = {}
         for n in range(CAPS):
-            for as_you_go in (False, True):
-                plan = self._under(int(low * (high / low) ** (n / (CAPS - 1))), as_you_go, blocks, several)
+            for go in (False, True) if as_you_go else (False,):
+                plan = self._under(int(low * (high / low) ** (n / (CAPS - 1))), go, blocks, several)
                 if plan is not None:
                     plans[plan.blocks, plan.units, plan.couplings, plan.step_as_you_go] = plan
         best: list[Plan] = []
@@ -142,14 +145,15 @@ class Planner:
                 best.append(plan)
         return best
 
-    def fastest(self, budget: int, blocks: int | None = None, *, several: bool = False) -> Plan:
+    def fastest(self, budget: int, blocks: int | None = None, *, several: bool = False, as_you_go: bool = True) -> Plan:
         """The fastest plan whose step takes at most `budget` bytes, by exact prediction; of as many blocks as asked
-        for, or of `several`: not BP with units recomputed, which is one block. Raises UserError if none does, saying
-        the least that would do and what holds it."""
-        plans = [plan for as_you_go in (False, True) if (plan := self._fitting(budget, as_you_go, blocks, several))]
+        for, or of `several`: not BP with units recomputed, which is one block. as_you_go: whether it may step as it
+        goes. Raises UserError if none does, saying the least that would do and what holds it."""
+        ways = (False, True) if as_you_go else (False,)
+        plans = [plan for go in ways if (plan := self._fitting(budget, go, blocks, several))]
         if plans:
             return min(plans, key=lambda plan: (plan.seconds, plan.peak))
-        least = self.exactly(self.frontier(blocks, several=several)[-1])
+        least = self.exactly(self.frontier(blocks, several=several, as_you_go=as_you_go)[-1])
         raise UserError(
             f"no plan fits {budget / 2**20:.0f} MiB: the least is {least.peak / 2**20:.0f} MiB, of which parameters, "
             f"averages and the optimizer's state hold {least.lasting / 2**20:.0f}; a smaller batch needs less"
@@ -167,6 +171,11 @@ class Planner:
             model, self._batch, optimizers, step_as_you_go=plan.step_as_you_go, autocast=self._autocast
         )
         return replace(plan, peak=found.total, exact=True)
+
+    def _check(self, blocks: int) -> None:
+        count = len(self._forms)
+        if not 1 <= blocks <= count:
+            raise UserError(f"blocks={blocks} is out of range: this network has {count} units, so 1 to {count}")
 
     def _fitting(self, budget: int, as_you_go: bool, blocks: int | None, several: bool) -> Plan | None:
         """The plan of the highest cap that stays within `budget`."""

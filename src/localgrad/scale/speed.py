@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from localgrad.core.blocks import Unit, trace_units
 from localgrad.core.engine import autocasting
-from localgrad.scale.costs import Work, WorkMeter
+from localgrad.scale.costs import Work, WorkMeter, looks
 
 REPEATS = 3  # after a warm-up
 ENOUGH = 5e9  # floating-point operations of one timed pass; more samples would tell no more
@@ -37,7 +37,7 @@ def calibrate(backbone: nn.Module, example: Tensor, *, autocast: torch.dtype | N
     backward on as many samples of `example` [B, C, H, W] as give the device enough to do, and two speeds are fitted to
     the times. Seconds."""
     units = trace_units(copy.deepcopy(backbone).train(), example).units
-    different = {f"{unit.module!r} {unit.input.shape}": unit for unit in units}
+    different = {f"{looks(unit.module)} {unit.input.shape}": unit for unit in units}
     runs = [_timed(unit, example, autocast) for unit in different.values()]
     # Relative errors count, so each row is divided by its time. Neither speed can be negative.
     rows = np.array([[work.flops / seconds, work.moved / seconds] for work, seconds in runs])

@@ -1,0 +1,156 @@
+"""What flows beside the chain: parameters, buffers, constants, sizes and dtypes that more than one unit reads."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from small import chain, composite
+from test_networks import shared_table
+from timm.models.cait import Cait
+from torch import Tensor, nn
+
+import localgrad as lg
+from localgrad.core.errors import UserError
+from localgrad.scale.costs import looks
+
+
+class Layers(nn.Module):
+    """A stem, three units, and `between` them whatever the test wants."""
+
+    def __init__(self, between: Callable[[Layers, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 5)
+        self.units = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 1)) for _ in range(3)
+        )
+        self.p, self.q = nn.Parameter(torch.rand(4, 1, 1)), nn.Parameter(torch.rand(4, 1, 1))
+        self.register_buffer("table", torch.rand(4, 1, 1), persistent=False)
+        self.table: Tensor
+        self.plain = torch.rand(4, 1, 1)
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x) * self.p
+        for unit in self.units:
+            h = self.between(self, unit(h), x)
+        return self.head(h.mean((2, 3)))
+
+
+def localized(network: nn.Module, x: Tensor, **how: object) -> lg.LocalModel:
+    return lg.localize(network, blocks=4, method=lg.dgl("0c1f"), example=x, **how)  # pyright: ignore[reportArgumentType]
+
+
+BETWEEN: dict[str, Callable[[Layers, Tensor, Tensor], Tensor]] = {
+    "parameters of two owners": lambda own, h, x: h + own.p * own.q,
+    "a buffer": lambda own, h, x: h + own.table,
+    "a plain tensor": lambda own, h, x: h + own.plain,
+    "a constant": lambda own, h, x: h + torch.ones(4, 1, 1),
+    "the dtype": lambda own, h, x: h + h.double().tanh().to(x.dtype),
+    "the batch's size": lambda own, h, x: h.reshape(x.shape[0] * 4, -1).reshape(x.size(0), 4, *x.shape[2:]),
+    "a number of dimensions": lambda own, h, x: h * len(x.shape) * h.ndim,
+}
+
+
+@pytest.mark.parametrize("between", BETWEEN.values(), ids=BETWEEN.keys())
+def test_what_units_read_beside_the_chain_is_the_networks_own(
+    between: Callable[[Layers, Tensor, Tensor], Tensor],
+) -> None:
+    torch.manual_seed(0)
+    network, x, y = Layers(between), torch.randn(4, 3, 8, 8), torch.arange(4)
+    keys = list(network.state_dict())
+    model = localized(network, x, coupling=lg.MAN())
+    assert list(network.state_dict()) == keys
+    lg.local_backward(model, x, y)
+    used = between is BETWEEN["parameters of two owners"]
+    assert (network.q.grad is not None) == used
+    owned = [p for group in lg.param_groups(model) for p in group["params"]]
+    assert len(owned) == len(set(owned))
+    assert any(p is network.q for p in owned) == used
+    other = copy.deepcopy(model)
+    other.backbone.load_state_dict({k: v + 1 for k, v in network.state_dict().items()})
+    with torch.no_grad():
+        other.backbone.get_buffer("table").add_(1)
+    for changed in (other, copy.deepcopy(model).double()):
+        z = x.to(next(changed.parameters()).dtype)
+        assert torch.equal(chain(changed, z), changed.backbone(z))
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda own, h, x: h * (1.0 / x.shape[0]),
+        lambda own, h, x: h / math.sqrt(x.shape[0]),
+        lambda own, h, x: h if x.shape[0] % 5 else 2 * h,
+        lambda own, h, x: h + h[: x.shape[0] // 2].mean(),
+        lambda own, h, x: h * len(x),
+    ],
+    ids=["share", "root", "if", "half", "len"],
+)
+def test_what_follows_the_batch_in_another_way_is_refused(between: Callable[[Layers, Tensor, Tensor], Tensor]) -> None:
+    with pytest.raises(UserError, match="batch"):
+        lg.units(Layers(between), torch.zeros(2, 3, 8, 8))
+
+
+def test_a_class_token_that_joins_late_is_trained_where_it_joins() -> None:
+    network = Cait(img_size=16, patch_size=4, embed_dim=16, depth=3, num_heads=2, num_classes=5)
+    x = torch.randn(4, 3, 16, 16)
+    model = localized(network, x)
+    lg.local_backward(model, x, torch.arange(4))
+    token = network.get_parameter("cls_token")
+    assert token.grad is not None
+    assert sum(any(p is token for p in model.members(k)) for k in range(4)) == 1
+
+
+def test_a_copy_reads_its_own_table_and_can_be_planned() -> None:
+    network, x = shared_table(), torch.randn(4, 3, 16, 16)
+    model = copy.deepcopy(localized(network, x))
+    with torch.no_grad():
+        model.backbone.get_parameter("rel_pos_bias.relative_position_bias_table").add_(1)
+    model.eval()
+    assert torch.equal(chain(model, x), model.backbone(x))
+    planner = lg.Planner(network, x, method=lg.dgl("0c1f"), coupling=lg.MAN())
+    assert planner.even(3).peak == pytest.approx(planner.exactly(planner.even(3)).peak, rel=0.02)
+
+
+def test_a_head_that_shares_with_a_unit_is_refused() -> None:
+    network = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+    network[4].weight = network[0].weight
+    with pytest.raises(UserError, match="unit 'head' shares parameters with '0'"):
+        lg.units(network, torch.zeros(1, 3))
+
+
+def test_units_that_begin_in_place_can_be_recomputed_and_planned() -> None:
+    x, y = torch.randn(4, 3, 8, 8), torch.arange(4)
+    plain = localized(composite(), x)
+    again = lg.recompute(copy.deepcopy(plain), units=True)
+    for model in (plain, again):
+        torch.manual_seed(0)
+        lg.local_backward(model, x, y)
+    for a, b in zip(plain.backbone.parameters(), again.backbone.parameters(), strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        assert torch.equal(a.grad, b.grad)
+    planner = lg.Planner(composite(), x, method=lg.dgl("0c1f"), coupling=lg.MAN())
+    assert planner.exactly(planner.bp).peak <= planner.bp.peak  # which does not know that what is cloned is freed
+
+
+def test_units_of_other_sizes_look_different() -> None:
+    class Bare(nn.Module):
+        def __init__(self, size: int) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(size))
+
+    assert looks(Bare(3)) == looks(Bare(3)) != looks(Bare(4))
+
+
+def test_a_network_of_vectors_is_planned_and_impossible_numbers_are_refused() -> None:
+    units = [nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 8)) for _ in range(4)]
+    planner = lg.Planner(nn.Sequential(*units, nn.Linear(8, 3)), torch.zeros(256, 8), method=lg.dgl("0c1f"))
+    assert planner.exactly(planner.even(2)).peak < planner.exactly(planner.bp).peak
+    for ask in (planner.balanced, planner.even, lambda k: planner.fastest(1, k)):
+        with pytest.raises(UserError, match="blocks=9 is out of range: this network has 4 units, so 1 to 4"):
+            ask(9)
