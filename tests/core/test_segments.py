@@ -116,11 +116,10 @@ def test_a_copy_reads_its_own_table_and_can_be_planned() -> None:
     assert planner.even(3).peak == pytest.approx(planner.exactly(planner.even(3)).peak, rel=0.02)
 
 
-def test_a_head_that_shares_with_a_unit_is_refused() -> None:
+def test_a_head_that_shares_with_a_unit_stays_with_it() -> None:
     network = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
     network[4].weight = network[0].weight
-    with pytest.raises(UserError, match="unit 'head' shares parameters with '0'"):
-        lg.units(network, torch.zeros(1, 3))
+    assert len(lg.units(network, torch.zeros(1, 3))) == 1
 
 
 def test_units_that_begin_in_place_can_be_recomputed_and_planned() -> None:

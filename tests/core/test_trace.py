@@ -88,15 +88,20 @@ def test_a_network_of_several_outputs_is_refused() -> None:
         lg.units(Pair(), torch.zeros(1, 3, 8, 8))
 
 
-def test_units_that_share_parameters_are_refused() -> None:
-    twice = nn.Linear(3, 3)
-    network = nn.Sequential(twice, nn.ReLU(), nn.Linear(3, 3), twice, nn.Linear(3, 2))
-    with pytest.raises(UserError, match="shares parameters with '0'"):
-        lg.units(network, torch.zeros(1, 3))
+def test_no_cut_parts_what_shares_parameters() -> None:
+    x = torch.zeros(1, 3)
+    network = nn.Sequential(*(nn.Linear(3, 3) for _ in range(5)))
+    network[2].weight = network[0].weight
+    assert lg.units(network, x) == ["2", "3"]
+    with pytest.raises(UserError) as caught:
+        lg.localize(network, blocks=["1"], method=lg.dgl("0c1f"), example=x)
+    assert str(caught.value) == "no cut behind '1': '2' shares parameters with '0'; the nearest is behind '2'"
     tied = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
     tied[2].weight = tied[0].weight
-    with pytest.raises(UserError, match="unit '2' shares parameters with '0'"):
-        lg.units(tied, torch.zeros(1, 3))
+    with pytest.raises(
+        UserError, match=r"this network has 1 units, so 1 to 1 \(behind '0', '2' shares parameters with '0'"
+    ):
+        lg.localize(tied, blocks=2, method=lg.dgl("0c1f"), example=x)
 
 
 def test_a_reused_module_without_parameters_is_no_matter() -> None:

@@ -173,15 +173,6 @@ def trace_units(backbone: nn.Module, example: Tensor) -> Traced:
         module = nn.Sequential(Clone(), segment.module) if segment.in_place else segment.module
         found.append(Unit(segment.name, module, before, after))
         before = after
-    owner: dict[nn.Parameter, str] = {}
-    names = [unit.name for unit in found]
-    pieces = [(unit.name, unit.module) for unit in found]
-    if cut.head is not None:
-        pieces.append(("head", cut.head.module))
-    for name, module in pieces:
-        for parameter in module.parameters():
-            if owner.setdefault(parameter, name) != name or names.count(name) > 1:
-                raise UserError(f"unit '{name}' shares parameters with '{owner[parameter]}': they cannot be isolated")
     output, tail = (cut.head or cut.units[-1]).leaves, cut.head.module if cut.head else None
     # A last unit that turns maps into a vector is the network's own head, whatever its module is called.
     if tail is None and len(found) > 1 and len(found[-1].output.shape) < len(found[-1].input.shape):

@@ -104,6 +104,7 @@ class _Flow:
         self.last_use = {
             node: max((self.place[u] for u in self._users(node)), default=self.place[node]) for node in self.steps
         }
+        self.shared = self._shared()
         self.owner: dict[int, str] = {}  # of parameters beside the chain: the first unit that reads them
 
     def _dependent(self) -> set[fx.Node]:
@@ -115,6 +116,14 @@ class _Flow:
                 found.add(node)
         return found
 
+    def _shared(self) -> list[tuple[fx.Node, fx.Node]]:
+        """Steps that share parameters: the first and the last that use each."""
+        uses: dict[int, list[fx.Node]] = {}
+        for node in self.steps:
+            for parameter in (self.module(node) or nn.Identity()).parameters():
+                uses.setdefault(id(parameter), []).append(node)
+        return list({(nodes[0], nodes[-1]) for nodes in uses.values() if len(nodes) > 1})
+
     def _users(self, node: fx.Node) -> Iterable[fx.Node]:
         """Steps that read the values of `node`."""
         return (u for u in node.users if u in self.depends)
@@ -124,9 +133,9 @@ class _Flow:
         return [n for n in self.steps if self.place[n] <= after < self.last_use[n]]
 
     def is_cut(self, after: int) -> bool:
-        """Whether one tensor crosses there, whose first dimension is the batch."""
+        """Whether one tensor crosses there, whose first dimension is the batch, and no parameters are shared across."""
         crossing = self.crossing(after)
-        if len(crossing) != 1:
+        if len(crossing) != 1 or any(self.place[a] <= after < self.place[b] for a, b in self.shared):
             return False
         values = crossing[0].meta[VALUE]
         tensors = all(isinstance(v, Tensor) and v.ndim > 1 for v in values)
@@ -172,15 +181,17 @@ class _Flow:
             raise UserError(f"{type(self.backbone).__name__} cannot be cut into units: it has no module with weights")
         ends: list[int] = []
         refused: dict[str, str] = {}
-        # Behind each unit comes what has no weights (pooling, say); a layer with weights in between goes to the next.
+        # Behind each unit comes what has no weights (pooling, say); a layer with weights in between goes to the next,
+        # if it can: in a partial stage, whose units run beside a shortcut, the cut lies behind where the two meet.
         for start, following in zip(starts, [*starts[1:], len(self.nodes)], strict=True):
             between = [n for n in self.steps if start < self.place[n] < following]
             weighted = [self.place[n] for n in between if (m := self.module(n)) is not None and _has_parameters(m)]
-            if following == len(self.nodes):
-                places = [start] if self._worthy and weighted else []
+            if following == len(self.nodes):  # the network's own head follows, where there are units worth the name
+                places = [*range(start, weighted[-1])] if self._worthy and weighted else []
             else:
-                places = [(weighted or [following])[0] - 1, following - 1, start]
-            cut = next((p for p in dict.fromkeys(places) if self.is_cut(p)), None)
+                first = (weighted or [following])[0] - 1
+                places = [*range(first, following), *range(start, first)]
+            cut = next((p for p in places if self.is_cut(p)), None)
             if cut is not None:
                 ends.append(cut)
             elif places:
@@ -192,6 +203,9 @@ class _Flow:
         return ends, refused
 
     def _reason(self, after: int) -> str:
+        for a, b in self.shared:
+            if self.place[a] <= after < self.place[b]:
+                return f"'{_name(b)}' shares parameters with '{_name(a)}'"
         crossing = self.crossing(after)
         others = [n for n in crossing if n is not self.nodes[after]] or crossing
         if not others:
