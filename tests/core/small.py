@@ -106,6 +106,16 @@ def branches_of(link: Link) -> tuple[nn.Module, nn.Module]:
     return link.learnable, link.ema
 
 
+def assert_chained(model: lg.LocalModel, x: Tensor) -> None:
+    """The blocks, one after the other, are the backbone, bit for bit, in evaluation and in training."""
+    for training in (False, True):
+        model.train(training)
+        torch.manual_seed(1)
+        through_blocks = chain(model, x)
+        torch.manual_seed(1)
+        assert torch.equal(through_blocks, model.backbone(x))
+
+
 def chain(model: lg.LocalModel, x: Tensor) -> Tensor:
     for block in model.blocks:
         x = block(x)
