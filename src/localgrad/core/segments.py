@@ -105,6 +105,7 @@ class _Flow:
             node: max((self.place[u] for u in self._users(node)), default=self.place[node]) for node in self.steps
         }
         self.shared = self._shared()
+        self.worthy = sum(m is not None and is_unit(m) for m in map(self.module, self.steps)) > 1
         self.owner: dict[int, str] = {}  # of parameters beside the chain: the first unit that reads them
 
     def _dependent(self) -> set[fx.Node]:
@@ -167,15 +168,13 @@ class _Flow:
         module = self.module(node)
         if module is None:
             return False
-        return is_unit(module) if self._worthy else weighted_layers(module) > 0
+        return is_unit(module) if self.worthy else weighted_layers(module) > 0
 
     def _begins_with_unit(self, run: Sequence[fx.Node]) -> bool:
-        return self._worthy and any(map(self._is_start, run))
+        return self.worthy and any(map(self._is_start, run))
 
     def _ends(self) -> tuple[list[int], dict[str, str]]:
         """The last step of each unit but the last, and the places where no cut can be."""
-        modules = [self.module(n) for n in self.steps]
-        self._worthy = sum(m is not None and is_unit(m) for m in modules) > 1
         starts = [self.place[n] for n in self.steps if self._is_start(n)]
         if not starts:
             raise UserError(f"{type(self.backbone).__name__} cannot be cut into units: it has no module with weights")
@@ -187,7 +186,7 @@ class _Flow:
             between = [n for n in self.steps if start < self.place[n] < following]
             weighted = [self.place[n] for n in between if (m := self.module(n)) is not None and _has_parameters(m)]
             if following == len(self.nodes):  # the network's own head follows, where there are units worth the name
-                places = [*range(start, weighted[-1])] if self._worthy and weighted else []
+                places = [*range(start, weighted[-1])] if self.worthy and weighted else []
             else:
                 first = (weighted or [following])[0] - 1
                 places = [*range(first, following), *range(start, first)]
@@ -249,9 +248,8 @@ class _Flow:
                 given = next((n.meta[VALUE][0] for n in node.all_input_nodes if n in self.depends), before)
                 reads = (module, tuple(given.shape[1:]))
                 break
-        module = run[0] if len(run) == 1 else None
-        alone = module is not None and module.op == "call_module" and module.args == (entering,) and not module.kwargs
-        built = self.backbone.get_submodule(_name(run[0])) if alone else self._build(name, entering, run, leaving)
+        alone = self.module(run[0]) if len(run) == 1 and run[0].args == (entering,) and not run[0].kwargs else None
+        built = self._build(name, entering, run, leaving) if alone is None else alone
         overwritten = before._version != entering.meta[BORN]
         return Segment(name, built, tuple(before.shape[1:]), tuple(after.shape[1:]), reads, overwritten)
 
