@@ -141,7 +141,7 @@ class Block(nn.Sequential):
 def units(backbone: nn.Module, example: Tensor) -> list[str]:
     """Names of the units of `backbone`, in order: `blocks=[...]` cuts after those that it lists.
 
-    example: an input batch [B, ...], of which one sample is used. Raises UserError for a network that is no chain.
+    example: an input batch [B, ...], of which the shape counts. Raises UserError for a network that cannot be cut.
     """
     return [u.name for u in trace_units(backbone, example).units]
 

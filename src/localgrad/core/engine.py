@@ -98,8 +98,8 @@ def localize(
     """Cuts `backbone` into gradient-isolated blocks and builds their auxiliaries, on the backbone's device and dtype.
 
     blocks: how many, or the last unit of each (`units(backbone, example)` lists the names); by default 4, or `bp`'s 1.
-    coupling: `MAN()`, `MANPlusPlus()`, `DeepMAN()` or None. example: a normalised input batch [B, C, H, W]; one sample
-    of it is run. task: by default classification into as many classes as the backbone gives logits. Copies of the
+    coupling: `MAN()`, `MANPlusPlus()`, `DeepMAN()` or None. example: a normalised input batch [B, C, H, W]; only its
+    shape counts. task: by default classification into as many classes as the backbone gives logits. Copies of the
     coupling start from the backbone's weights as they are now: load a checkpoint first. Raises UserError for cuts that
     cannot be.
     """
