@@ -136,7 +136,8 @@ def test_a_boundary_knows_its_layout(
     grid = h[:, prefix:].reshape(2, *size, boundary.channels)
     assert torch.equal(as_map, grid.permute(0, 3, 1, 2))
     layers, summary = boundary.summary()
-    assert torch.equal(nn.Sequential(*layers)(h), h[:, 0] if prefix else h)
+    normed = F.layer_norm(h, (boundary.channels,))
+    assert torch.equal(nn.Sequential(*layers)(h), normed[:, 0] if prefix else normed)
     assert (summary.layout == "NC") == bool(prefix)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from small import assert_chained, chain, composite
@@ -10,6 +12,7 @@ from torch.nn import functional as F
 
 import localgrad as lg
 from localgrad.core.errors import UserError
+from localgrad.core.task import Classification
 
 
 class Tail(nn.Module):
@@ -78,9 +81,20 @@ def test_dropout_by_its_place_is_off_in_evaluation() -> None:
     assert torch.equal(chain(model, x), chain(model, x))
 
 
-def test_a_network_of_several_outputs_is_refused() -> None:
-    with pytest.raises(UserError, match="gives a tuple, not one tensor"):
-        lg.units(Pair(), torch.zeros(1, 3, 8, 8))
+def test_a_network_of_several_outputs_needs_a_task_of_its_own() -> None:
+    x = torch.zeros(1, 3, 8, 8)
+    assert lg.units(Pair(), x) == ["body.0", "body.1"]
+    with pytest.raises(UserError, match=r"gives \(\(10,\), \(\d+,\)\), not one vector of logits a sample"):
+        lg.localize(Pair(), blocks=2, method=lg.dgl("0c1f"), example=x)
+
+    class First(Classification):
+        def criterion(self, logits: Any, targets: Tensor) -> Tensor:
+            return super().criterion(logits if isinstance(logits, Tensor) else logits[0], targets)
+
+    model = lg.localize(Pair(), blocks=2, method=lg.dgl("0c1f"), coupling=lg.MAN(), example=x, task=First(10))
+    out = lg.local_backward(model, torch.randn(4, 3, 8, 8), torch.arange(4), autocast=torch.bfloat16)
+    assert [part.requires_grad for part in out.logits] == [False, False]
+    assert all(p.grad is not None for p in model.backbone.parameters())
 
 
 def test_no_cut_parts_what_shares_parameters() -> None:
@@ -94,7 +108,7 @@ def test_no_cut_parts_what_shares_parameters() -> None:
     tied = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
     tied[2].weight = tied[0].weight
     with pytest.raises(
-        UserError, match=r"this network has 1 units, so 1 to 1 \(behind '0', '2' shares parameters with '0'"
+        UserError, match=r"this network has 1 unit, so 1 to 1 \(behind '0', '2' shares parameters with '0'"
     ):
         lg.localize(tied, blocks=2, method=lg.dgl("0c1f"), example=x)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,22 +69,37 @@ class CifarResNet(nn.Module):
         return self.fc(torch.flatten(self.avgpool(h), 1))
 
 
-def build(name: str, *, classes: int, in_channels: int = 3) -> nn.Module:
+def build(name: str, *, classes: int, in_channels: int = 3, **arguments: Any) -> nn.Module:
     """A backbone by name, untrained: "resnet32" and its kin, "torchvision:resnet50", "timm:resnet101".
 
-    Raises UserError for an unknown name, with the nearest one that exists.
+    arguments: of the network's own constructor in its library, such as `img_size=28, patch_size=7` of timm's vision
+    transformers. Raises UserError for an unknown name, with the nearest one that exists, and for arguments that the
+    constructor does not take.
     """
+    try:
+        return _build(name, classes, in_channels, arguments)
+    except UserError:
+        raise
+    except Exception as error:  # constructors refuse what they do not take in many ways
+        if not arguments:
+            raise
+        given = ", ".join(f"{key}={value}" for key, value in arguments.items())
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"'{name}' cannot be built with {given}: {reason}") from error
+
+
+def _build(name: str, classes: int, in_channels: int, arguments: dict[str, Any]) -> nn.Module:
     source, _, model = name.rpartition(":")
     if source == "torchvision":
-        return _torchvision(name, model, classes, in_channels)
+        return _torchvision(name, model, classes, in_channels, arguments)
     if source == "timm":
-        return _timm(name, model, classes, in_channels)
+        return _timm(name, model, classes, in_channels, arguments)
     if name not in CIFAR_RESNETS:
         raise unknown("model", name, [*CIFAR_RESNETS, "torchvision:NAME", "timm:NAME"])
-    return CifarResNet(int(name.removeprefix("resnet")), classes, in_channels)
+    return CifarResNet(int(name.removeprefix("resnet")), classes, in_channels, **arguments)
 
 
-def _torchvision(name: str, model: str, classes: int, in_channels: int) -> nn.Module:
+def _torchvision(name: str, model: str, classes: int, in_channels: int, arguments: dict[str, Any]) -> nn.Module:
     import torchvision
 
     names = torchvision.models.list_models(module=torchvision.models)
@@ -91,18 +107,18 @@ def _torchvision(name: str, model: str, classes: int, in_channels: int) -> nn.Mo
         raise _no_such(name, "torchvision", model, names)
     # They offer no argument for init_weights that all share, and two warn unless told not to build auxiliary logits.
     extra = {"aux_logits": False, "init_weights": True} if model in ("googlenet", "inception_v3") else {}
-    backbone = torchvision.models.get_model(model, weights=None, num_classes=classes, **extra)
+    backbone = torchvision.models.get_model(model, weights=None, num_classes=classes, **extra, **arguments)
     if in_channels != 3:
         _change_input(backbone, in_channels)
     return backbone
 
 
-def _timm(name: str, model: str, classes: int, in_channels: int) -> nn.Module:
+def _timm(name: str, model: str, classes: int, in_channels: int, arguments: dict[str, Any]) -> nn.Module:
     import timm
 
     if not timm.is_model(model):
         raise _no_such(name, "timm", model, timm.list_models())
-    return timm.create_model(model, pretrained=False, num_classes=classes, in_chans=in_channels)
+    return timm.create_model(model, pretrained=False, num_classes=classes, in_chans=in_channels, **arguments)
 
 
 def _no_such(name: str, source: str, model: str, names: list[str]) -> UserError:

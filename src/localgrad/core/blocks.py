@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -53,10 +54,15 @@ class Boundary:
         return [] if self.layout == "NCHW" else [ToMap(self.size, self.prefix)]
 
     def summary(self) -> tuple[list[nn.Module], Boundary]:
-        """What a classifier reads, and the modules that take it from [B, *shape]: the class token, or all there is."""
+        """What a classifier reads, and the modules that take it from [B, *shape]: the class token, or all there is.
+
+        Where channels come last they are normed first, as transformers' own heads do: what runs between their layers
+        is not. So does MAN++'s published code for vision transformers.
+        """
+        norm: list[nn.Module] = [nn.LayerNorm(self.channels)] if self.layout in ("NLC", "NHWC") else []
         if not self.prefix:
-            return [], self
-        return [ClassToken()], Boundary((self.channels,), "NC", self.stage)
+            return norm, self
+        return [ClassToken(), *norm], Boundary((self.channels,), "NC", self.stage)
 
 
 class ToMap(nn.Module):
@@ -148,14 +154,16 @@ def units(backbone: nn.Module, example: Tensor) -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class Traced:
-    """A backbone's units, its own head (None where the last unit already gives the output), the shape of one output,
-    the places where it cannot be cut, each with the reason, and all places in their order."""
+    """A backbone's units, its own head (None where the last unit already gives the output), the shape of one output
+    (or several, as the backbone gives them), the places where it cannot be cut, each with the reason, all places in
+    their order, and the modules that could not be followed, with the reason."""
 
     units: list[Unit]
     head: nn.Module | None
-    output: tuple[int, ...]
+    output: Any
     refused: dict[str, str]
     places: list[str]
+    closed: dict[str, str]
 
 
 def trace_units(backbone: nn.Module, example: Tensor) -> Traced:
@@ -173,11 +181,11 @@ def trace_units(backbone: nn.Module, example: Tensor) -> Traced:
         module = nn.Sequential(Clone(), segment.module) if segment.in_place else segment.module
         found.append(Unit(segment.name, module, before, after))
         before = after
-    output, tail = (cut.head or cut.units[-1]).leaves, cut.head.module if cut.head else None
+    tail = cut.head.module if cut.head else None
     # A last unit that turns maps into a vector is the network's own head, whatever its module is called.
     if tail is None and len(found) > 1 and len(found[-1].output.shape) < len(found[-1].input.shape):
         tail = found.pop().module
-    return Traced(found, tail, output, cut.refused, cut.places)
+    return Traced(found, tail, cut.gives, cut.refused, cut.places, cut.closed)
 
 
 def split(traced: Traced, blocks: int | Sequence[str]) -> list[list[Unit]]:
@@ -192,8 +200,8 @@ def split(traced: Traced, blocks: int | Sequence[str]) -> list[list[Unit]]:
     if isinstance(blocks, int):
         if not 1 <= blocks <= len(names):
             raise UserError(
-                f"blocks={blocks} is out of range: this network has {len(names)} units, so 1 to {len(names)}"
-                + _why(traced)
+                f"blocks={blocks} is out of range: this network has {len(names)} unit{'s' * (len(names) > 1)}, so 1 to "
+                f"{len(names)}{_why(traced)}"
             )
         ends = [i * len(names) // blocks for i in range(1, blocks + 1)]
     else:
@@ -221,6 +229,9 @@ def _nearest(traced: Traced, name: str) -> str:
 
 def _why(traced: Traced) -> str:
     """What keeps a network from being cut more finely."""
+    if traced.closed:
+        name, reason = next(iter(traced.closed.items()))
+        return f" ('{name}' cannot be followed: {reason}; give its parts by hand, as nn.Sequential(part, part, ...))"
     if not traced.refused:
         return ""
     name, reason = next(iter(traced.refused.items()))

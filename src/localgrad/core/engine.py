@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from localgrad.core.auxiliary import Auxiliary, Method, Site, full_precision
 from localgrad.core.blocks import Block, Traced, split, trace_units
@@ -199,14 +200,14 @@ def local_backward(
             after_block(k)
     with autocasting(h, autocast):
         logits = model.blocks[-1](h)
-    loss = model.task.criterion(full_precision(logits), y)
+    loss = model.task.criterion(tree_map(full_precision, logits), y)
     _backward(loss, scale)
     losses.append(loss.detach())
     if check is not None:
         check(len(model.blocks) - 1, losses[-1])
     if after_block is not None:
         after_block(len(model.blocks) - 1)
-    return StepResult(losses, [*parts, {}], logits.detach())
+    return StepResult(losses, [*parts, {}], tree_map(Tensor.detach, logits))
 
 
 def param_groups(
@@ -287,8 +288,7 @@ def autocasting(h: Tensor, dtype: torch.dtype | None) -> contextlib.AbstractCont
 
 def _outputs(traced: Traced) -> int:
     """How many logits the backbone gives."""
-    if len(traced.output) != 1:
-        raise UserError(
-            f"the backbone gives {traced.output}, not one vector of logits a sample: pass a task of your own"
-        )
-    return traced.output[0]
+    match traced.output:
+        case (int() as classes,):
+            return classes
+    raise UserError(f"the backbone gives {traced.output}, not one vector of logits a sample: pass a task of your own")

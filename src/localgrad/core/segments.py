@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves, tree_map
 
 from localgrad.core.errors import UserError
 from localgrad.core.trace import BATCHES, BORN, VALUE, has_tensor, is_unit, trace, weighted_layers
@@ -33,24 +35,25 @@ class Segment:
 @dataclass(frozen=True)
 class Segments:
     """Of a network: its units in order, its own head (None where the last unit ends it), and the places where it
-    cannot be cut, each with the reason. places: all of them, legal or not, in their order."""
+    cannot be cut, each with the reason. places: all of them, legal or not, in their order. closed: modules whose
+    forward cannot be followed, so that each lies within one unit, with the reason. gives: shapes of one sample of what
+    the network gives, in the structure in which it does."""
 
     units: list[Segment]
     head: Segment | None
     refused: dict[str, str]
     places: list[str]
+    closed: dict[str, str]
+    gives: Any
 
 
 def segments(backbone: nn.Module, example: Tensor) -> Segments:
-    """The units of `backbone`. Raises UserError for a network that cannot be followed, or gives no single tensor."""
-    graph = trace(backbone, example)
-    nodes, output = list(graph.nodes)[:-1], next(iter(reversed(graph.nodes)))
-    last = output.args[0]
-    if not isinstance(last, fx.Node) or not isinstance(last.meta[VALUE][0], Tensor):
-        given = type(last.meta[VALUE][0] if isinstance(last, fx.Node) else last).__name__
-        raise UserError(f"{type(backbone).__name__} gives a {given}, not one tensor")
-    flow = _Flow(backbone, nodes[: nodes.index(last) + 1])
-    return flow.segments()
+    """The units of `backbone`. Raises UserError for a network that cannot be followed, or gives no tensor."""
+    graph, closed = trace(backbone, example)
+    *nodes, output = graph.nodes
+    if not has_tensor(map_arg(output.args[0], lambda n: n.meta[VALUE][0])):
+        raise UserError(f"{type(backbone).__name__} gives no tensor")
+    return _Flow(backbone, nodes, output).segments(closed)
 
 
 class _Held(nn.Module):
@@ -96,14 +99,15 @@ class _Follows(nn.Module):
 class _Flow:
     """The steps of a network, and what flows between them."""
 
-    def __init__(self, backbone: nn.Module, nodes: list[fx.Node]) -> None:
-        self.backbone, self.nodes = backbone, nodes
-        self.place = {node: i for i, node in enumerate(nodes)}
+    def __init__(self, backbone: nn.Module, nodes: list[fx.Node], output: fx.Node) -> None:
+        last = max(nodes.index(node) for node in output.all_input_nodes)
+        self.backbone, self.nodes, self.output = backbone, nodes[: last + 1], output
+        self.place = {node: i for i, node in enumerate(self.nodes)}
         self.depends = self._dependent()
-        self.steps = [node for node in nodes if node in self.depends]  # the input first
+        self.steps = [node for node in self.nodes if node in self.depends]  # the input first
         self.last_use = {
             node: max((self.place[u] for u in self._users(node)), default=self.place[node]) for node in self.steps
-        }
+        } | dict.fromkeys(output.all_input_nodes, len(self.nodes))
         self.shared = self._shared()
         self.worthy = sum(m is not None and is_unit(m) for m in map(self.module, self.steps)) > 1
         self.owner: dict[int, str] = {}  # of parameters beside the chain: the first unit that reads them
@@ -127,7 +131,7 @@ class _Flow:
 
     def _users(self, node: fx.Node) -> Iterable[fx.Node]:
         """Steps that read the values of `node`."""
-        return (u for u in node.users if u in self.depends)
+        return (u for u in node.users if u in self.depends and u in self.place)
 
     def crossing(self, after: int) -> list[fx.Node]:
         """What crosses behind step number `after`."""
@@ -145,23 +149,25 @@ class _Flow:
     def module(self, node: fx.Node) -> nn.Module | None:
         return self.backbone.get_submodule(_name(node)) if node.op == "call_module" else None
 
-    def segments(self) -> Segments:
+    def segments(self, closed: dict[str, str]) -> Segments:
         ends, refused = self._ends()
         bounds = list(zip([0, *(end + 1 for end in ends)], [*ends, len(self.nodes) - 1], strict=True))
         runs = [[n for n in self.steps[1:] if a <= self.place[n] <= b] for a, b in bounds]
         names = self._names(runs)
-        found, entering = [], self.steps[0]
+        found: list[Segment] = []
+        entering: Any = self.steps[0]
         for name, run, (_, end) in zip(names, runs, bounds, strict=True):
-            leaving = run[-1] if run is runs[-1] else self.crossing(end)[0]
+            leaving = self.output.args[0] if run is runs[-1] else self.crossing(end)[0]
             found.append(self._segment(name, entering, run, leaving))
             entering = leaving
+        gives = map_arg(self.output.args[0], lambda n: tree_map(_shape, n.meta[VALUE][0]))
         head = None
         if len(found) > 1 and not self._begins_with_unit(runs[-1]):
             head = found.pop()
         starts = {self.place[n]: _name(n) for n in self.steps if self._is_start(n)}
         legal = {end: segment.name for (_, end), segment in zip(bounds, found, strict=False)}
         order = {**{p: n for p, n in starts.items() if n in refused}, **legal}
-        return Segments(found, head, refused, [order[p] for p in sorted(order)])
+        return Segments(found, head, refused, [order[p] for p in sorted(order)], closed, gives)
 
     def _is_start(self, node: fx.Node) -> bool:
         """Whether a unit begins at a step: at modules worth it, or at every layer with weights where there are none."""
@@ -239,8 +245,10 @@ class _Flow:
             found.append(name)
         return found
 
-    def _segment(self, name: str, entering: fx.Node, run: Sequence[fx.Node], leaving: fx.Node) -> Segment:
-        before, after = entering.meta[VALUE][0], leaving.meta[VALUE][0]
+    def _segment(self, name: str, entering: fx.Node, run: Sequence[fx.Node], leaving: Any) -> Segment:
+        before = entering.meta[VALUE][0]
+        leaves = tree_leaves(map_arg(leaving, lambda n: n.meta[VALUE][0]))
+        after = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
         reads = None
         for node in run:
             module = self.module(node)
@@ -248,12 +256,13 @@ class _Flow:
                 given = next((n.meta[VALUE][0] for n in node.all_input_nodes if n in self.depends), before)
                 reads = (module, tuple(given.shape[1:]))
                 break
-        alone = self.module(run[0]) if len(run) == 1 and run[0].args == (entering,) and not run[0].kwargs else None
+        only = [leaving] == list(run) and leaving.args == (entering,) and not leaving.kwargs
+        alone = self.module(leaving) if only else None
         built = self._build(name, entering, run, leaving) if alone is None else alone
         overwritten = before._version != entering.meta[BORN]
         return Segment(name, built, tuple(before.shape[1:]), tuple(after.shape[1:]), reads, overwritten)
 
-    def _build(self, name: str, entering: fx.Node, run: Sequence[fx.Node], leaving: fx.Node) -> nn.Module:
+    def _build(self, name: str, entering: fx.Node, run: Sequence[fx.Node], leaving: Any) -> nn.Module:
         """The steps of `run` as a module of `entering`'s tensor. What they read beside it and depends on no unit, such
         as a table of positions, is computed here again; its parameters belong to the first unit that reads them."""
         graph = fx.Graph()
@@ -290,7 +299,7 @@ class _Flow:
 
         for node in run:
             env[node] = add(node)
-        graph.output(env[leaving])
+        graph.output(map_arg(leaving, place))
         return fx.GraphModule(roots, graph, type(self.backbone).__name__)
 
     def owner_of(self, node: fx.Node) -> str:
@@ -336,6 +345,10 @@ class _Flow:
 
 def _name(node: fx.Node) -> str:
     return str(node.target).removeprefix("network").removeprefix(".") or node.name
+
+
+def _shape(value: Any) -> Any:
+    return tuple(value.shape[1:]) if isinstance(value, Tensor) else value
 
 
 def _has_parameters(module: nn.Module) -> bool:

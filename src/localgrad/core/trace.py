@@ -22,12 +22,13 @@ from localgrad.core.errors import UserError
 BATCHES = (5, 7)  # two sizes without a common share
 VALUE = "value"  # of a step for each of BATCHES, in its `meta`
 Module = TypeVar("Module", bound=nn.Module)
-CONTAINERS = (nn.Sequential, nn.ModuleList)
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 BORN = "born"  # the version of a step's tensor as it was made
 
 
-def trace(backbone: nn.Module, example: Tensor) -> fx.Graph:
-    """The steps of `backbone` on a batch like `example` [B, ...]; nothing is run on real tensors.
+def trace(backbone: nn.Module, example: Tensor) -> tuple[fx.Graph, dict[str, str]]:
+    """The steps of `backbone` on a batch like `example` [B, ...], and the modules that had to be one step each because
+    their forward cannot be followed, with the reason; nothing is run on real tensors.
 
     Raises UserError for a network whose own forward cannot be followed, naming the module that stopped it.
     """
@@ -36,10 +37,11 @@ def trace(backbone: nn.Module, example: Tensor) -> fx.Graph:
     except RuntimeError as error:
         raise UserError(f"{type(backbone).__name__} cannot be copied: {str(error).splitlines()[0]}") from error
     opened = _opened(shapes)
+    closed: dict[str, str] = {}
     while True:
         tracer = _Tracer(opened, example)
         try:
-            return tracer.trace(_Whole(shapes))
+            return tracer.trace(_Whole(shapes)), closed
         except Exception as error:  # symbolic tracing fails in as many ways as Python has control flow
             stopped = tracer.stopped or ""
             reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -51,6 +53,7 @@ def trace(backbone: nn.Module, example: Tensor) -> fx.Graph:
                     "parts by hand, as nn.Sequential(part, part, ...)"
                 ) from error
             opened.discard(stopped)  # it becomes one step; so do those within it
+            closed[stopped] = reason
 
 
 def weighted_layers(module: nn.Module) -> int:
@@ -64,8 +67,13 @@ def is_unit(module: nn.Module) -> bool:
 
 
 def is_stage(module: nn.Module) -> bool:
-    """A container of units, such as a ResNet's layer1 or a transformer's blocks."""
-    return isinstance(module, CONTAINERS) and sum(is_unit(m) or is_stage(m) for m in module.children()) > 1
+    """What holds several units and little else: a container, such as a ResNet's layer1 or a transformer's blocks, or a
+    module of which every part with weights is a unit of one class, such as a stage of timm's RegNets."""
+    if not isinstance(module, CONTAINERS):
+        kinds = [type(m) for m in module.children() if next(m.parameters(), None) is not None]
+        if len(set(kinds)) != 1 or issubclass(kinds[0], CONTAINERS):
+            return False
+    return sum(is_unit(m) or is_stage(m) for m in module.children()) > 1
 
 
 def _opened(network: nn.Module) -> set[str]:

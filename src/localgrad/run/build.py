@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from localgrad.core.auxiliary import Method
 from localgrad.core.backbones import build
@@ -68,6 +69,11 @@ def machine_for(recipe: Recipe) -> Machine:
     return Machine(device, precision, layout, why if recipe.precision == "auto" else "as asked")
 
 
+def backbone_of(recipe: Recipe, info: DataInfo) -> nn.Module:
+    """The recipe's network for that data, untrained."""
+    return build(recipe.model, classes=info.classes, in_channels=info.channels, **recipe.arguments)
+
+
 def build_model(recipe: Recipe, data: Data, machine: Machine) -> LocalModel:
     """The recipe's backbone, cut and with its auxiliaries, on the machine's device. First seeds every global random
     generator, since a network's own modules may draw from any."""
@@ -79,7 +85,7 @@ def build_model(recipe: Recipe, data: Data, machine: Machine) -> LocalModel:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(recipe.deterministic)
     torch.backends.cudnn.benchmark = not recipe.deterministic
-    backbone = build(recipe.model, classes=info.classes, in_channels=info.channels)
+    backbone = backbone_of(recipe, info)
     if recipe.init is not None:
         load_backbone(backbone, Path(recipe.init))
     backbone.to(machine.device, memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]
@@ -99,15 +105,16 @@ def planner_for(recipe: Recipe, machine: Machine, classes: int | None = None) ->
     """Plans for the recipe's network and batch, on this device. `image_size` alone means images as of ImageNet.
     classes: where the data set has no number of its own."""
     info = DATASETS["image-folder" if recipe.image_size else recipe.data]
-    size, classes = recipe.image_size or info.size, info.classes or classes or 1000
-    backbone = build(recipe.model, classes=classes, in_channels=info.channels)
+    info = replace(info, classes=info.classes or classes or 1000)
+    size = recipe.image_size or info.size
+    backbone = backbone_of(recipe, info)
     backbone.to(machine.device, memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]
     example = torch.zeros(recipe.batch_size, info.channels, size, size, device=machine.device)
     example = example.contiguous(memory_format=machine.memory_format)
     return Planner(
         backbone, example, method=method_of(recipe, info), coupling=coupling_of(recipe),
-        task=Classification(classes, recipe.label_smoothing), optimizer=optimizer_of(recipe), autocast=machine.autocast,
-        speed=calibrate(backbone, example, autocast=machine.autocast),
+        task=Classification(info.classes, recipe.label_smoothing), optimizer=optimizer_of(recipe),
+        autocast=machine.autocast, speed=calibrate(backbone, example, autocast=machine.autocast),
     )  # fmt: skip
 
 

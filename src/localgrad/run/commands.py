@@ -14,11 +14,11 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from localgrad.core.backbones import CIFAR_RESNETS, build
+from localgrad.core.backbones import CIFAR_RESNETS
 from localgrad.core.errors import RunError, UserError
 from localgrad.run import data as data_room
 from localgrad.run.arguments import Compare, Eval, Export, List, Plan, Train, parse_bytes
-from localgrad.run.build import machine_for, planner_for
+from localgrad.run.build import backbone_of, machine_for, planner_for
 from localgrad.run.checkpoint import load_backbone, read_weights, save_weights
 from localgrad.run.files import write_text
 from localgrad.run.recipe import COUPLINGS, HEADS, METHODS, PLANNED, Recipe, read_recipe, settle
@@ -120,7 +120,7 @@ def run_eval(args: Eval) -> int:
         recipe = replace(recipe, precision="auto")
     data = data_room.load(recipe.data, data_dir=recipe.data_dir, image_size=recipe.image_size)
     machine = machine_for(recipe)
-    backbone = build(recipe.model, classes=data.info.classes, in_channels=data.info.channels)
+    backbone = backbone_of(recipe, data.info)
     load_backbone(backbone, args.run / "model.safetensors")
     backbone.to(machine.device, memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]
     bad: dict[str, str] = {}
@@ -185,7 +185,7 @@ def _export_onnx(recipe: Recipe, weights: Path, place: Path) -> None:
     info = data_room.DATASETS[recipe.data]
     if recipe.data == "image-folder":
         info = data_room.load(recipe.data, data_dir=recipe.data_dir, image_size=recipe.image_size).info
-    backbone = build(recipe.model, classes=info.classes, in_channels=info.channels)
+    backbone = backbone_of(recipe, info)
     load_backbone(backbone, weights)
     example = torch.zeros(2, info.channels, info.size, info.size)
     part = place.with_name(place.name + ".part")

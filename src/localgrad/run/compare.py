@@ -18,12 +18,11 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from localgrad.core.backbones import build
 from localgrad.core.blocks import split, trace_units
 from localgrad.core.errors import RunError, UserError
 from localgrad.run import data as data_room
 from localgrad.run.arguments import Compare, parse_changes
-from localgrad.run.build import machine_for
+from localgrad.run.build import backbone_of, machine_for
 from localgrad.run.recipe import Recipe, as_dict, override, settle
 from localgrad.run.recipes import named_recipe
 from localgrad.run.runlog import claim, mib, read_environment, summary_rows
@@ -73,7 +72,7 @@ def check(cells: Sequence[Cell]) -> None:
         info = data_room.find(recipe.data, recipe.data_dir, download=recipe.download)
         if not info.classes:
             info = replace(info, classes=2)  # an image folder's are counted when it is read; no cut depends on them
-        backbone = build(recipe.model, classes=info.classes, in_channels=info.channels)
+        backbone = backbone_of(recipe, info)
         size = recipe.image_size or info.size
         split(trace_units(backbone, torch.zeros(1, info.channels, size, size)), recipe.cut)
 

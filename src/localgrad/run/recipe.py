@@ -6,6 +6,7 @@ No PyTorch here, so that `--help` is quick. Each field changes the run, or `sett
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import typing
 import warnings
@@ -29,6 +30,8 @@ class Recipe:
 
     model: str = "resnet32"
     """resnet20/32/44/56/110/1202, torchvision:NAME or timm:NAME."""
+    model_args: str | None = None
+    """Arguments of the network's constructor: img_size=28,patch_size=7."""
     data: str = "digits"
     """digits, fashion-mnist, cifar10, cifar100, svhn, stl10 or image-folder."""
     data_dir: str | None = None
@@ -125,7 +128,7 @@ class Recipe:
                 raise UserError(f"{name} must be {allowed}, not {value}")
         if any(not 0 <= factor <= LARGEST for factor in self.block_factors or ()):
             raise UserError(f"block-lr takes factors of at least 0, not '{self.block_lr}'")
-        _ = self.again
+        _ = self.again, self.arguments
         if self.step_as_you_go and self.accumulate > 1:
             raise UserError("step-as-you-go frees gradients after each batch, but accumulate keeps them: drop one")
         if self.step_as_you_go and self.skip_nonfinite:
@@ -137,6 +140,22 @@ class Recipe:
         if self.blocks.lstrip("-").isdigit():
             return int(self.blocks)
         return [name.strip() for name in self.blocks.split(",")]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """`model_args` as keywords; values are read as YAML. Raises UserError."""
+        try:
+            words = re.sub(r"(\w+)\s*=", r"\1: ", self.model_args or "")
+            found = yaml.safe_load(f"{{{words}}}")
+        except yaml.YAMLError:
+            found = {"": None}
+        if not all(
+            isinstance(name, str) and name.isidentifier() and value is not None for name, value in found.items()
+        ):
+            raise UserError(f"model-args takes NAME=VALUE split by commas, not '{self.model_args}'")
+        for name in found.keys() & {"name", "classes", "in_channels"}:
+            raise UserError(f"model-args cannot set {name}: the model and the data tell it")
+        return found
 
     @property
     def again(self) -> dict[str, Any]:
