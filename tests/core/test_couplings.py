@@ -82,6 +82,38 @@ def test_man_plus_plus_weighs_its_branches_by_a_learned_scale() -> None:
         torch.testing.assert_close(slope, ((a - b) * noise).sum(), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("make", [lg.MAN, lg.MANPlusPlus])
+def test_a_second_learnable_unit_stands_behind_the_sum(make: type[lg.MAN]) -> None:
+    """As in MAN++'s published code for vision transformers: s LB_0(h) + (2 - s) EMA(h), then LB_1."""
+    model = build(make(learnable_units=2))
+    for auxiliary, h in zip(auxiliaries(model), crossing(model), strict=True):
+        first, second = links_of(auxiliary)
+        assert second.ema is None
+        assert second.scale is None
+        learnable, ema = (copy.deepcopy(b) for b in branches_of(first))
+        alone = copy.deepcopy(second.learnable)
+        assert alone is not None
+        out = coupling_of(auxiliary)(h)
+        assert torch.equal(out, alone(learnable(h) + ema(h)))
+        sources = [u.name for u in coupling_of(auxiliary).sources]
+        names = [name for block in model.blocks for name in block.names]
+        assert sources == names[names.index(sources[0]) :][:2]
+    before = [state(links_of(a)[1]) for a in auxiliaries(model)]
+    lg.local_backward(model, *[t.double() if t.is_floating_point() else t for t in batch()])
+    for auxiliary, weights in zip(auxiliaries(model), before, strict=True):
+        link = links_of(auxiliary)[1]
+        assert all(p.grad is not None for p in link.parameters())
+        assert_same(*({k: v for k, v in s.items() if "weight" in k} for s in (weights, state(link))))  # none moves it
+
+
+def test_deep_man_takes_three_units_of_a_network_without_stages() -> None:
+    plain = trace_units(nn.Sequential(*(nn.Linear(6, 6) for _ in range(9))), torch.zeros(1, 6)).units
+    assert [u.name for u in lg.DeepMAN().select(plain[2:])] == ["2", "4", "6"]
+    assert [u.name for u in lg.DeepMAN().select(plain[7:])] == ["7"]
+    staged = trace_units(resnet(20), torch.zeros(1, 3, 8, 8)).units
+    assert [u.name for u in lg.DeepMAN().select(staged[8:])] == ["layer3.1"]
+
+
 def test_deep_man_walks_a_path_of_sums() -> None:
     model = build(lg.DeepMAN(), blocks=["layer1.0", "layer2.0"])
     wanted_paths = (["layer1.1", "layer2.0", "layer3.0"], ["layer2.1", "layer3.0"])
@@ -319,6 +351,8 @@ def test_pull_does_not_move_within_a_step() -> None:
         ({"learnable": False, "ema": False}, "is coupling none"),
         ({"form": "push"}, "form must be branches or pull, not 'push'"),
         ({"form": "pull", "ema": False}, "has one branch"),
+        ({"learnable_units": 0}, "takes 1 unit or more, not 0"),
+        ({"learnable_units": 2, "learnable": False}, "takes 1 unit or more, not 2"),
     ],
 )
 @pytest.mark.parametrize("make", [lg.MAN, lg.DeepMAN])
@@ -330,6 +364,10 @@ def test_impossible_couplings_are_refused(make: type[lg.MAN], settings: dict, me
 def test_couplings_with_rules_of_their_own_keep_them() -> None:
     with pytest.raises(UserError, match=r"at least 1, not 0"):
         lg.DeepMAN(depth=0)
+    with pytest.raises(UserError, match="give depth instead"):
+        lg.DeepMAN(learnable_units=2)
+    with pytest.raises(UserError, match="has one branch"):
+        lg.MAN(form="pull", learnable_units=2)
     with pytest.raises(UserError, match="weighs its two branches"):
         lg.MANPlusPlus(ema=False)
     with pytest.raises(UserError, match="has one branch"):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from small import assert_chained, chain
 from timm.models.beit import Beit
 from timm.models.mlp_mixer import MlpMixer
@@ -15,6 +16,8 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.segmentation.fcn import FCN, FCNHead
 
 import localgrad as lg
 from localgrad.core.blocks import trace_units
@@ -171,6 +174,81 @@ class UNet(nn.Module):
         for up, skip in zip(self.up, reversed(kept[:-1]), strict=True):
             x = up(torch.cat([x, skip], 1))
         return self.head(x.mean((2, 3)))
+
+
+class Stage(nn.Module):
+    """Units in a module of its own, as timm's RegNets have them."""
+
+    def __init__(self, features: int, count: int) -> None:
+        super().__init__()
+        for i in range(count):
+            self.add_module(f"b{i}", Unit(features))
+
+    def forward(self, h: Tensor) -> Tensor:
+        for unit in self.children():
+            h = unit(h)
+        return h
+
+
+class Strict(Stage):
+    """Takes tensors and nothing that stands for them, so its own forward cannot be followed."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        if type(h) is not Tensor:
+            raise TypeError("tensors only")
+        return super().forward(h)
+
+
+class Curious(Stage):
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(h) if h.sum() > 0 else h
+
+
+def test_a_stage_of_any_class_is_opened() -> None:
+    network = nn.Sequential(nn.Flatten(), Stage(12, 3), nn.Linear(12, 12), Stage(12, 2), nn.Linear(12, 5))
+    names = ["1.b0", "1.b1", "1.b2", "3.b0", "3.b1"]
+    assert lg.units(network, torch.zeros(1, 3, 2, 2)) == names
+    named = nn.Sequential(nn.Flatten(), nn.ModuleDict({"b": Stage(12, 3)})["b"], nn.Linear(12, 5))
+    assert lg.units(named, torch.zeros(1, 3, 2, 2)) == ["1.b0", "1.b1", "1.b2"]
+
+
+def test_a_module_that_cannot_be_followed_is_named_where_it_leaves_too_few_units() -> None:
+    network = nn.Sequential(nn.Flatten(), Strict(12, 3), nn.Linear(12, 5))
+    with pytest.raises(UserError) as caught:
+        lg.localize(network, blocks=3, method=lg.dgl("0c1f"), example=torch.zeros(1, 3, 2, 2))
+    assert str(caught.value) == (
+        "blocks=3 is out of range: this network has 1 unit, so 1 to 1 ('1' cannot be followed: tensors only; give its "
+        "parts by hand, as nn.Sequential(part, part, ...))"
+    )
+    with pytest.raises(
+        UserError, match=r"Sequential cannot be cut: '1' asks for the values of a tensor, and a network"
+    ):
+        lg.units(nn.Sequential(nn.Flatten(), Curious(12, 3), nn.Linear(12, 5)), torch.zeros(1, 3, 2, 2))
+
+
+@pytest.mark.parametrize("auxiliary", [False, True])
+def test_the_backbone_of_a_segmentation_network_is_cut(auxiliary: bool) -> None:
+    taken = {"layer4": "out", "layer2": "aux"} if auxiliary else {"layer4": "out"}
+    backbone = IntermediateLayerGetter(torchvision.models.resnet18(), taken)
+    network = FCN(backbone, FCNHead(512, 5), FCNHead(128, 5) if auxiliary else None)
+    x = torch.randn(2, 3, 32, 32)
+    traced = trace_units(network, x)
+    names = [u.name for u in traced.units]
+    assert names[:5] == ["stem", *(f"backbone.layer{i}.{k}" for i in (1, 2) for k in (0, 1))]
+    assert len(names) == (6 if auxiliary else 10)
+    assert traced.output == {"out": (5, 32, 32)} | ({"aux": (5, 32, 32)} if auxiliary else {})
+    if auxiliary:  # layer2's map is read again at the end
+        assert traced.refused["backbone.layer3.0"].startswith("the tensor of 'backbone.layer2.1' skips over it")
+    for training in (False, True):
+        network.train(training)
+        torch.manual_seed(1)
+        h: Any = x
+        for module in [*(u.module for u in traced.units), *([traced.head] if traced.head else [])]:
+            h = module(h)
+        torch.manual_seed(1)
+        whole = network(x)
+        assert h.keys() == whole.keys()
+        assert all(torch.equal(h[key], value) for key, value in whole.items())
 
 
 class TwoInputs(nn.Module):

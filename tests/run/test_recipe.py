@@ -21,9 +21,11 @@ TINY = Recipe(model="resnet20", limit_train=64, batch_size=16, epochs=1, precisi
 
 # A changed value for every field. A field that is missing here fails `test_every_field_has_a_changed_value`.
 CHANGED = {
-    "model": "resnet32", "model_args": "stem_width=8", "data": "fashion-mnist", "data_dir": "elsewhere", "download": True, "image_size": 8,
+    "model": "resnet32", "model_args": "stem_width=8",
+    "data": "fashion-mnist", "data_dir": "elsewhere", "download": True, "image_size": 8,
     "limit_train": 80, "method": "predsim", "coupling": "man++", "blocks": "3", "head": "1c1f", "momentum": 0.5,
-    "branches": "ema", "form": "pull", "depth": 2, "contrast": True, "epochs": 2, "batch_size": 32, "accumulate": 2,
+    "branches": "ema", "form": "pull", "depth": 2, "learnable_units": 2,
+    "contrast": True, "epochs": 2, "batch_size": 32, "accumulate": 2,
     "optimizer": "adamw", "lr": 0.04, "block_lr": "1,1,0.5,0.5", "warmup": 0.5, "weight_decay": 0.1,
     "decay_norms": False,
     "label_smoothing": 0.1, "clip": 0.1, "step_as_you_go": True, "precision": "bf16", "channels_last": False,

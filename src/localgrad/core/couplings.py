@@ -17,6 +17,7 @@ from localgrad.core.blocks import Unit, Way, select_path, straight
 from localgrad.core.errors import UserError
 
 FORMS = ("branches", "pull")
+PLAIN_DEPTH = 3  # of deep MAN in a network without stages: as many as a network of four has behind its first
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,9 @@ class MAN:
     momentum: of the EMA, 0 (a copy of the source) to 1 (never moves). learnable, ema: either branch can be switched
     off, not both. form: "branches" as published in code, or "pull" after the paper's text: one learnable copy that is
     moved by the EMA towards its source after each of its own gradient steps. buffers: whether the EMA also averages
-    the source's buffers (batch-norm statistics); the published code does not.
+    the source's buffers (batch-norm statistics); the published code does not. learnable_units: how many units the
+    learnable branch copies, one after the other; those behind the first stand alone, as the second layer of MAN++'s
+    published code for vision transformers does.
     """
 
     momentum: float = 0.995
@@ -34,6 +37,7 @@ class MAN:
     ema: bool = True
     form: str = "branches"
     buffers: bool = False
+    learnable_units: int = 1
     scaled: ClassVar[bool] = False
     head: ClassVar[str | None] = None  # of a classifier whose name nobody gave; None is the method's own
 
@@ -44,14 +48,18 @@ class MAN:
             raise UserError("a coupling without its learnable and its EMA branch is coupling none")
         if self.form not in FORMS:
             raise UserError(f"form must be {' or '.join(FORMS)}, not '{self.form}'")
-        if self.form == "pull" and not (self.learnable and self.ema and not self.scaled):
+        if self.learnable_units < 1 or (self.learnable_units > 1 and not self.learnable):
+            raise UserError(
+                f"the learnable branch, where there is one, takes 1 unit or more, not {self.learnable_units}"
+            )
+        if self.form == "pull" and not (self.learnable and self.ema and not self.scaled and self.learnable_units == 1):
             raise UserError(
                 'form="pull" has one branch, both learnable and averaged: it takes MAN or deep MAN as they are'
             )
 
     def select(self, downstream: Sequence[Unit]) -> list[Unit]:
         """The units to copy, in the order in which h passes them. downstream: every unit beyond the boundary."""
-        return [downstream[0]]
+        return list(downstream[: self.learnable_units])
 
     def build(self, downstream: Sequence[Unit]) -> Momentum:
         """The trainable module. Call it after the backbone is initialised or loaded, because copies start there."""
@@ -75,7 +83,8 @@ class DeepMAN(MAN):
     """A path of downstream units: `z_0 = h; z_i = learnable_i(z_{i-1}) + ema_i(z_{i-1})`.
 
     depth: how many units, those that change the shape first; by default the next unit, then each later one that
-    changes the shape (a later stage's first unit).
+    changes the shape (a later stage's first unit). In a network where none does, such as a plain transformer, the
+    default is 3 units spread evenly over those that follow.
     """
 
     depth: int | None = None
@@ -85,26 +94,30 @@ class DeepMAN(MAN):
         super().__post_init__()
         if self.depth is not None and self.depth < 1:
             raise UserError(f"the depth of deep MAN counts units, so it is at least 1, not {self.depth}")
+        if self.learnable_units != 1:
+            raise UserError("deep MAN has both branches at each of its units: give depth instead of learnable_units")
 
     def select(self, downstream: Sequence[Unit]) -> list[Unit]:
-        if self.depth is None:
-            return [downstream[0], *(u for u in downstream[1:] if u.changes_shape)]
-        return select_path(downstream, self.depth)
+        later = [u for u in downstream[1:] if u.changes_shape]
+        if self.depth is None and (later or downstream[0].output.stage):
+            return [downstream[0], *later]
+        return select_path(downstream, self.depth or PLAIN_DEPTH)
 
 
 class Link(nn.Module):
-    """Both branches of one source unit. A branch that is switched off is None. way: how each is run."""
+    """Both branches of one source unit. A branch that is switched off is None. way: how each is run. alone: without
+    the EMA's branch."""
 
     way: Way
 
-    def __init__(self, spec: MAN, source: Unit) -> None:
+    def __init__(self, spec: MAN, source: Unit, *, alone: bool) -> None:
         super().__init__()
         pull = spec.form == "pull"
         self.learnable = source.copy(fresh=not pull).requires_grad_() if spec.learnable else None
-        self.ema = source.copy(fresh=False).requires_grad_(False) if spec.ema and not pull else None
+        self.ema = source.copy(fresh=False).requires_grad_(False) if spec.ema and not pull and not alone else None
         parameter = next(source.module.parameters(), None)
         like = {} if parameter is None else {"device": parameter.device, "dtype": parameter.dtype}
-        self.scale = nn.Parameter(torch.ones((), **like)) if spec.scaled else None
+        self.scale = nn.Parameter(torch.ones((), **like)) if spec.scaled and not alone else None
         self.way = straight
 
     def forward(self, h: Tensor) -> Tensor:
@@ -126,7 +139,9 @@ class Momentum(nn.Module):
         super().__init__()
         self.spec = spec
         self.sources = tuple(sources)  # a tuple, so that the backbone's modules are not registered a second time
-        self.links = nn.ModuleList(Link(spec, unit) for unit in sources)
+        self.links = nn.ModuleList(
+            Link(spec, unit, alone=0 < i < spec.learnable_units) for i, unit in enumerate(sources)
+        )
 
     def forward(self, h: Tensor) -> Tensor:
         for link in self.links:

@@ -45,6 +45,11 @@ def trace(backbone: nn.Module, example: Tensor) -> tuple[fx.Graph, dict[str, str
         except Exception as error:  # symbolic tracing fails in as many ways as Python has control flow
             stopped = tracer.stopped or ""
             reason = (str(error) or type(error).__name__).splitlines()[0]
+            if stopped not in opened and "meta tensors" in reason:
+                raise UserError(
+                    f"{type(backbone).__name__} cannot be cut: '{stopped}' asks for the values of a tensor, and a "
+                    "network is cut without any; let it ask for shapes alone"
+                ) from error
             if stopped not in opened:
                 raise UserError(f"an example of {tuple(example.shape)} does not pass '{stopped}': {reason}") from error
             if stopped == "":

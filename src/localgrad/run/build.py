@@ -8,6 +8,7 @@ import random
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -138,9 +139,10 @@ def coupling_of(recipe: Recipe) -> MAN | None:
     kind = COUPLINGS[recipe.coupling]
     if kind is None:
         return None
-    depth = {"depth": recipe.depth} if recipe.coupling == "deep-man" and recipe.depth is not None else {}
+    deep = recipe.coupling == "deep-man"
+    units: dict[str, Any] = {"depth": recipe.depth} if deep else {"learnable_units": recipe.learnable_units}
     learnable, ema = recipe.branches != "ema", recipe.branches != "learnable"
-    return kind(momentum=recipe.momentum, learnable=learnable, ema=ema, form=recipe.form, **depth)
+    return kind(momentum=recipe.momentum, learnable=learnable, ema=ema, form=recipe.form, **units)
 
 
 def _fast_bf16(device: torch.device) -> tuple[bool, str]:

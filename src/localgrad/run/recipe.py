@@ -59,6 +59,8 @@ class Recipe:
     """The coupling as published in code, or after the ECCV text."""
     depth: int | None = None
     """Units that deep MAN or auglocal takes; each has a default."""
+    learnable_units: int = 1
+    """Units of man's and man++'s learnable branch; those behind the first stand alone."""
     contrast: bool = False
     """InfoPro: supervised contrastive instead of cross-entropy."""
 
@@ -117,7 +119,8 @@ class Recipe:
         ):
             if name not in options:
                 raise unknown(kind, name, options)
-        whole = (("epochs", 1), ("batch_size", 2), ("accumulate", 1), ("workers", 0), ("depth", 1), ("seed", 0))
+        whole = (("epochs", 1), ("batch_size", 2), ("accumulate", 1), ("workers", 0), ("depth", 1), ("seed", 0),
+                 ("learnable_units", 1))  # fmt: skip
         ranges = [(name, low, 2**63 - 1, f"at least {low}") for name, low in whole]
         ranges += [(name, 0, 1, "between 0 and 1") for name in ("momentum", "warmup", "label_smoothing")]
         ranges += [(name, SMALLEST, LARGEST, "above 0 and finite") for name in ("lr", "clip")]
@@ -241,6 +244,7 @@ def settle(recipe: Recipe) -> Recipe:
         ("branches", uncoupled, Recipe.branches, "there is no coupling"),
         ("form", uncoupled, Recipe.form, "there is no coupling"),
         ("depth", not deep and recipe.method != "auglocal", None, "only deep-man and auglocal count units"),
+        ("learnable_units", uncoupled or deep or recipe.branches == "ema", 1, "only man and man++ have such a branch"),
         ("decay_norms", recipe.weight_decay == 0, True, "there is no weight decay"),
         ("contrast", recipe.method != "infopro", False, "only infopro has a contrastive objective"),
         ("workers", recipe.data != "image-folder", 0, "this data set lies in memory"),

@@ -1,0 +1,25 @@
+"""timm's families: the blocks are the network bit for bit, all of it learns, and it stays loadable.
+
+The checks are those of `benchmarks/families.py`, which writes them down for every family.
+"""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+FAMILIES = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "families.py"))
+QUICK = {
+    "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224",
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")  # those of the networks' own constructors
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in FAMILIES["SMALLEST"]]
+)
+def test_a_family_is_trained_in_blocks_and_stays_what_it_is(name: str, tmp_path: Path) -> None:
+    row = FAMILIES["check"](name, tmp_path)
+    assert [check for check in FAMILIES["CHECKS"] if not row[check]] == []
