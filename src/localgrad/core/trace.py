@@ -73,10 +73,10 @@ def is_unit(module: nn.Module) -> bool:
 
 def is_stage(module: nn.Module) -> bool:
     """What holds several units and little else: a container, such as a ResNet's layer1 or a transformer's blocks, or a
-    module of which every part with weights is a unit of one class, such as a stage of timm's RegNets."""
+    module of parts of one class that are numbered, such as the b1, b2, ... of a stage of timm's RegNets."""
     if not isinstance(module, CONTAINERS):
-        kinds = [type(m) for m in module.children() if next(m.parameters(), None) is not None]
-        if len(set(kinds)) != 1 or issubclass(kinds[0], CONTAINERS):
+        parts = {(type(m), name.rstrip("0123456789")) for name, m in module.named_children()}
+        if len(parts) != 1 or any(not name[-1].isdigit() for name, _ in module.named_children()):
             return False
     return sum(is_unit(m) or is_stage(m) for m in module.children()) > 1
 
