@@ -25,7 +25,10 @@ from localgrad.run.compare import grid
 from localgrad.run.recipe import settle
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/methods.md", "docs/memory.md", "docs/reliability.md")
+PAGES = (
+    "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/methods.md", "docs/memory.md", "docs/networks.md",
+    "docs/reliability.md",
+)  # fmt: skip
 
 
 def read(page: str) -> str:
@@ -47,7 +50,7 @@ COMMANDS = [pytest.param(w[1:], id=" ".join(w[1:3])) for p in PAGES for w in she
 
 
 def test_there_is_something_to_check() -> None:
-    assert {str(s.values[0]) for s in SNIPPETS} == {"README.md", "CONTRIBUTING.md"}
+    assert {str(s.values[0]) for s in SNIPPETS} == {"README.md", "CONTRIBUTING.md", "docs/networks.md"}
     assert {str(c.values[0][0]) for c in COMMANDS} == set(cli.COMMANDS)  # pyright: ignore[reportIndexIssue]
 
 
@@ -121,9 +124,12 @@ def test_links_and_files_exist(page: str) -> None:
 
 def test_tables_are_those_of_the_results() -> None:
     filled = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))["filled"]
-    page = read("docs/memory.md")
-    assert "| BP | 1 | 1.00 |" in page
-    assert filled(page) == page, "run python benchmarks/tables.py"
+    for page, known in (
+        ("docs/memory.md", "| BP | 1 | 1.00 |"),
+        ("docs/networks.md", "| regnet | `regnetx_002` | 16 |"),
+    ):
+        assert known in read(page)
+        assert filled(read(page)) == read(page), "run python benchmarks/tables.py"
 
 
 def test_make_targets_and_extras_exist() -> None:

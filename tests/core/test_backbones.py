@@ -120,6 +120,29 @@ def test_an_unknown_name_is_refused_with_the_nearest(name: str, message: str) ->
     assert "\n" not in str(caught.value)
 
 
+def test_further_arguments_go_to_the_networks_constructor() -> None:
+    vit = lg.build("timm:vit_tiny_patch16_224", classes=5, in_channels=1, img_size=28, patch_size=7, depth=2)
+    assert vit(torch.randn(2, 1, 28, 28)).shape == (2, 5)
+    assert lg.units(vit, torch.zeros(1, 1, 28, 28)) == ["stem", "blocks.0", "blocks.1"]
+    assert lg.build("torchvision:resnet18", classes=5, width_per_group=64)(torch.randn(2, 3, 32, 32)).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("timm:resnet18", {"wide": 2}, "'timm:resnet18' cannot be built with wide=2: "),
+        ("torchvision:resnet18", {"norm_layer": 3}, "'torchvision:resnet18' cannot be built with norm_layer=3: "),
+        ("resnet20", {"a": 1, "b": "c"}, "'resnet20' cannot be built with a=1, b=c: "),
+        ("resnet21", {"a": 1}, "unknown model 'resnet21'"),
+    ],
+)
+def test_arguments_that_the_constructor_does_not_take_are_refused(name: str, arguments: dict, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        lg.build(name, classes=3, **arguments)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
 def test_two_builds_of_one_seed_are_one_network() -> None:
     built = []
     for _ in range(2):

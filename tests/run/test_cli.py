@@ -142,6 +142,11 @@ def test_list_shows_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
         (["--limit-train", "5"], "5"),
         (["--init", "nowhere.safetensors"], "no checkpoint at nowhere.safetensors"),
         (["--batch-size", "1"], "at least 2"),
+        (["--model-args", "depth"], "takes NAME=VALUE split by commas, not 'depth'"),
+        (["--model-args", "depth="], "takes NAME=VALUE split by commas, not 'depth='"),
+        (["--model-args", "a=[1,b=2"], "takes NAME=VALUE split by commas, not 'a=[1,b=2'"),
+        (["--model-args", "in_channels=1"], "cannot set in_channels: the model and the data tell it"),
+        (["--model-args", "wide=2"], "'resnet20' cannot be built with wide=2"),
         (["--accumulate", "99"], "more than the training set holds"),
     ],
 )

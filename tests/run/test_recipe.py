@@ -109,6 +109,13 @@ def test_a_field_changes_the_run_or_warns(field: str, baseline: tuple[str, float
     assert outcome(settled, tmp_path / "run") != before
 
 
+def test_model_args_are_read_as_yaml() -> None:
+    recipe = dataclasses.replace(TINY, model_args="img_size=28, layers=[1,2], act_layer=gelu, bias=false, rate=1e-1")
+    expected = {"img_size": 28, "layers": [1, 2], "act_layer": "gelu", "bias": False, "rate": 0.1}
+    assert recipe.arguments == expected
+    assert TINY.arguments == {}
+
+
 def test_init_starts_from_a_checkpoint(tmp_path: Path) -> None:
     train(TINY, tmp_path / "first")
     started = dataclasses.replace(TINY, init=str(tmp_path / "first" / "model.safetensors"))

@@ -158,7 +158,8 @@ class Recipe:
             raise UserError(f"model-args takes NAME=VALUE split by commas, not '{self.model_args}'")
         for name in found.keys() & {"name", "classes", "in_channels"}:
             raise UserError(f"model-args cannot set {name}: the model and the data tell it")
-        return found
+        tens = re.compile(r"[-+]?\d+e[-+]?\d+")  # 1e-3, which YAML takes for text
+        return {name: float(v) if isinstance(v, str) and tens.fullmatch(v) else v for name, v in found.items()}
 
     @property
     def again(self) -> dict[str, Any]:
