@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -236,9 +237,9 @@ def test_the_backbone_of_a_segmentation_network_is_cut(auxiliary: bool) -> None:
     names = [u.name for u in traced.units]
     assert names[:5] == ["stem", *(f"backbone.layer{i}.{k}" for i in (1, 2) for k in (0, 1))]
     assert len(names) == (6 if auxiliary else 10)
-    assert traced.output == {"out": (5, 32, 32)} | ({"aux": (5, 32, 32)} if auxiliary else {})
+    assert traced.cut.gives == {"out": (5, 32, 32)} | ({"aux": (5, 32, 32)} if auxiliary else {})
     if auxiliary:  # layer2's map is read again at the end
-        assert traced.refused["backbone.layer3.0"].startswith("the tensor of 'backbone.layer2.1' skips over it")
+        assert traced.cut.refused["backbone.layer3.0"].startswith("the tensor of 'backbone.layer2.1' skips over it")
     for training in (False, True):
         network.train(training)
         torch.manual_seed(1)
@@ -265,6 +266,15 @@ def test_a_cut_that_a_skip_passes_over_names_it_and_the_nearest() -> None:
         said = str(caught.value)
         assert said.startswith(f"no cut behind '{place}': the tensor of 'down.0' skips over it to 'cat")
         assert said.endswith(f"the nearest is behind '{nearest}'")
+
+
+@pytest.mark.parametrize(("name", "count"), [("torchvision:resnet152", 51), ("timm:vit_large_patch16_224", 25)])
+def test_deep_networks_are_cut_within_seconds(name: str, count: int) -> None:
+    with torch.device("meta"):
+        network = lg.build(name, classes=1000)
+    began = time.process_time()
+    assert len(lg.units(network, torch.zeros(1, 3, 224, 224))) == count
+    assert time.process_time() - began < 5
 
 
 def test_what_cannot_be_followed_says_so_and_what_to_do() -> None:

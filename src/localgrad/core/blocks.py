@@ -8,12 +8,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
 from localgrad.core.errors import UserError, unknown
-from localgrad.core.segments import Segment, segments
+from localgrad.core.segments import Segment, Segments, segments
 
 MOST_PREFIX = 5  # class, distillation and register tokens
 
@@ -154,16 +153,11 @@ def units(backbone: nn.Module, example: Tensor) -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class Traced:
-    """A backbone's units, its own head (None where the last unit already gives the output), the shape of one output
-    (or several, as the backbone gives them), the places where it cannot be cut, each with the reason, all places in
-    their order, and the modules that could not be followed, with the reason."""
+    """A backbone's units, its own head (None where the last unit already gives the output), and where it was cut."""
 
     units: list[Unit]
     head: nn.Module | None
-    output: Any
-    refused: dict[str, str]
-    places: list[str]
-    closed: dict[str, str]
+    cut: Segments
 
 
 def trace_units(backbone: nn.Module, example: Tensor) -> Traced:
@@ -185,7 +179,7 @@ def trace_units(backbone: nn.Module, example: Tensor) -> Traced:
     # A last unit that turns maps into a vector is the network's own head, whatever its module is called.
     if tail is None and len(found) > 1 and len(found[-1].output.shape) < len(found[-1].input.shape):
         tail = found.pop().module
-    return Traced(found, tail, cut.gives, cut.refused, cut.places, cut.closed)
+    return Traced(found, tail, cut)
 
 
 def split(traced: Traced, blocks: int | Sequence[str]) -> list[list[Unit]]:
@@ -201,14 +195,14 @@ def split(traced: Traced, blocks: int | Sequence[str]) -> list[list[Unit]]:
         if not 1 <= blocks <= len(names):
             raise UserError(
                 f"blocks={blocks} is out of range: this network has {len(names)} unit{'s' * (len(names) > 1)}, so 1 to "
-                f"{len(names)}{_why(traced)}"
+                f"{len(names)}{_why(traced.cut)}"
             )
         ends = [i * len(names) // blocks for i in range(1, blocks + 1)]
     else:
         for name in blocks:
-            if name in traced.refused:
+            if name in traced.cut.refused:
                 raise UserError(
-                    f"no cut behind '{name}': {traced.refused[name]}; the nearest is {_nearest(traced, name)}"
+                    f"no cut behind '{name}': {traced.cut.refused[name]}; the nearest is {_nearest(traced.cut, name)}"
                 )
             if name not in names:
                 raise unknown("unit", name, names)
@@ -220,22 +214,20 @@ def split(traced: Traced, blocks: int | Sequence[str]) -> list[list[Unit]]:
     return [traced.units[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
 
 
-def _nearest(traced: Traced, name: str) -> str:
+def _nearest(cut: Segments, name: str) -> str:
     """The legal cut nearest to the refused place."""
-    at = traced.places.index(name)
-    legal = [i for i, place in enumerate(traced.places[:-1]) if place not in traced.refused]
-    return f"behind '{traced.places[min(legal, key=lambda i: abs(i - at))]}'" if legal else "nowhere: it is one unit"
+    at = cut.places.index(name)
+    legal = [i for i, place in enumerate(cut.places[:-1]) if place not in cut.refused]
+    return f"behind '{cut.places[min(legal, key=lambda i: abs(i - at))]}'" if legal else "nowhere: it is one unit"
 
 
-def _why(traced: Traced) -> str:
+def _why(cut: Segments) -> str:
     """What keeps a network from being cut more finely."""
-    if traced.closed:
-        name, reason = next(iter(traced.closed.items()))
+    for name, reason in cut.closed.items():
         return f" ('{name}' cannot be followed: {reason}; give its parts by hand, as nn.Sequential(part, part, ...))"
-    if not traced.refused:
-        return ""
-    name, reason = next(iter(traced.refused.items()))
-    return f" (behind '{name}', {reason})"
+    for name, reason in cut.refused.items():
+        return f" (behind '{name}', {reason})"
+    return ""
 
 
 def select_path(downstream: Sequence[Unit], depth: int) -> list[Unit]:

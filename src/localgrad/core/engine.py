@@ -288,7 +288,9 @@ def autocasting(h: Tensor, dtype: torch.dtype | None) -> contextlib.AbstractCont
 
 def _outputs(traced: Traced) -> int:
     """How many logits the backbone gives."""
-    match traced.output:
+    match traced.cut.gives:
         case (int() as classes,):
             return classes
-    raise UserError(f"the backbone gives {traced.output}, not one vector of logits a sample: pass a task of your own")
+    raise UserError(
+        f"the backbone gives {traced.cut.gives}, not one vector of logits a sample: pass a task of your own"
+    )

@@ -150,7 +150,7 @@ class Recipe:
         try:
             words = re.sub(r"(\w+)\s*=", r"\1: ", self.model_args or "")
             found = yaml.safe_load(f"{{{words}}}")
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):
             found = {"": None}
         if not all(
             isinstance(name, str) and name.isidentifier() and value is not None for name, value in found.items()
