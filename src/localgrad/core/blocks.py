@@ -111,7 +111,7 @@ class Unit:
         module = copy.deepcopy(self.module)
         if fresh:
             for part in module.modules():
-                reset = getattr(part, "reset_parameters", None)
+                reset = getattr(part, "reset_parameters", getattr(part, "_reset_parameters", None))
                 if callable(reset):
                     reset()
         return module
@@ -189,7 +189,9 @@ def split(traced: Traced, blocks: int | Sequence[str]) -> list[list[Unit]]:
     names = [u.name for u in traced.units]
     if isinstance(blocks, str):
         blocks = [blocks]
-    if isinstance(blocks, bool | float):
+    if isinstance(blocks, bool | float) or (
+        not isinstance(blocks, int) and not all(isinstance(b, str) for b in blocks)
+    ):
         raise UserError(f"blocks takes a whole number or names of units, not {blocks}")
     if isinstance(blocks, int):
         if not 1 <= blocks <= len(names):
@@ -200,7 +202,7 @@ def split(traced: Traced, blocks: int | Sequence[str]) -> list[list[Unit]]:
         ends = [i * len(names) // blocks for i in range(1, blocks + 1)]
     else:
         for name in blocks:
-            if name in traced.cut.refused:
+            if name in traced.cut.refused and name not in names:
                 raise UserError(
                     f"no cut behind '{name}': {traced.cut.refused[name]}; the nearest is {_nearest(traced.cut, name)}"
                 )

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from localgrad.core.auxiliary import Auxiliary, Method, Site, full_precision
 from localgrad.core.blocks import Block, Traced, split, trace_units
@@ -58,8 +58,9 @@ class LocalModel(nn.Module):
 
     def train(self, mode: bool = True) -> LocalModel:
         super().train(mode)
-        for block in self.blocks:
-            block.train(mode)
+        own = set(self.backbone.modules())  # which have their mode, maybe one that their own `train` has given them
+        for module in (m for block in self.blocks for m in block.modules() if m not in own):
+            module.training = mode
         return self
 
     @property
@@ -104,6 +105,9 @@ def localize(
     coupling start from the backbone's weights as they are now: load a checkpoint first. Raises UserError for cuts that
     cannot be.
     """
+    for name, value, kind in (("method", method, Method), ("coupling", coupling, MAN | None)):
+        if not isinstance(value, kind):
+            raise UserError(f"{name} takes what its function gives, such as lg.dgl() or lg.MAN(), not {value!r}")
     if method.terms is None:
         if blocks not in (None, 1):
             warnings.warn(f"{method.name} trains end to end: blocks={blocks} has no effect, there is 1", stacklevel=2)
@@ -200,14 +204,15 @@ def local_backward(
             after_block(k)
     with autocasting(h, autocast):
         logits = model.blocks[-1](h)
-    loss = model.task.criterion(tree_map(full_precision, logits), y)
-    _backward(loss, scale)
+    loss = model.task.criterion(tree_map_only(Tensor, full_precision, logits), y)
+    if loss.requires_grad or not losses:  # a frozen last block has nothing to learn
+        _backward(loss, scale)
     losses.append(loss.detach())
     if check is not None:
         check(len(model.blocks) - 1, losses[-1])
     if after_block is not None:
         after_block(len(model.blocks) - 1)
-    return StepResult(losses, [*parts, {}], tree_map(Tensor.detach, logits))
+    return StepResult(losses, [*parts, {}], tree_map_only(Tensor, Tensor.detach, logits))
 
 
 def param_groups(

@@ -2,16 +2,19 @@
 
 Each step carries what it gave for two batch sizes on tensors without values, so that Python's own control flow over
 shapes goes the way that it goes for the example, and sizes that follow the batch can be told from those that do not.
-The trace is taken in training mode: `if self.training` beside the units, outside any module, is followed as it is then.
+The trace is taken in training mode, and once more in evaluation: where both have the same steps, each carries the
+arguments that it has there. Other steps in evaluation, as `if self.training` beside the units can bring, are not kept.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import random
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
@@ -24,6 +27,9 @@ VALUE = "value"  # of a step for each of BATCHES, in its `meta`
 Module = TypeVar("Module", bound=nn.Module)
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 BORN = "born"  # the version of a step's tensor as it was made
+EVALUATION = "evaluation"  # a step's arguments in evaluation
+NO_GRAD = "no_grad"  # whether a step ran without gradients
+WRITES = "writes"  # which tensors a step has changed in place
 
 
 def trace(backbone: nn.Module, example: Tensor) -> tuple[fx.Graph, dict[str, str]]:
@@ -33,15 +39,19 @@ def trace(backbone: nn.Module, example: Tensor) -> tuple[fx.Graph, dict[str, str
     Raises UserError for a network whose own forward cannot be followed, naming the module that stopped it.
     """
     try:
-        shapes = without_values(backbone, "meta").train()
-    except RuntimeError as error:
+        shapes = without_values(backbone, "meta")
+    except Exception as error:  # what a network holds may refuse to be copied in its own way
         raise UserError(f"{type(backbone).__name__} cannot be copied: {str(error).splitlines()[0]}") from error
     opened = _opened(shapes)
     closed: dict[str, str] = {}
     while True:
         tracer = _Tracer(opened, example)
         try:
-            return tracer.trace(_Whole(shapes)), closed
+            with torch.enable_grad():
+                graph = tracer.trace(_Whole(shapes.train()))
+                with contextlib.suppress(Exception):  # what cannot be followed in evaluation has no part in training
+                    _note_evaluation(graph, _Tracer(opened, example, BATCHES[:1]).trace(_Whole(shapes.eval())))
+            return graph, closed
         except Exception as error:  # symbolic tracing fails in as many ways as Python has control flow
             stopped = tracer.stopped or ""
             reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -59,6 +69,14 @@ def trace(backbone: nn.Module, example: Tensor) -> tuple[fx.Graph, dict[str, str
                 ) from error
             opened.discard(stopped)  # it becomes one step; so do those within it
             closed[stopped] = reason
+
+
+def _note_evaluation(graph: fx.Graph, evaluation: fx.Graph) -> None:
+    pairs = list(zip(graph.nodes, evaluation.nodes, strict=False))
+    if len(graph.nodes) == len(evaluation.nodes) and all((a.op, a.target) == (b.op, b.target) for a, b in pairs):
+        twins = {b: a for a, b in pairs}
+        for a, b in pairs:
+            a.meta[EVALUATION] = map_arg((b.args, b.kwargs), twins.__getitem__)
 
 
 def weighted_layers(module: nn.Module) -> int:
@@ -101,7 +119,8 @@ def without_values(module: Module, device: str | None = None) -> Module:
     """A copy whose tensors have the shapes and formats of `module`'s and no values; on `device`, or where they are, the
     CPU standing in for the meta device."""
     memo: dict[int, Any] = {}
-    for tensor in (*module.parameters(), *module.buffers()):
+    attributes = [v for m in module.modules() for v in vars(m).values() if isinstance(v, Tensor)]
+    for tensor in (*module.parameters(), *module.buffers(), *attributes):
         place = device or ("cpu" if tensor.is_meta else tensor.device)
         other = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=place)
         memo[id(tensor)] = nn.Parameter(other, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else other
@@ -123,10 +142,10 @@ class _Proxy(fx.Proxy):
     """A proxy that knows what it stands for, as far as that is no tensor."""
 
     def _known(self) -> Any:
-        value, other = self.node.meta[VALUE]
+        value, *others = self.node.meta[VALUE]
         if isinstance(value, Tensor):
             raise TypeError("it depends on the values of a tensor")
-        if value != other:
+        if any(value != other for other in others):
             raise TypeError("it depends on the size of the batch")
         return value
 
@@ -136,8 +155,8 @@ class _Proxy(fx.Proxy):
         return self.tracer.create_proxy("call_function", getattr, (self, k), {})
 
     def __len__(self) -> int:
-        value, other = map(len, self.node.meta[VALUE])
-        if value != other:
+        value, *others = map(len, self.node.meta[VALUE])
+        if any(value != other for other in others):
             raise TypeError("it depends on the size of the batch: take x.shape[0], not len(x)")
         return value
 
@@ -152,11 +171,14 @@ class _Proxy(fx.Proxy):
 
 
 class _Tracer(fx.Tracer):
-    """opened: names of the modules whose forward is followed. stopped: the innermost one that could not be."""
+    """opened: names of the modules whose forward is followed. batches: sizes to try. stopped: the innermost module that
+    could not be followed."""
 
-    def __init__(self, opened: set[str], example: Tensor) -> None:
+    proxy_buffer_attributes = True
+
+    def __init__(self, opened: set[str], example: Tensor, batches: tuple[int, ...] = BATCHES) -> None:
         super().__init__()
-        self.opened, self.example = opened, example
+        self.opened, self.example, self.batches = opened, example, batches
         self.stopped: str | None = None
         self._running = False
 
@@ -166,8 +188,12 @@ class _Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Callable, args: Any, kwargs: Any) -> Any:
         if self._running:
             return forward(*args, **kwargs)
+        drawn = _random_state()
         try:
-            return super().call_module(m, forward, args, kwargs)
+            given = super().call_module(m, forward, args, kwargs)
+            if _random_state() != drawn:
+                raise TypeError("it draws random numbers that do not follow its input")
+            return given
         except Exception:
             if self.stopped is None:
                 self.stopped = self.path_of_module(m).removeprefix("network").removeprefix(".")
@@ -189,36 +215,58 @@ class _Tracer(fx.Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
         if node.op != "output":
+            node.meta[NO_GRAD] = not torch.is_grad_enabled()
+            read = [v for n in node.all_input_nodes if isinstance(v := n.meta[VALUE][0], Tensor)]
+            versions = [v._version for v in read]
             with self._run():
-                node.meta[VALUE] = tuple(self._value(node, i) for i in range(len(BATCHES)))
+                node.meta[VALUE] = tuple(self._value(node, i) for i in range(len(self.batches)))
+            node.meta[WRITES] = [v for v, before in zip(read, versions, strict=True) if v._version != before]
             value = node.meta[VALUE][0]
             node.meta[BORN] = value._version if isinstance(value, Tensor) else 0
         return node
 
     @contextlib.contextmanager
     def _run(self) -> Iterator[None]:
-        """Modules called inside are run, not traced."""
+        """Modules called inside are run, not traced; what they draw is put back."""
         self._running = True
+        python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 yield
         finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
             self._running = False
 
     def _value(self, node: fx.Node, which: int) -> Any:
         args, kwargs = tree_map(_without_value, map_arg((node.args, node.kwargs), lambda n: n.meta[VALUE][which]))
         target: Any = node.target
         if node.op == "placeholder":
-            size = (BATCHES[which], *self.example.shape[1:])
-            parameter = next(self.root.parameters(), None)
-            return torch.empty(size, dtype=self.example.dtype if parameter is None else parameter.dtype, device="meta")
+            size = (self.batches[which], *self.example.shape[1:])
+            like = next(self.root.parameters(), self.example) if self.example.is_floating_point() else self.example
+            return torch.empty(size, dtype=like.dtype, device="meta")
         if node.op == "get_attr":
             return _attribute(self.root, target)
+        return tree_map(_without_value, self._called(node, target, args, kwargs))
+
+    def _called(self, node: fx.Node, target: Any, args: Any, kwargs: Any) -> Any:
         if node.op == "call_module":
-            return self.root.get_submodule(target)(*args, **kwargs)
+            module = self.root.get_submodule(target)
+            try:
+                return module(*args, **kwargs)
+            except RuntimeError as error:
+                if "meta" not in str(error):
+                    raise
+                with torch.device("meta"):  # a tensor that it makes itself, on no device in particular
+                    return module(*args, **kwargs)
         if node.op == "call_method":
             return getattr(args[0], target)(*args[1:], **kwargs)
         return target(*args, **kwargs)
+
+
+def _random_state() -> tuple[Any, ...]:
+    numpy = np.random.get_state(legacy=False)["state"]  # noqa: NPY002  # pyright: ignore
+    return random.getstate(), torch.get_rng_state().numpy().tobytes(), numpy["pos"], numpy["key"].tobytes()
 
 
 def _attribute(root: nn.Module, target: str) -> Any:

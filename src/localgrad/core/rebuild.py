@@ -1,0 +1,202 @@
+"""A run of a traced network's steps -> a module that references the backbone's own modules and tensors.
+
+What a run reads beside the chain and depends on no image, such as a table of positions, it computes again; parameters
+there belong to the first unit that reads them, and the others read them as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_map
+
+from localgrad.core.errors import UserError
+from localgrad.core.trace import BATCHES, EVALUATION, NO_GRAD, VALUE, WRITES, has_tensor
+
+
+class Held(nn.Module):
+    """Runs a module that another block trains: its parameters are not part of this one."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.held = (module,)  # a tuple, so that it is not registered
+
+    def __deepcopy__(self, memo: dict) -> Held:
+        whole = any(id(p) in memo for p in self.held[0].parameters())
+        return Held(copy.deepcopy(self.held[0], memo) if whole else self.held[0])
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.held[0](h).detach()
+
+
+class Reads(nn.Module):
+    """A tensor that is no parameter, read where it lies."""
+
+    def __init__(self, owner: nn.Module, name: str) -> None:
+        super().__init__()
+        self.owner, self.name = (owner,), name
+
+    def __deepcopy__(self, memo: dict) -> Reads:
+        return Reads(memo.get(id(self.owner[0]), self.owner[0]), self.name)
+
+    def forward(self) -> Any:
+        return getattr(self.owner[0], self.name)
+
+
+class ByMode(nn.Module):
+    """What a forward takes in training, and in evaluation, of the network: its own mode is asked, as it asks itself."""
+
+    def __init__(self, network: nn.Module, training: Any, evaluation: Any) -> None:
+        super().__init__()
+        self.network, self.values = (network,), (evaluation, training)
+
+    def __deepcopy__(self, memo: dict) -> ByMode:
+        return ByMode(memo.get(id(self.network[0]), self.network[0]), *reversed(self.values))
+
+    def forward(self) -> Any:
+        return self.values[self.network[0].training]
+
+
+class Rebuild:
+    """Makes modules of runs of steps. depends: the steps of the chain, those made of the input's values."""
+
+    def __init__(self, backbone: nn.Module, nodes: Sequence[fx.Node], depends: set[fx.Node]) -> None:
+        self.backbone, self.nodes, self.depends = backbone, nodes, depends
+        self.place = {node: i for i, node in enumerate(nodes)}
+        self.owner: dict[int, str] = {}  # of parameters beside the chain: the first unit that reads them
+        self.writers: dict[int, list[fx.Node]] = {}  # steps beside the chain that change a tensor in place
+        for node in nodes:
+            for written in () if node in depends else node.meta[WRITES]:
+                self.writers.setdefault(id(_base(written)), []).append(node)
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        return self.backbone.get_submodule(name_of(node)) if node.op == "call_module" else None
+
+    def parameters_read(self, node: fx.Node) -> set[int]:
+        """Parameters that a step reads beside the chain, in no module of the chain."""
+        beside = (n for n in node.all_input_nodes if n not in self.depends and has_tensor(n.meta[VALUE]))
+        return set().union(*map(self._parameters_beside, beside))
+
+    def build(self, name: str, entering: fx.Node, run: Sequence[fx.Node], leaving: Any) -> nn.Module:
+        """The steps of `run`, of the unit `name`, as a module from `entering`'s tensor to the structure `leaving`."""
+        graph = fx.Graph()
+        roots: dict[str, Any] = {}
+        env: dict[fx.Node, Any] = {entering: graph.placeholder("h")}
+        h = env[entering]
+
+        def extra(kind: str, module: nn.Module, *args: Any) -> Any:
+            roots[f"{kind}_{len(roots)}"] = module
+            return graph.call_module(f"{kind}_{len(roots) - 1}", args)
+
+        def add(node: fx.Node) -> Any:
+            if node.op == "get_attr" and (where := self._lies(node)) is not None:
+                return extra("reads", Reads(*where))
+            own = node.op in ("call_module", "get_attr")
+            if own:
+                roots[name_of(node)] = self._attribute(node)
+            now = node.args, node.kwargs
+            args, kwargs = tree_map(
+                lambda a, b: choice(a, b, self.place[node]), now, node.meta.get(EVALUATION, now), is_leaf=_is_slice
+            )
+            added: Any = graph.create_node(node.op, name_of(node) if own else node.target, args, kwargs, node.name)
+            if node.meta[NO_GRAD] and isinstance(node.meta[VALUE][0], Tensor):
+                return graph.call_method("detach", (added,))
+            return added
+
+        def choice(now: Any, evaluation: Any, before: int) -> Any:
+            """An argument, by the network's mode where it is another constant in evaluation."""
+            if now is evaluation or isinstance(now, fx.Node | slice) or now == evaluation:
+                return map_arg(now, lambda n: place(n, before))
+            return extra("by_mode", ByMode(self.backbone, now, evaluation))
+
+        def place(node: fx.Node, before: int) -> Any:
+            """What a step before number `before` reads of `node`: with what was written into it by then."""
+            values = node.meta[VALUE]
+            if node not in env:
+                env[node] = beside(node) if has_tensor(values) else _literal(values, h, entering.meta[VALUE][0].dtype)
+            for writer in self.writers.get(id(_base(values[0])), ()):
+                if writer not in env and self.place[node] < self.place[writer] < before:
+                    env[writer] = None  # or its own arguments would ask for it again
+                    env[writer] = add(writer)
+            return env[node]
+
+        def beside(node: fx.Node) -> Any:
+            if node.op in ("call_function", "call_method"):
+                return add(node)  # what it reads may belong to several units
+            if all(self.owner.setdefault(p, name) == name for p in self._parameters_beside(node)):
+                return add(node)
+            owner = next(self.owner[p] for p in self._parameters_beside(node))
+            return extra("held", Held(self.build(owner, self.nodes[0], [node], node)), h)
+
+        for node in run:
+            env[node] = add(node)
+        graph.output(map_arg(leaving, lambda n: place(n, len(self.nodes))))
+        return fx.GraphModule(roots, graph, type(self.backbone).__name__)
+
+    def _parameters_beside(self, node: fx.Node) -> set[int]:
+        """Parameters that a step beside the chain depends on."""
+        found: set[int] = set()
+        waiting = [node]
+        while waiting:
+            now = waiting.pop()
+            waiting += [n for n in now.all_input_nodes if n not in self.depends and has_tensor(n.meta[VALUE])]
+            if now.op == "get_attr" and isinstance(value := self._attribute(now), nn.Parameter):
+                found.add(id(value))
+            elif (module := self.module(now)) is not None:
+                found.update(map(id, module.parameters()))
+        return found
+
+    def _attribute(self, node: fx.Node) -> Any:
+        if node.op == "call_module":
+            return self.backbone.get_submodule(name_of(node))
+        owner, _, name = name_of(node).rpartition(".")
+        if name.startswith("_tensor_constant"):  # made while tracing
+            return node.meta[VALUE][0]
+        return getattr(self.backbone.get_submodule(owner), name)
+
+    def _lies(self, node: fx.Node) -> tuple[nn.Module, str] | None:
+        """Where the backbone has a tensor that is no parameter."""
+        owner, _, name = name_of(node).rpartition(".")
+        if name.startswith("_tensor_constant") or isinstance(self._attribute(node), nn.Parameter):
+            return None
+        return self.backbone.get_submodule(owner), name
+
+
+def name_of(node: fx.Node) -> str:
+    """Of a module or tensor of the backbone, its name there; of another step, its own."""
+    if node.op not in ("call_module", "get_attr"):
+        return node.name
+    return str(node.target).removeprefix("network").removeprefix(".") or node.name
+
+
+def _is_slice(value: Any) -> bool:
+    return isinstance(value, slice)
+
+
+def _base(value: Any) -> Any:
+    """The tensor of which another is a view."""
+    return value if not isinstance(value, Tensor) or value._base is None else value._base
+
+
+def _literal(values: tuple[Any, ...], h: fx.Node, dtype: torch.dtype) -> Any:
+    """What is no tensor, as the unit reads it: a constant, or what follows the batch, device or dtype of `h`."""
+    first, other = values
+    if isinstance(first, torch.device):
+        return h.graph.call_function(getattr, (h, "device"))
+    if first is dtype:
+        return h.graph.call_function(getattr, (h, "dtype"))
+    if isinstance(first, tuple | list):
+        parts = [_literal((a, b), h, dtype) for a, b in zip(first, other, strict=True)]
+        return parts if isinstance(first, list) else tuple(parts)
+    if first == other:
+        return first
+    if not isinstance(first, int) or first * BATCHES[1] != other * BATCHES[0]:
+        raise UserError(f"what is {first} for a batch of {BATCHES[0]} is {other} for one of {BATCHES[1]}: no cut there")
+    size, times = h.graph.call_method("size", (h, 0)), first // BATCHES[0]
+    return size if times == 1 else h.graph.call_function(operator.mul, (size, times))
