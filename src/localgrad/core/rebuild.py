@@ -101,29 +101,21 @@ class Rebuild:
             if own:
                 roots[name_of(node)] = self._attribute(node)
             now = node.args, node.kwargs
-            args, kwargs = tree_map(
-                lambda a, b: choice(a, b, self.place[node]), now, node.meta.get(EVALUATION, now), is_leaf=_is_slice
-            )
+            args, kwargs = tree_map(choice, now, node.meta.get(EVALUATION, now))
             added: Any = graph.create_node(node.op, name_of(node) if own else node.target, args, kwargs, node.name)
             if node.meta[NO_GRAD] and isinstance(node.meta[VALUE][0], Tensor):
                 return graph.call_method("detach", (added,))
             return added
 
-        def choice(now: Any, evaluation: Any, before: int) -> Any:
+        def choice(now: Any, evaluation: Any) -> Any:
             """An argument, by the network's mode where it is another constant in evaluation."""
             if now is evaluation or isinstance(now, fx.Node | slice) or now == evaluation:
-                return map_arg(now, lambda n: place(n, before))
+                return map_arg(now, place)
             return extra("by_mode", ByMode(self.backbone, now, evaluation))
 
-        def place(node: fx.Node, before: int) -> Any:
-            """What a step before number `before` reads of `node`: with what was written into it by then."""
-            values = node.meta[VALUE]
-            if node not in env:
-                env[node] = beside(node) if has_tensor(values) else _literal(values, h, entering.meta[VALUE][0].dtype)
-            for writer in self.writers.get(id(_base(values[0])), ()):
-                if writer not in env and self.place[node] < self.place[writer] < before:
-                    env[writer] = None  # or its own arguments would ask for it again
-                    env[writer] = add(writer)
+        def place(node: fx.Node) -> Any:
+            if node not in env:  # no tensor: those come in their order
+                env[node] = _literal(node.meta[VALUE], h, entering.meta[VALUE][0].dtype)
             return env[node]
 
         def beside(node: fx.Node) -> Any:
@@ -134,10 +126,27 @@ class Rebuild:
             owner = next(self.owner[p] for p in self._parameters_beside(node))
             return extra("held", Held(self.build(owner, self.nodes[0], [node], node)), h)
 
-        for node in run:
-            env[node] = add(node)
-        graph.output(map_arg(leaving, lambda n: place(n, len(self.nodes))))
+        for node in self._with_beside(run, leaving):
+            if node not in env:
+                env[node] = add(node) if node in self.depends else beside(node)
+        graph.output(map_arg(leaving, place))
         return fx.GraphModule(roots, graph, type(self.backbone).__name__)
+
+    def _with_beside(self, run: Sequence[fx.Node], leaving: Any) -> list[fx.Node]:
+        """The steps of a run, and those beside the chain that they read or that write there before, in their order."""
+        last = self.place[run[-1]]
+        found, waiting = set(run), list(run)
+        map_arg(leaving, waiting.append)
+        while waiting:
+            node = waiting.pop()
+            read = [n for n in (node, *node.all_input_nodes) if n not in self.depends and has_tensor(n.meta[VALUE])]
+            written = [
+                w for n in read for w in self.writers.get(id(_base(n.meta[VALUE][0])), ()) if self.place[w] < last
+            ]
+            new = {*read, *written} - found
+            found |= new
+            waiting += new
+        return sorted(found, key=self.place.__getitem__)
 
     def _parameters_beside(self, node: fx.Node) -> set[int]:
         """Parameters that a step beside the chain depends on."""
@@ -173,10 +182,6 @@ def name_of(node: fx.Node) -> str:
     if node.op not in ("call_module", "get_attr"):
         return node.name
     return str(node.target).removeprefix("network").removeprefix(".") or node.name
-
-
-def _is_slice(value: Any) -> bool:
-    return isinstance(value, slice)
 
 
 def _base(value: Any) -> Any:

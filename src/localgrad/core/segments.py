@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from localgrad.core.errors import UserError
 from localgrad.core.rebuild import Rebuild, name_of
-from localgrad.core.trace import BATCHES, BORN, NO_GRAD, VALUE, has_tensor, is_unit, trace, weighted_layers
+from localgrad.core.trace import BATCHES, BORN, NO_GRAD, VALUE, WRITES, has_tensor, is_unit, trace, weighted_layers
 
 DRAWS = re.compile("rand|dropout|bernoulli|normal_|uniform_|multinomial")  # in names of functions of chance
 
@@ -75,17 +75,20 @@ class _Flow:
         self.worthy = sum(m is not None and is_unit(m) for m in map(self.module, self.steps)) > 1
 
     def _dependent(self) -> set[fx.Node]:
-        """Steps that give tensors made of the input's values, or of chance, which must not be drawn twice. Sizes and
-        devices are none."""
+        """Steps that give tensors made of the input's values, and those that must not run twice. Sizes and devices are
+        none."""
         found: set[fx.Node] = set()
         for node in self.nodes:
             made = node.op == "placeholder" or any(n in found for n in node.all_input_nodes)
-            if (made or self._draws(node)) and has_tensor(node.meta[VALUE]):
+            if (made or self._once(node)) and has_tensor(node.meta[VALUE]):
                 found.add(node)
         return found
 
-    def _draws(self, node: fx.Node) -> bool:
-        """Whether a step is another one each time that it runs."""
+    def _once(self, node: fx.Node) -> bool:
+        """Whether a step is another one each time that it runs: by chance, or because it changes the network."""
+        held = [id(n.meta[VALUE][0]) for n in node.all_input_nodes if n.op == "get_attr"]
+        if any(id(written) in held for written in node.meta[WRITES]):
+            return True
         if node.op == "call_module":
             parts = self.backbone.get_submodule(name_of(node)).modules()
             return any(isinstance(m, nn.modules.dropout._DropoutNd | nn.modules.batchnorm._NormBase) for m in parts)

@@ -138,6 +138,12 @@ class _Whole(nn.Module):
         return self.network(x)
 
 
+def put(tensor: Tensor, key: Any, value: Any) -> Tensor:
+    """`tensor[key] = value` as a step that gives a tensor."""
+    tensor[key] = value
+    return tensor
+
+
 class _Proxy(fx.Proxy):
     """A proxy that knows what it stands for, as far as that is no tensor."""
 
@@ -159,6 +165,9 @@ class _Proxy(fx.Proxy):
         if any(value != other for other in others):
             raise TypeError("it depends on the size of the batch: take x.shape[0], not len(x)")
         return value
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", put, (self, key, value), {})
 
     def __int__(self) -> int:
         return int(self._known())

@@ -1,0 +1,298 @@
+"""What a network's own forward does beside its units stays what it does, or is refused in one sentence."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from small import assert_chained, gradients, state
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import localgrad as lg
+from localgrad.core.errors import UserError
+from localgrad.core.task import Classification
+
+Between = Callable[["Net", Tensor], Tensor]
+
+
+class Unit(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return F.relu(h + self.b(F.relu(self.norm(self.a(h)))))
+
+
+class Net(nn.Module):
+    """A stem, three units with something `between` them, and a linear layer."""
+
+    def __init__(self, between: Between = lambda self, h: h, unit: type[nn.Module] = Unit) -> None:
+        super().__init__()
+        self.between = between
+        self.stem, self.fc = nn.Conv2d(3, 6, 1), nn.Linear(6, 5)
+        self.units = nn.ModuleList(unit() for _ in range(3))
+        self.table = nn.Parameter(torch.randn(6, 8, 8))
+        self.register_buffer("mean", torch.rand(6))
+        self.register_buffer("var", torch.rand(6) + 1)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.top(self.body(self.stem(x)))
+
+    def body(self, h: Tensor) -> Tensor:
+        for unit in self.units:
+            h = self.between(self, unit(h))
+        return h
+
+    def top(self, h: Tensor) -> Any:
+        return self.fc(h.mean((2, 3)))
+
+
+X, NAMES = torch.zeros(2, 3, 8, 8), ["stem", "units.0", "units.1", "units.2"]
+
+
+def cut(network: nn.Module, **how: Any) -> lg.LocalModel:
+    return lg.localize(network, **{"blocks": 4, "method": lg.dgl("0c1f"), "example": X, **how})
+
+
+def filled(net: Net, h: Tensor) -> Tensor:
+    mask = torch.zeros((h.shape[-1], h.shape[-1]))
+    mask.fill_diagonal_(1.0)
+    kept = mask + 1
+    mask[0] = 2.0
+    return h @ mask + kept
+
+
+BETWEEN: dict[str, Between] = {
+    "a buffer in an expression": lambda net, h: h - net.get_buffer("mean").view(1, 6, 1, 1),
+    "functions of several schemas": lambda net, h: torch.where(h > 0, torch.clamp(h, -1, 1), 0.1 * h),
+    "a function with weights": lambda net, h: F.conv2d(h, torch.ones(6, 6, 1, 1)),
+    "a tensor filled in place": filled,
+    "depth drawn by a function": lambda net, h: torchvision.ops.stochastic_depth(h, 0.5, "row"),
+    "frozen statistics": lambda net, h: F.batch_norm(h, net.get_buffer("mean"), net.get_buffer("var")),
+    "dropout in both modes": lambda net, h: F.dropout(h, 0.3, training=True),
+    "dropout in training": lambda net, h: F.dropout(h, 0.3, net.training),
+    "dropout told by its place": lambda net, h: torch.dropout(h, 0.3, net.training),
+    "a constant by the mode": lambda net, h: h * (0.5 if net.training else 2.0),
+    "training and more": lambda net, h: F.dropout(h, 0.3, training=net.training and h.shape[1] > 9),
+}
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_blocks_do_what_the_network_does(name: str) -> None:
+    network = Net(BETWEEN[name])
+    before = {key: value for key, value in state(network).items() if key in ("mean", "var")}
+    model = cut(network, coupling=lg.MAN())
+    assert lg.units(network, X) == NAMES
+    assert_chained(model, torch.randn(3, 3, 8, 8))
+    lg.local_backward(model.train(), torch.randn(4, 3, 8, 8), torch.arange(4))
+    assert all(torch.equal(network.get_buffer(key), value) for key, value in before.items())
+
+
+def test_a_blocks_constants_follow_the_backbones_own_mode() -> None:
+    network = Net(BETWEEN["dropout in training"])
+    model, x = cut(network), torch.randn(2, 3, 8, 8)
+    network.eval()
+    h = x
+    for block in model.blocks:
+        h = block(h)
+    assert torch.equal(h, network(x))
+
+
+class Frozen(Net):
+    """Keeps its statistics, as people who fine-tune do."""
+
+    def train(self, mode: bool = True) -> Frozen:
+        super().train(mode)
+        for unit in self.units:
+            unit.get_submodule("norm").eval()
+        return self
+
+
+def test_a_network_may_say_what_training_means() -> None:
+    network = Frozen()
+    before = state(network)
+    model = cut(network, coupling=lg.MAN())
+    lg.local_backward(model, torch.randn(4, 3, 8, 8), torch.arange(4))
+    assert not network.units[0].get_submodule("norm").training
+    assert network.units[0].training
+    assert all(torch.equal(before[key], value) for key, value in state(network).items())
+
+
+class Quiet(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            h = self.units[0](self.stem(x))
+        return self.top(self.units[2](self.units[1](h)))
+
+
+def test_what_has_no_gradient_under_bp_has_none_in_blocks() -> None:
+    x, y = torch.randn(4, 3, 8, 8), torch.arange(4)
+    network = Quiet()
+    F.cross_entropy(network(x), y).backward()
+    learns = gradients(network).keys()
+    network.zero_grad()
+    model = cut(network, coupling=lg.MAN())
+    lg.local_backward(model, x, y)
+    assert gradients(network).keys() == learns
+    assert not any(name.startswith(("stem", "units.0")) for name in learns)
+
+
+def test_a_frozen_last_block_is_passed() -> None:
+    network = Net()
+    for module in (network.units[2], network.fc):
+        module.requires_grad_(False)
+    model = cut(network)
+    out = lg.local_backward(model, torch.randn(4, 3, 8, 8), torch.arange(4))
+    assert len(out.losses) == 4
+    assert network.units[1].get_submodule("a").weight.grad is not None
+
+
+class Several(Net):
+    """Logits, nothing, a number, and what its stem gave."""
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.stem(x)
+        return self.top(self.body(h)), None, 3.0, h
+
+
+def test_an_early_output_forbids_the_cuts_that_it_passes() -> None:
+    class First(Classification):
+        def criterion(self, logits: Any, targets: Tensor) -> Tensor:
+            return super().criterion(logits if isinstance(logits, Tensor) else logits[0], targets)
+
+    network = Several()
+    assert lg.units(network, X) == ["stem"]
+    with pytest.raises(UserError, match=r"behind 'units.0', the network gives the tensor of 'stem' at its end"):
+        cut(network, task=First(5))
+    model = cut(network, task=First(5), blocks=1)
+    logits = lg.local_backward(model, torch.randn(4, 3, 8, 8), torch.arange(4)).logits
+    assert logits[1:3] == (None, 3.0)
+
+
+def test_units_before_a_head_without_a_module_are_units() -> None:
+    class Cosine(Net):
+        def top(self, h: Tensor) -> Tensor:
+            return h.mean((2, 3)) @ self.table[:, 0, :5]
+
+    network = Cosine()
+    assert lg.units(network, X) == NAMES
+    assert len(cut(network, blocks=["units.1"]).blocks) == 2
+
+
+def test_a_weight_that_another_step_reads_is_shared() -> None:
+    class Tied(Net):
+        def top(self, h: Tensor) -> Tensor:
+            return self.fc(F.linear(h.mean((2, 3)), self.units[0].b.weight[:, :, 0, 0]))  # pyright: ignore
+
+    with pytest.raises(UserError, match=r"2 units, so 1 to 2 \(behind 'units.0', 'linear' shares parameters with 'un"):
+        cut(Tied())
+
+
+def test_a_unit_that_runs_twice_is_one() -> None:
+    class Twice(Net):
+        def body(self, h: Tensor) -> Tensor:
+            for unit in self.units:
+                h = unit(unit(h))
+            return h
+
+    network = Twice()
+    assert lg.units(network, X) == NAMES
+    assert_chained(cut(network, blocks=["units.0", "units.1"]), torch.randn(2, 3, 8, 8))
+
+
+def drawn_once(net: Net, h: Tensor) -> Tensor:
+    return h + torch.randn(6, 1, 1)
+
+
+def dropped_layer(net: Net, h: Tensor) -> Tensor:
+    return h if net.training and random.random() < 0.5 else h + 1
+
+
+@pytest.mark.parametrize("between", [drawn_once, dropped_layer])
+def test_chance_that_would_be_frozen_is_refused(between: Between) -> None:
+    plain = Net(BETWEEN["dropout in training"])
+    with pytest.raises(UserError, match=r"Net cannot be cut: .*draws random numbers that do not follow its input"):
+        lg.units(Net(between), X)
+    before = torch.get_rng_state()
+    lg.units(plain, X)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_chance_that_several_units_share_is_drawn_once() -> None:
+    class Table(Net):
+        def body(self, h: Tensor) -> Tensor:
+            table = F.dropout(self.table, 0.5, self.training)
+            for unit in self.units:
+                h = unit(h) + table
+            return h
+
+    with pytest.raises(UserError, match="the tensor of 'dropout' skips over it to 'add"):
+        cut(Table())
+
+
+class Makes(Unit):
+    """Makes a tensor on no device in particular, and holds one that is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = torch.rand(6, 1, 1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return (super().forward(h) + torch.arange(h.shape[-1])) * self.gain
+
+
+def test_units_may_make_and_hold_tensors_of_their_own() -> None:
+    model = cut(Net(unit=Makes))
+    assert_chained(model, torch.randn(2, 3, 8, 8))
+
+
+def test_what_crosses_has_the_samples_first() -> None:
+    class Sequence(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.TransformerEncoderLayer(3, 1, 6) for _ in range(3))
+            self.fc = nn.Linear(3, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = x.flatten(2).permute(2, 0, 1)
+            for layer in self.layers:
+                h = layer(h)
+            return self.fc(h.mean(0))
+
+    with pytest.raises(UserError, match=r"for 5 samples a tensor of shape \(64, 5, 3\) crosses, not one tensor whose"):
+        cut(Sequence())
+
+
+def test_numbers_of_tokens_are_an_example_too() -> None:
+    network = nn.Sequential(nn.Embedding(9, 8), *(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(2)))
+    assert lg.units(network, torch.zeros(2, 6, dtype=torch.long)) == ["stem", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ({"method": "dgl"}, "method takes what its function gives, such as lg.dgl() or lg.MAN(), not 'dgl'"),
+        ({"coupling": lg.MAN}, "coupling takes what its function gives"),
+        ({"blocks": [1, 2]}, "blocks takes a whole number or names of units, not [1, 2]"),
+    ],
+)
+def test_wrong_kinds_of_arguments_get_one_sentence(how: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        cut(Net(), **how)
+    assert says in str(caught.value)
+
+
+def test_a_fresh_copy_of_attention_is_drawn_anew() -> None:
+    layers = (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(3))
+    network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 5))
+    model = cut(network, blocks=2, coupling=lg.MAN(), example=torch.zeros(2, 4, 8))
+    link: Any = next(m for m in model.auxiliaries.modules() if hasattr(m, "learnable"))
+    weights = {name: p for name, p in link.ema.named_parameters() if p.ndim > 1}
+    assert weights
+    assert not any(torch.equal(p, weights[name]) for name, p in link.learnable.named_parameters() if p.ndim > 1)
