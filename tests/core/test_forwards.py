@@ -236,6 +236,22 @@ def test_chance_that_several_units_share_is_drawn_once() -> None:
         cut(Table())
 
 
+@pytest.mark.parametrize(("rate", "count"), [(0.0, 4), (0.5, 2)])
+def test_a_table_that_drops_nothing_out_is_a_table(rate: float, count: int) -> None:
+    class Made(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.make = nn.Sequential(nn.Linear(8, 8), nn.Dropout(rate), nn.Linear(8, 8))
+
+        def body(self, h: Tensor) -> Tensor:
+            table = self.make(self.table)
+            for unit in self.units:
+                h = unit(h) + table
+            return h
+
+    assert len(lg.units(Made(), X)) == count
+
+
 class Makes(Unit):
     """Makes a tensor on no device in particular, and holds one that is no buffer."""
 

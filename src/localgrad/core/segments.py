@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves, tree_map
 
 from localgrad.core.errors import UserError
@@ -91,7 +93,7 @@ class _Flow:
             return True
         if node.op == "call_module":
             parts = self.backbone.get_submodule(name_of(node)).modules()
-            return any(isinstance(m, nn.modules.dropout._DropoutNd | nn.modules.batchnorm._NormBase) for m in parts)
+            return any(isinstance(m, _NormBase) or (isinstance(m, _DropoutNd) and m.p > 0) for m in parts)
         return bool(DRAWS.search(getattr(node.target, "__name__", str(node.target))))
 
     def _shared(self) -> list[tuple[fx.Node, fx.Node]]:
@@ -195,7 +197,9 @@ class _Flow:
             return "nothing crosses there"
         if not others:
             value = crossing[0].meta[VALUE][0]
-            given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            given = (
+                f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            )
             return f"for {BATCHES[0]} samples {given} crosses, not one tensor whose first dimension is the samples"
         skips = self._maker(others[0])
         later = [u for u in self._users(others[0]) if self.place[u] > after]
