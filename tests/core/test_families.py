@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "families.py"))
-QUICK = {
-    "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224",
+QUICK = {  # one of each kind; the others are marked slow
+    "convnext_zepto_rms", "convit_tiny", "cs3darknet_focus_s", "dla46x_c", "mobilenetv3_small_050", "pit_ti_224",
+    "regnetx_002", "resnet10t", "swin_tiny_patch4_window7_224", "swiftformer_xs",
 }  # fmt: skip
 
 
