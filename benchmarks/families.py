@@ -48,7 +48,7 @@ SMALLEST = {
     "resnetv2_18": 32, "rexnet_100": 32, "sam2_hiera_tiny": 32, "samvit_base_patch16_224": 32, "sequencer2d_s": 32,
     "shvit_s1": 32, "skresnet18": 32, "starnet_s050": 32, "swiftformer_xs": 32, "swin_tiny_patch4_window7_224": 32,
     "swinv2_cr_tiny_224": 32, "swinv2_tiny_window8_256": 32, "tiny_vit_5m_224": 32, "tresnet_m": 32,
-    "twins_svt_small": 32, "vgg11": 32, "visformer_tiny": 32, "vit_srelpos_small_patch16_224": 32,
+    "twins_svt_small": 32, "vgg11": 32, "visformer_tiny": 32, "vit_relpos_small_patch16_224": 32,
     "vit_tiny_patch16_224": 32, "vit_tiny_patch16_dinov3_qkvb": 32, "vit_tiny_r_s16_p8_224": 32,
     "vitamin_small_224": 32, "volo_d1_224": 32, "xception41p": 32, "xcit_nano_12_p8_224": 32,
 }  # fmt: skip
