@@ -1,4 +1,4 @@
-"""Trains the smallest network of each family of timm for a few local steps, and checks that it stays that network.
+"""Trains a small network of each family of timm for a few local steps, and checks that it stays that network.
 
     python benchmarks/families.py
 
@@ -29,8 +29,8 @@ from torch.nn import functional as F
 import localgrad as lg
 from localgrad.run.checkpoint import save_weights
 
-# Of each family the network with the fewest parameters, and the side of its images.
-SMALLEST = {
+# Of each family a network of few parameters, and the side of its images.
+SMALL = {
     "beit_base_patch16_224": 32, "cait_xxs24_224": 32, "coat_lite_tiny": 32, "convit_tiny": 32,
     "convmixer_768_32": 32, "convnext_zepto_rms": 32, "cpubone_nano": 32, "cs3darknet_focus_s": 32, "csatv2": 64,
     "cspnext_tiny": 32, "davit_tiny": 32, "deit_tiny_patch16_224": 32, "densenet121": 32, "dla46x_c": 32,
@@ -94,7 +94,7 @@ def learning(network: nn.Module) -> set[str]:
 
 def check(name: str, folder: Path) -> dict[str, Any]:
     """A row: what was cut and copied, and which of the checks held."""
-    began, size = time.perf_counter(), SMALLEST[name]
+    began, size = time.perf_counter(), SMALL[name]
     torch.manual_seed(0)
     network = built(name, size)
     x, y = torch.randn(4, 3, size, size), torch.arange(4)
@@ -134,7 +134,7 @@ def main(settings: Settings) -> None:
             rows = list(csv.DictReader(file))
     done = {row["name"] for row in rows}
     with tempfile.TemporaryDirectory() as folder, settings.out.open("a", newline="") as file:
-        for name in SMALLEST:
+        for name in SMALL:
             if name in done:
                 continue
             row = check(name, Path(folder))

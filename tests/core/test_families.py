@@ -19,7 +19,7 @@ QUICK = {  # one of each kind; the others are marked slow
 
 @pytest.mark.filterwarnings("ignore")  # those of the networks' own constructors
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in FAMILIES["SMALLEST"]]
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in FAMILIES["SMALL"]]
 )
 def test_a_family_is_trained_in_blocks_and_stays_what_it_is(name: str, tmp_path: Path) -> None:
     row = FAMILIES["check"](name, tmp_path)
