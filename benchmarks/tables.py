@@ -107,7 +107,7 @@ def families() -> str:
 def training() -> str:
     """Test errors of the networks that were trained."""
     body = []
-    for network in ("vit_tiny",):
+    for network in ("vit_tiny", "convnext_atto"):
         for row in rows(f"accuracy_{network}.csv"):
             error = f"{float(row['error_mean']):.2f} ± {float(row['error_std']):.2f}"
             peak = f"{int(row['peak_bytes']) / 2**20:.0f} MiB"
