@@ -65,14 +65,13 @@ class _Flow:
     def __init__(self, backbone: nn.Module, nodes: list[fx.Node], output: fx.Node) -> None:
         last = max(nodes.index(node) for node in output.all_input_nodes)
         self.backbone, self.nodes, self.output = backbone, nodes[: last + 1], output
-        self.place = {node: i for i, node in enumerate(self.nodes)}
         self.depends = self._dependent()
+        self.rebuild = Rebuild(backbone, self.nodes, self.depends)
+        self.place, self.module = self.rebuild.place, self.rebuild.module
         self.steps = [node for node in self.nodes if node in self.depends]  # the input first
         self.last_use = {
             node: max((self.place[u] for u in self._users(node)), default=self.place[node]) for node in self.steps
         } | dict.fromkeys(output.all_input_nodes, len(self.nodes))
-        self.rebuild = Rebuild(backbone, self.nodes, self.depends)
-        self.module = self.rebuild.module
         self.shared = self._shared()
         self.worthy = sum(m is not None and is_unit(m) for m in map(self.module, self.steps)) > 1
 
