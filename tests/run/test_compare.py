@@ -16,9 +16,10 @@ import torch
 from localgrad.cli import main
 from localgrad.core.errors import UserError
 from localgrad.run.arguments import Compare
-from localgrad.run.compare import Cell, finished_runs, grid, run_all, summarize
+from localgrad.run.compare import Cell, grid, row_of, run_all
 from localgrad.run.recipe import Recipe, as_dict, read_recipe
 from localgrad.run.runlog import summary_rows
+from localgrad.run.tables import paired, summarize
 
 SET = ("model=resnet20", "limit-train=64", "batch-size=16", "epochs=1", "precision=float32")
 
@@ -40,9 +41,24 @@ def test_a_head_that_is_set_holds_for_deep_man_too() -> None:
     assert cell.recipe.head == "1c1f"
 
 
+def test_each_value_of_a_varied_field_is_run() -> None:
+    cells = grid(Compare(methods="dgl+man,dgl", blocks="2", seeds="0,1", vary=("momentum=0,0.9", "lr=0.1")))
+    assert len(cells) == 8
+    names = [cell.name for cell in cells]
+    assert names[:2] == ["dgl+man_k2_s0_momentum-0.0_lr-0.1", "dgl+man_k2_s0_momentum-0.9_lr-0.1"]
+    assert [(c.recipe.momentum, c.recipe.lr, c.setting) for c in cells[:2]] == [
+        (0.0, 0.1, "momentum=0.0 lr=0.1"),
+        (0.9, 0.1, "momentum=0.9 lr=0.1"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
+        ({"vary": ("momentum=0,x",)}, "--vary momentum=x"),
+        ({"vary": ("momentun=0",)}, "did you mean 'momentum'"),
+        ({"vary": ("seed=0,1",)}, "--vary seed is given otherwise too"),
+        ({"vary": ("lr=0.1",), "set": ("lr=0.2",)}, "--vary lr is given otherwise too"),
         ({"methods": "dgl+mann"}, "did you mean 'man'"),
         ({"methods": ","}, "--methods takes names"),
         ({"blocks": "2,x"}, "--blocks takes whole numbers"),
@@ -141,9 +157,13 @@ def test_a_failed_run_is_named_and_the_others_go_on(tmp_path: Path, capfd: pytes
         Cell("bad", 4, Recipe(**quick, data="cifar10", data_dir=str(tmp_path / "none"))),
         Cell("dgl+man", 4, Recipe(**quick)),
     ]
-    assert run_all(cells, tmp_path, jobs=1) == ["bad_k4_s0"]
+    done: list[Cell] = []
+    assert run_all(cells, tmp_path, jobs=1, done=done.append) == ["bad_k4_s0"]
     assert "bad_k4_s0 failed (2): localgrad: " in capfd.readouterr().out
-    assert [run["method"] for run in finished_runs(cells, tmp_path)] == ["dgl+man"]
+    assert done == cells[1:]
+    row = row_of(done[0], tmp_path)
+    assert (row["method"], row["setting"], row["parameters"]) == ("dgl+man", "", 269722)
+    assert 0 < row["added"] < 10 * row["parameters"]
 
 
 def test_the_table_is_over_seeds() -> None:
@@ -161,3 +181,26 @@ def test_the_table_is_over_seeds() -> None:
     )
     assert (man["n"], man["error_std"]) == (1, "")
     assert (dgl["threads"], man["threads"]) == ("0 / 1", "0")
+
+
+def test_differences_are_paired_by_seed() -> None:
+    def runs(method: str, blocks: int, errors: dict[int, float]) -> list[dict]:
+        return [{"method": method, "blocks": blocks, "seed": s, "error": e} for s, e in errors.items()]
+
+    table = paired(
+        [
+            *runs("bp", 1, {0: 9.0, 1: 9.5, 2: 10.0}),
+            *runs("dgl", 16, {0: 12.0, 1: 13.5, 2: 13.0, 3: 99.0}),
+            *runs("dgl", 4, {0: 11.0}),
+            *runs("dgl+man", 16, {1: 12.5, 2: 12.5, 3: 98.0}),
+        ]
+    )
+    assert [(p["first"], p["second"], p["n"], p["seeds"]) for p in table] == [
+        ("bp", "dgl K=16", 3, "0 1 2"),
+        ("bp", "dgl+man K=16", 2, "1 2"),
+        ("dgl K=16", "dgl+man K=16", 3, "1 2 3"),
+    ]
+    apart = [3.0, 4.0, 3.0]  # of the first pair
+    half = 4.302653 * statistics.stdev(apart) / 3**0.5  # Student's t with two degrees of freedom, from its table
+    assert table[0]["difference"] == pytest.approx(statistics.mean(apart), abs=1e-3)
+    assert (table[0]["low"], table[0]["high"]) == pytest.approx((10 / 3 - half, 10 / 3 + half), abs=2e-3)

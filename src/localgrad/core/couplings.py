@@ -148,12 +148,26 @@ class Momentum(nn.Module):
             h = link(h)
         return h
 
+    def distance(self) -> float | None:
+        """How far the averaged branches are from their sources: the norm of the difference of all their parameters,
+        over the sources' norm. None without an averaged branch."""
+        both = [zip(a.parameters(), s.parameters(), strict=True) for a, s in self._followed()]
+        pairs = [(a.detach().float(), s.detach().float()) for pair in both for a, s in pair]
+        if not pairs:
+            return None
+        apart = nn.utils.get_total_norm([a - s for a, s in pairs])
+        return float(apart / nn.utils.get_total_norm([s for _, s in pairs]))
+
     def update(self) -> None:
         """Moves the averaged branches once: `averaged <- momentum * averaged + (1 - momentum) * source`."""
-        for link, source in zip(self.links, self.sources, strict=True):
-            averaged = link.learnable if self.spec.form == "pull" else link.ema
-            if isinstance(averaged, nn.Module):
-                update_ema(averaged, source.module, self.spec.momentum, buffers=self.spec.buffers)
+        for averaged, source in self._followed():
+            update_ema(averaged, source, self.spec.momentum, buffers=self.spec.buffers)
+
+    def _followed(self) -> list[tuple[nn.Module, nn.Module]]:
+        """The averaged branches, each with its source."""
+        averaged = [link.learnable if self.spec.form == "pull" else link.ema for link in self.links]
+        pairs = zip(averaged, self.sources, strict=True)
+        return [(module, source.module) for module, source in pairs if isinstance(module, nn.Module)]
 
 
 @torch.no_grad()

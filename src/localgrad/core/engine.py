@@ -81,6 +81,10 @@ class LocalModel(nn.Module):
         for auxiliary in self.auxiliaries[k : k + 1]:
             auxiliary.move(pull=pull)  # pyright: ignore[reportCallIssue]
 
+    def ema_distances(self) -> list[float | None]:
+        """How far each auxiliary's averages are from their sources, relative to those; None where there are none."""
+        return [auxiliary.coupling and auxiliary.coupling.distance() for _, auxiliary in self.isolated]
+
     def _parts(self, k: int) -> list[nn.Module]:
         return [self.blocks[k], *self.auxiliaries[k : k + 1]]
 

@@ -77,8 +77,11 @@ class Compare:
     """Data set, if not the recipe's."""
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Recipe fields that all runs share: --set lr=0.05 --set epochs=3."""
+    vary: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Recipe fields of which each value is run: --vary momentum=0,0.9,0.99."""
     out: Path = Path("runs/compare")
-    """Folder of the grid: a folder for each run, runs.csv, compare.csv, and compare.png with localgrad[plot]."""
+    """Folder of the grid: a folder for each run, runs.csv, compare.csv, pairs.csv (differences paired by seed), and
+    compare.png with localgrad[plot]."""
     jobs: int = 1
     """Runs at a time."""
 
@@ -115,7 +118,18 @@ def parse_bytes(text: str) -> int:
     return size
 
 
-def parse_changes(pairs: Sequence[str]) -> dict[str, Any]:
+def parse_lists(pairs: Sequence[str]) -> dict[str, list[Any]]:
+    """Recipe fields with several values from KEY=VALUE,VALUE pairs. Raises UserError."""
+    lists: dict[str, list[Any]] = {}
+    for pair in pairs:
+        key, _, values = pair.partition("=")
+        for value in values.split(","):
+            for name, parsed in parse_changes([f"{key}={value}"], "--vary").items():
+                lists.setdefault(name, []).append(parsed)
+    return lists
+
+
+def parse_changes(pairs: Sequence[str], flag: str = "--set") -> dict[str, Any]:
     """Recipe fields from KEY=VALUE pairs, of the types that the fields have. Raises UserError."""
     changes = {}
     names = {f.name for f in dataclasses.fields(Recipe)}
@@ -123,13 +137,13 @@ def parse_changes(pairs: Sequence[str]) -> dict[str, Any]:
         key, equals, value = pair.partition("=")
         name = key.replace("-", "_")
         if not equals or not value:
-            raise UserError(f"--set takes KEY=VALUE, not '{pair}'")
+            raise UserError(f"{flag} takes KEY=VALUE, not '{pair}'")
         if name not in names:
             raise unknown("field", name, names)
         try:
             with contextlib.redirect_stderr(io.StringIO()):
                 parsed = tyro.cli(tyro.conf.FlagConversionOff[Recipe], args=[f"--{name.replace('_', '-')}", value])
         except SystemExit:
-            raise UserError(f"--set {pair}: {name} cannot be '{value}'") from None
+            raise UserError(f"{flag} {pair}: {name} cannot be '{value}'") from None
         changes[name] = getattr(parsed, name)
     return changes

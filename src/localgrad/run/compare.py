@@ -1,44 +1,51 @@
-"""A grid of runs, one process each, and its table: mean, standard deviation and n over the seeds."""
+"""A grid of runs, one process each, and its tables: over the seeds, and differences paired by seed."""
 
 from __future__ import annotations
 
-import csv
+import itertools
 import os
-import statistics
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from rich.console import Console
-from rich.table import Table
 
 from localgrad.core.blocks import split, trace_units
 from localgrad.core.errors import RunError, UserError
 from localgrad.run import data as data_room
-from localgrad.run.arguments import Compare, parse_changes
+from localgrad.run.arguments import Compare, parse_changes, parse_lists
 from localgrad.run.build import backbone_of, machine_for
+from localgrad.run.checkpoint import MODEL
 from localgrad.run.recipe import Recipe, as_dict, override, settle
 from localgrad.run.recipes import named_recipe
-from localgrad.run.runlog import claim, mib, read_environment, summary_rows
+from localgrad.run.runlog import claim, mib, read_environment, read_sizes, summary_rows
+from localgrad.run.tables import label_of, paired, show, summarize, write_csv
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the grid."""
+    """One run of the grid. varied: the fields that --vary gives a value of its own."""
 
     method: str
     blocks: int
     recipe: Recipe
+    varied: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        return f"{self.method}_k{self.blocks}_s{self.recipe.seed}"
+        own = "".join(f"_{name}-{re.sub(r'[^A-Za-z0-9.]+', '-', str(value))}" for name, value in self.varied.items())
+        return f"{self.method}_k{self.blocks}_s{self.recipe.seed}{own}"
+
+    @property
+    def setting(self) -> str:
+        """`varied` as text: momentum=0.9."""
+        return " ".join(f"{name}={value}" for name, value in self.varied.items())
 
 
 def compare(args: Compare) -> int:
@@ -53,12 +60,14 @@ def compare(args: Compare) -> int:
     except OSError as error:
         raise UserError(f"cannot write to {args.out}: {error.strerror}; choose another --out") from error
     failed = run_all(cells, args.out, args.jobs)
-    runs = finished_runs(cells, args.out)
+    runs = [row_of(cell, args.out) for cell in cells if (args.out / cell.name / MODEL).exists()]
     if runs:
-        rows = summarize(runs)
+        rows, pairs = summarize(runs), paired(runs)
         write_csv(args.out / "runs.csv", runs)
         write_csv(args.out / "compare.csv", rows)
-        show(rows)
+        if pairs:
+            write_csv(args.out / "pairs.csv", pairs)
+        show(rows, pairs)
         _plot(args.out / "compare.png", rows)
     if failed:
         raise RunError(f"{len(failed)} of {len(cells)} runs failed: {', '.join(failed)} (see {args.out}/NAME.log)")
@@ -83,96 +92,69 @@ def grid(args: Compare) -> list[Cell]:
     for name, flag in (("method", "methods"), ("coupling", "methods"), ("blocks", "blocks"), ("seed", "seeds")):
         if name in shared:
             raise UserError(f"--set {name} would hold for all runs: the grid takes it from --{flag}")
+    varied = [[(name, v) for v in values] for name, values in parse_lists(args.vary).items()]
+    for axis in varied:
+        if axis[0][0] in ("method", "coupling", "blocks", "seed", *shared):
+            raise UserError(f"--vary {axis[0][0]} is given otherwise too: by another flag of the grid, or --set")
     shared |= {"data": args.data} if args.data else {}
     base = replace(named_recipe(args.recipe), **shared)
     cells: dict[str, Cell] = {}
-    for word in _words(args.methods, "--methods"):
+    methods, numbers, seeds = (
+        _words(args.methods, "--methods"), _numbers(args.blocks, "--blocks"), _numbers(args.seeds, "--seeds")
+    )  # fmt: skip
+    for word, blocks, seed, own in itertools.product(methods, numbers, seeds, itertools.product(*varied)):
         method, _, coupling = word.partition("+")
-        for blocks in _numbers(args.blocks, "--blocks"):
-            for seed in _numbers(args.seeds, "--seeds"):
-                changes: dict[str, Any] = {"coupling": coupling or "none", "method": method, "seed": seed}
-                if method != "bp":
-                    changes["blocks"] = str(blocks)
-                elif not coupling:
-                    del changes["coupling"]
-                if "head" in shared:
-                    changes["head"] = shared["head"]
-                recipe = settle(override(base, changes))
-                cell = Cell(word, 1 if method == "bp" else blocks, recipe)
-                cells[cell.name] = cell
+        changes: dict[str, Any] = {"coupling": coupling or "none", "method": method, "seed": seed, **dict(own)}
+        if method != "bp":
+            changes["blocks"] = str(blocks)
+        elif not coupling:
+            del changes["coupling"]
+        if "head" in shared:
+            changes["head"] = shared["head"]
+        recipe = settle(override(base, changes))
+        cell = Cell(word, 1 if method == "bp" else blocks, recipe, dict(own))
+        cells[cell.name] = cell
     return list(cells.values())
 
 
-def run_all(cells: Sequence[Cell], out: Path, jobs: int) -> list[str]:
-    """Runs what is not finished, `jobs` at a time, and returns the names of those that failed."""
+def run_all(
+    cells: Sequence[Cell], out: Path, jobs: int, *, done: Callable[[Cell], None] = lambda cell: None
+) -> list[str]:
+    """Runs what is not finished, `jobs` at a time, and returns the names of those that failed. done: is told of each
+    that is finished, as it is."""
     waiting = [c for c in cells if not claim(out / c.name, c.recipe)]
     print(f"{len(cells)} runs, {len(cells) - len(waiting)} of them finished", flush=True)
-    running: dict[str, subprocess.Popen] = {}
+    for cell in cells:
+        if cell not in waiting:
+            done(cell)
+    running: list[tuple[Cell, subprocess.Popen]] = []
     failed: list[str] = []
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 cell = waiting.pop(0)
-                running[cell.name] = _start(cell, out, jobs)
-            for name, process in list(running.items()):
+                running.append((cell, _start(cell, out, jobs)))
+            for cell, process in list(running):
                 if process.poll() is not None:
-                    del running[name]
-                    _report(name, process.returncode, out, failed)
+                    running.remove((cell, process))
+                    _report(cell.name, process.returncode, out, failed)
+                    if process.returncode == 0:
+                        done(cell)
             time.sleep(0.05)
     finally:
-        for process in running.values():
+        for _, process in running:
             process.terminate()
             process.wait()
     return failed
 
 
-def finished_runs(cells: Sequence[Cell], out: Path) -> list[dict[str, Any]]:
-    """The last epoch of each finished run, errors in percent, and what it ran on."""
-    rows = []
-    for cell in cells:
-        if (out / cell.name / "model.safetensors").exists():
-            last = summary_rows(out / cell.name)[-1]
-            row = {"method": cell.method, "blocks": cell.blocks, "seed": cell.recipe.seed}
-            row |= {"error": round(100 - last["eval_top1"], 3), "train_loss": last["train_loss"]}
-            row |= {"peak_bytes": int(last["peak_bytes"]), "seconds": round(last["seconds"], 1)}
-            rows.append(row | read_environment(out / cell.name))
-    return rows
-
-
-def summarize(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each method and number of blocks: over its seeds, mean and standard deviation (of the sample) of the
-    test error, medians of peak and time, and every machine and version that took part."""
-    table = []
-    for method, blocks in dict.fromkeys((run["method"], run["blocks"]) for run in runs):
-        group = [run for run in runs if (run["method"], run["blocks"]) == (method, blocks)]
-        errors = [run["error"] for run in group]
-        row = {"method": method, "blocks": blocks, "n": len(group), "error_mean": round(statistics.mean(errors), 3)}
-        row |= {"error_std": round(statistics.stdev(errors), 3) if len(errors) > 1 else ""}
-        row |= {"peak_bytes": int(statistics.median(run["peak_bytes"] for run in group))}
-        row |= {"seconds": round(statistics.median(run["seconds"] for run in group), 1)}
-        row |= {"seeds": " ".join(str(run["seed"]) for run in group)}
-        told = [name for name in group[0] if name not in (*row, "seed", "error", "train_loss")]
-        table.append(row | {name: " / ".join(dict.fromkeys(str(run.get(name, "")) for run in group)) for name in told})
-    return table
-
-
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def show(rows: Sequence[dict[str, Any]]) -> None:
-    table = Table("method", "blocks", "test error %", "n", "peak memory", "seconds")
-    for row in rows:
-        spread = f" ± {row['error_std']:.2f}" if row["error_std"] != "" else ""
-        cells = (f"{row['error_mean']:.2f}{spread}", str(row["n"]), mib(row["peak_bytes"]), f"{row['seconds']:.0f}")
-        table.add_row(row["method"], str(row["blocks"]), *cells)
-    console = Console()
-    console.print(table)
-    where = f"{rows[0].get('machine')}, torch {rows[0].get('torch')}"
-    console.print(f"mean ± standard deviation over seeds; median peak and time; {where}", highlight=False)
+def row_of(cell: Cell, out: Path) -> dict[str, Any]:
+    """A finished run's last epoch, its error in percent, its parameters, and what it ran on."""
+    last = summary_rows(out / cell.name)[-1]
+    row = {"method": cell.method, "blocks": cell.blocks, "setting": cell.setting, "seed": cell.recipe.seed}
+    row |= {"error": round(100 - last["eval_top1"], 3), "train_loss": last["train_loss"]}
+    row |= {"peak_bytes": int(last["peak_bytes"]), "seconds": round(last["seconds"], 1)}
+    return row | read_sizes(out / cell.name) | read_environment(out / cell.name)
 
 
 def _start(cell: Cell, out: Path, jobs: int) -> subprocess.Popen:
@@ -209,7 +191,7 @@ def _plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         return  # [plot] is an extra; the table and the CSV hold the same
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for row in rows:
-        label, spread = f"{row['method']} K={row['blocks']}", row["error_std"] or None
+        label, spread = label_of(row), row["error_std"] or None
         axes.errorbar(row["peak_bytes"] / 2**20, row["error_mean"], yerr=spread, fmt="o", capsize=3, label=label)
     axes.set(xlabel="peak training memory (MiB)", ylabel="test error (%), mean and deviation over seeds")
     axes.set(xlim=(0, 1.1 * max(row["peak_bytes"] for row in rows) / 2**20))

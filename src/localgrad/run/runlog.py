@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -45,13 +46,33 @@ def environment() -> dict[str, str]:
     return {
         "localgrad": localgrad.__version__, "torch": str(torch.__version__), "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {processor()}", "threads": str(torch.get_num_threads()),
-        "gpu": device,
+        "gpu": device, "commit": commit(),
     }  # fmt: skip
 
 
 def read_environment(folder: Path) -> dict[str, str]:
     """What a run recorded of its machine and versions."""
-    return yaml.safe_load((folder / CONFIG).read_text()).get("environment", {})
+    return _config(folder).get("environment", {})
+
+
+def read_sizes(folder: Path) -> dict[str, int]:
+    """What a run recorded of its model: the backbone's `parameters`, and those of the auxiliaries, `added`."""
+    return _config(folder).get("model", {})
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    return yaml.safe_load((folder / CONFIG).read_text())
+
+
+def commit() -> str:
+    """The commit that this package is run from, with -dirty if files of it were changed; "" if it was installed."""
+    source = Path(localgrad.__file__).parent
+    if not (source.parents[1] / ".git").exists():  # src/localgrad in its repository; a folder or, in a worktree, a file
+        return ""
+    describe = ["git", "-C", str(source), "describe", "--always", "--dirty", "--exclude", "*", "--abbrev=10"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
+    return ""
 
 
 def processor() -> str:
@@ -113,9 +134,9 @@ class Done:
 class RunLog:
     """Writes one run's folder. A context: nothing exists before it is entered.
 
-    start: the step and the whole epochs that the run goes on from; (0, 0) begins anew. environment: what config.yaml
-    shall say of machine and versions. Once the run is under way, a disk that takes no more costs lines of the record,
-    not the run.
+    start: the step and the whole epochs that the run goes on from; (0, 0) begins anew. environment, sizes: what
+    config.yaml shall say of machine and versions, and of the model. Once the run is under way, a disk that takes no
+    more costs lines of the record, not the run.
     """
 
     def __init__(
@@ -124,13 +145,14 @@ class RunLog:
         recipe: Recipe,
         total: int,
         environment: dict[str, str],
+        sizes: dict[str, int],
         *,
         start: tuple[int, int] = (0, 0),
         tensorboard: bool = False,
     ) -> None:
         self.folder, self.recipe, self.total = folder, recipe, total
         self.start, self._epochs = start
-        self.environment = environment
+        self.environment, self.sizes = environment, sizes
         self.console = _Console()
         self._writer = _tensorboard() if tensorboard else None
         self.tensorboard: Any = None
@@ -147,7 +169,7 @@ class RunLog:
                 (self.folder / old).unlink(missing_ok=True)
             if not self.start:
                 shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
-            config = {"recipe": as_dict(self.recipe), "environment": self.environment}
+            config = {"recipe": as_dict(self.recipe), "model": self.sizes, "environment": self.environment}
             write_text(self.folder / CONFIG, yaml.safe_dump(config, sort_keys=False))
             write_text(self.folder / METRICS, _until(self.start, self._epochs, self.folder / METRICS))
             self.metrics = (self.folder / METRICS).open("a")
@@ -205,18 +227,21 @@ class RunLog:
                 for k, loss in enumerate(done.losses):
                     self.tensorboard.add_scalar(f"loss/block {k}", loss, step)
 
-    def epoch(self, rows: list[dict[str, float]], step: int) -> None:
-        """Writes summary.csv, whose last row is new."""
+    def epoch(self, rows: list[dict[str, float]], step: int, by_block: dict[str, list[float | None]]) -> None:
+        """Writes summary.csv, whose last row is new. by_block: what is recorded of each block beside it."""
         text, row = io.StringIO(), rows[-1]
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(SUMMARY)
         writer.writerows([_cell(r[name]) for name in SUMMARY] for r in rows)
         with self._tolerating(TABLE):
             write_text(self.folder / TABLE, text.getvalue())
-        self.record({"step": step, **row})
+        self.record({"step": step, **row, **by_block})
         if self.tensorboard is not None:
-            for name, value in row.items():
-                self.tensorboard.add_scalar(f"epoch/{name}", value, step)
+            named = {f"epoch/{name}": value for name, value in row.items()}
+            for what, values in by_block.items():
+                named |= {f"{what}/block {k}": value for k, value in enumerate(values) if value is not None}
+            for name, value in named.items():
+                self.tensorboard.add_scalar(name, value, step)
         spent = f"peak {mib(row['peak_bytes'])}, {row['seconds']:.0f} s"
         self.note(
             f"epoch {row['epoch']}/{self.recipe.epochs}: train loss {row['train_loss']:.4f}, {scores(row)}, {spent}"

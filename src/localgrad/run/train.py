@@ -38,7 +38,7 @@ def train(recipe: Recipe, folder: Path, *, saving: Saving | None = None, tensorb
         said = run.resume()
         used = read_environment(folder) if run.stepper.step else run.environment
         start = (run.stepper.step, len(run.rows))
-        with RunLog(folder, recipe, run.stepper.total, used, start=start, tensorboard=tensorboard) as log:
+        with RunLog(folder, recipe, run.stepper.total, used, run.sizes, start=start, tensorboard=tensorboard) as log:
             log.note(headline(recipe, run.data, run.model, run.machine))
             log.note(f"recipe: {shown(recipe)}")
             log.note(repr(run.model))
@@ -84,8 +84,10 @@ class Run:
         layout = str(self.machine.memory_format).removeprefix("torch.")
         used = {"device": str(self.machine.device), "precision": self.machine.precision, "memory_format": layout}
         self.environment = {**environment(), **used}
+        modules = {"parameters": self.model.backbone, "added": self.model.auxiliaries}
+        self.sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
         self.rows: list[dict[str, float]] = []
-        self.loss, self.taken = 0.0, 0  # of the last block, summed over the steps of this epoch that were not skipped
+        self._begin_epoch()
         self.bad_images: dict[str, str] = {}
         self._told = 0  # of them
         self._began, self._spent = time.monotonic(), 0.0  # and seconds of earlier starts
@@ -105,7 +107,7 @@ class Run:
             self.model.backbone.load_state_dict(found.model)
             self.model.auxiliaries.load_state_dict(found.auxiliaries)
             self.stepper.load_state_dict(state["stepper"])
-            self.rows, self.loss, self.taken = state["rows"], state["loss"], state["taken"]
+            self.rows, self.losses, self.taken = state["rows"], state["losses"], state["taken"]
             self.bad_images, self._spent, images, epochs = (
                 state[n] for n in ("bad_images", "spent", "images", "epochs")
             )
@@ -128,6 +130,10 @@ class Run:
             said.append(f"not all is as it was, so the result may differ in its last bits: {'; '.join(changed)}")
         return said
 
+    def _begin_epoch(self) -> None:
+        """Each block's loss is summed over the steps of an epoch that are not skipped."""
+        self.losses, self.taken = [0.0] * len(self.model.blocks), 0
+
     def epoch(self, log: RunLog, stop: StopRequest) -> None:
         """What is left of an epoch, its evaluation, and a save."""
         recipe, stepper, epoch = self.recipe, self.stepper, len(self.rows)
@@ -145,7 +151,7 @@ class Run:
                 if stepper.peak.timeline and stepper.step == stepper.measured + 1:
                     log.timeline(stepper.peak)
                 if not done.skipped:
-                    self.loss += done.losses[-1]
+                    self.losses = [total + loss for total, loss in zip(self.losses, done.losses, strict=True)]
                     self.taken += 1
                 log.step(stepper.step, epoch, done, stepper.peak.total)
                 self.tell_bad_images(log)
@@ -155,9 +161,10 @@ class Run:
                     self.save(log)
         scores = evaluate(self.model, self.data, recipe, self.machine, on_bad=on_bad, between=stop.check)
         self.tell_bad_images(log)
+        losses = [total / max(1, self.taken) for total in self.losses]
         row = {
             "epoch": epoch + 1,
-            "train_loss": self.loss / max(1, self.taken),
+            "train_loss": losses[-1],
             **scores,
             "lr": stepper.lr,
             "peak_bytes": stepper.peak.total,
@@ -167,8 +174,8 @@ class Run:
             "bad_images": len(self.bad_images),
         }
         self.rows.append(row)
-        self.loss, self.taken = 0.0, 0
-        log.epoch(self.rows, stepper.step)
+        self._begin_epoch()
+        log.epoch(self.rows, stepper.step, {"losses": losses, "ema_distance": self.model.ema_distances()})
         self.save(log)
 
     def save(self, log: RunLog) -> bool:
@@ -207,14 +214,17 @@ class Run:
                 raise ValueError("a row is not one of a summary")
         if not all(isinstance(text, str) for pair in self.bad_images.items() for text in pair):
             raise TypeError("bad images are paths with reasons")
-        self.loss, self.taken, self._spent = float(self.loss), int(self.taken), float(self._spent)
+        if len(self.losses) != len(self.model.blocks):
+            raise ValueError("there is not a loss for each block")
+        self.losses = [float(loss) for loss in self.losses]
+        self.taken, self._spent = int(self.taken), float(self._spent)
 
     def _state(self) -> dict[str, Any]:
         """All that a run depends on beside the model, as tensors and plain values. The position in the data is the
         step: order and augmentation are functions of seed, epoch and index."""
         return {
             "stepper": self.stepper.state_dict(), "random": checkpoints.random_state(), "rows": self.rows,
-            "loss": self.loss, "taken": self.taken, "bad_images": self.bad_images, "spent": self._seconds(),
+            "losses": self.losses, "taken": self.taken, "bad_images": self.bad_images, "spent": self._seconds(),
             "images": len(self.data.train), "epochs": self.recipe.epochs,
         }  # fmt: skip
 

@@ -1,0 +1,99 @@
+"""The study: test error, memory and time of each method on `fashion_small`, with seeds; its ablations; a long training.
+
+    python benchmarks/study.py
+
+A grid of `localgrad compare` after another, two runs at a time with a thread each. A run that is finished adds its row
+to results/accuracy_fashion_small_runs.csv at once; what has a row there is not run again, so a stopped study goes on
+where it was, on whatever machine. The means go to results/accuracy_fashion_small.csv, differences paired by seed to
+results/accuracy_fashion_small_pairs.csv.
+"""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from localgrad.run.arguments import Compare
+from localgrad.run.compare import Cell, grid, row_of, run_all
+from localgrad.run.tables import SAME, paired, show, summarize, write_csv
+
+METHODS = "bp,dgl,dgl+man,dgl+man++,dgl+deep-man"
+NUMBERS = {"blocks": int, "seed": int, "error": float, "peak_bytes": int, "seconds": float}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Train what the table lacks. Ctrl-C stops it; the same command goes on."""
+
+    results: Path = Path("results")
+    out: Path = Path("runs/study")
+    """Where the run folders lie, which `localgrad probe` and `localgrad report` read."""
+    jobs: int = 2
+    parts: str = "main,others,ablation,long"
+    """Which of the parts to train, in this order."""
+
+
+def _compare(methods: str, blocks: str, seeds: str = "0", **changes: Any) -> Compare:
+    vary = tuple(f"{name}={value}" for name, value in changes.items())
+    return Compare(methods=methods, blocks=blocks, seeds=seeds, recipe="fashion_small", vary=vary)
+
+
+# The seeds of the main part one after the other, so that what is there at any time is balanced.
+PARTS: dict[str, list[Compare]] = {
+    "main": [
+        compare
+        for seed in range(5)
+        for compare in (_compare(METHODS, "16", str(seed)), _compare("dgl,dgl+man,dgl+deep-man", "4", str(seed)))
+        if compare.blocks == "16" or seed < 3
+    ],
+    "others": [
+        _compare("predsim,predsim+man,infopro,infopro+man,auglocal,auglocal+man", "16"),
+        _compare("dgl", "16", head="0c1f"),  # greedy learning (ICML 2019)
+    ],
+    "ablation": [
+        _compare("dgl+man", "16", branches="ema,learnable"),
+        _compare("dgl+man", "16", momentum="0,0.9,0.99,0.999"),
+        _compare("dgl+man", "16", form="pull"),
+    ],
+    "long": [_compare("bp,dgl,dgl+man,dgl+deep-man", "4", limit_train=60000, epochs=15)],
+}
+
+
+def key(row: dict[str, Any]) -> tuple:
+    return (*(row[name] for name in SAME), row["seed"])
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The runs that have a row."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [{n: NUMBERS.get(n, str)(v) for n, v in row.items()} for row in csv.DictReader(file)]
+
+
+def main(settings: Settings) -> None:
+    place = settings.results / "accuracy_fashion_small_runs.csv"
+
+    def add(cell: Cell) -> None:
+        runs = [*read(place), row_of(cell, settings.out)]
+        write_csv(place, runs)
+        write_csv(settings.results / "accuracy_fashion_small.csv", summarize(runs))
+        write_csv(settings.results / "accuracy_fashion_small_pairs.csv", paired(runs))
+
+    settings.out.mkdir(parents=True, exist_ok=True)
+    for part in settings.parts.split(","):
+        there = {key(run) for run in read(place)}
+        cells = [cell for compare in PARTS[part] for cell in grid(compare)]
+        missing = [c for c in cells if (c.method, c.blocks, c.setting, c.recipe.seed) not in there]
+        print(f"{part}: {len(cells)} runs, {len(missing)} to train", flush=True)
+        run_all(missing, settings.out, settings.jobs, done=add)
+    runs = read(place)
+    show(summarize(runs), paired(runs))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))
