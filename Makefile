@@ -1,4 +1,4 @@
-# make demo: trains a real network on real images four ways and prints the table. make test: lint, types, tests.
+# make demo: trains a real network on real images four ways, prints the table and writes a page about it. make test: lint, types, tests.
 # Both make the virtual environment first, from the package registry alone.
 PYTHON ?= python3
 VENV := .venv
@@ -9,6 +9,8 @@ READY_DEV := $(VENV)/.ready-dev
 .PHONY: demo test test-slow test-faults lint clean
 demo: $(READY)
 	$(BIN)/localgrad compare --data digits --methods bp,dgl,dgl+man,dgl+deep-man --blocks 4 --seeds 0 --out runs/demo
+	$(BIN)/localgrad probe runs/demo --against runs/demo/bp_k1_s0
+	$(BIN)/localgrad report runs/demo --out runs/demo/report.html
 
 test: lint
 	$(BIN)/python -m pytest -n 2

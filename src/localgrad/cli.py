@@ -14,13 +14,14 @@ from typing import Any
 import tyro
 
 from localgrad.core.errors import RunError, UserError, unknown
-from localgrad.run.arguments import Compare, Eval, Export, List, Plan, Train
+from localgrad.run.arguments import Compare, Eval, Export, List, Plan, Probe, Report, Train
 from localgrad.run.recipe import Recipe, override, read_plan
 from localgrad.run.recipes import RECIPES, named_recipe
 from localgrad.run.signals import Stopped, sigterm_raises
 
 COMMANDS: dict[str, type] = {
-    "train": Train, "plan": Plan, "eval": Eval, "compare": Compare, "export": Export, "list": List,
+    "train": Train, "plan": Plan, "eval": Eval, "compare": Compare, "probe": Probe, "report": Report,
+    "export": Export, "list": List,
 }  # fmt: skip
 USAGE = """usage: localgrad COMMAND [flags]    (localgrad COMMAND --help shows the flags)
 

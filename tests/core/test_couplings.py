@@ -188,6 +188,28 @@ def test_the_average_after_n_steps_is_the_naive_one(coupling: lg.MAN) -> None:
 
 
 @pytest.mark.parametrize("make", ALL)
+def test_the_distance_is_that_of_all_averaged_parameters(make: type[lg.MAN]) -> None:
+    model = build(make())
+    assert model.ema_distances() == [0, 0, 0]  # copies start at their sources
+    with torch.no_grad():
+        for p in model.backbone.parameters():
+            p.mul_(3).add_(0.1)
+    for auxiliary, found in zip(auxiliaries(model), model.ema_distances(), strict=True):
+        averages = [branches_of(link)[1] for link in links_of(auxiliary)]
+        sources = [unit.module for unit in coupling_of(auxiliary).sources]
+        a, s = (torch.cat([p.flatten() for m in side for p in m.parameters()]) for side in (averages, sources))
+        assert found == pytest.approx(float(((a - s).norm() / s.norm()).detach()), rel=1e-5)
+
+
+def test_without_an_average_there_is_no_distance() -> None:
+    assert build(lg.MAN(ema=False)).ema_distances() == [None] * 3
+    uncoupled = lg.localize(resnet(20), blocks=2, method=lg.dgl(), example=batch()[0])
+    assert uncoupled.ema_distances() == [None]
+    pulled = build(lg.MAN(form="pull"))
+    assert pulled.ema_distances() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("make", ALL)
 def test_momentum_0_is_the_source_and_1_never_moves(make: type[lg.MAN]) -> None:
     x, y = batch()
     for momentum in (0, 1):

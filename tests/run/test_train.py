@@ -52,7 +52,10 @@ def test_the_folder_is_whole(tmp_path: Path) -> None:
     assert all(0 <= row["eval_top1"] <= row["eval_top5"] <= 100 for row in rows)
     assert rows[-1]["peak_rss_bytes"] > rows[-1]["peak_bytes"] > 0
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    last = [e for e in entries if "losses" in e][-1]
+    epochs = [e for e in entries if "eval_top1" in e]
+    assert [e["losses"][-1] for e in epochs] == [e["train_loss"] for e in epochs]
+    assert all(len(e["ema_distance"]) == 3 and all(0 < d < 1.5 for d in e["ema_distance"]) for e in epochs)
+    last = [e for e in entries if "parts" in e][-1]
     assert len(last["losses"]) == 4
     assert last["parts"][0]["classifier"] == pytest.approx(last["losses"][0])
 
@@ -212,8 +215,12 @@ def test_tensorboard_events_are_written(tmp_path: Path) -> None:
 
     row = train(TINY, tmp_path / "run", tensorboard=True)
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    assert events.Scalars("epoch/eval_top1")[0].value == pytest.approx(row["eval_top1"])
+    for name in ("eval_top1", "lr", "peak_bytes"):
+        assert events.Scalars(f"epoch/{name}")[0].value == pytest.approx(row[name])
     assert len(events.Scalars("loss/block 3")) == 1
+    assert events.Scalars("epoch losses/block 3")[0].value == pytest.approx(row["train_loss"])
+    tags = events.Tags()["scalars"]
+    assert [t for t in tags if "ema_distance" in t] == [f"epoch ema_distance/block {k}" for k in range(3)]
 
 
 @pytest.mark.gpu

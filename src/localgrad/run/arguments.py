@@ -87,6 +87,38 @@ class Compare:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """Show what the units of a trained network have learned: separability, CKA, t-SNE, activation maps.
+
+    Tables and pictures go to RUN/probe. Everything is computed on the test images.
+    """
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders, or folders of such, as localgrad compare leaves them."""
+    against: Path | None = None
+    """Another run on the same data, BP's say: CKA of each unit of the one with each of the other."""
+    images: int = 5000
+    """Test images to look at; half of them fit the linear classifiers, the other half is their test."""
+    data_dir: str | None = None
+    """Where the data lies, if not where the run had it."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write one HTML file about runs: errors, memory, time, learning curves, what probes found, and each run's recipe.
+
+    The file needs no network (and localgrad[plot] to be made).
+    """
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders, or folders of such, as localgrad compare leaves them."""
+    results: Path | None = None
+    """A folder of result tables to show too: accuracy_*_runs.csv and frontier_*.csv."""
+    out: Path = Path("report.html")
+    """The file."""
+
+
+@dataclass(frozen=True)
 class Export:
     """Export a run's trained backbone, without auxiliaries."""
 

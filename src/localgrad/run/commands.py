@@ -17,13 +17,14 @@ from rich.table import Table
 from localgrad.core.backbones import CIFAR_RESNETS
 from localgrad.core.errors import RunError, UserError
 from localgrad.run import data as data_room
-from localgrad.run.arguments import Compare, Eval, Export, List, Plan, Train, parse_bytes
+from localgrad.run.arguments import Compare, Eval, Export, List, Plan, Probe, Report, Train, parse_bytes
 from localgrad.run.build import backbone_of, machine_for, planner_for
 from localgrad.run.checkpoint import load_backbone, read_weights, save_weights
-from localgrad.run.files import write_text
+from localgrad.run.files import check_folder, write_text
 from localgrad.run.recipe import COUPLINGS, HEADS, METHODS, PLANNED, Recipe, read_recipe, settle
 from localgrad.run.recipes import RECIPES
-from localgrad.run.runlog import claim, mib, scores, summary_rows
+from localgrad.run.runlog import claim, finished_runs, mib, scores, summary_rows
+from localgrad.run.tables import write_csv
 from localgrad.run.train import evaluate, train
 from localgrad.scale import plan as plans
 
@@ -42,8 +43,8 @@ def run_train(args: Train) -> int:
 def run_plan(args: Plan) -> int:
     recipe = settle(args.recipe)
     budget = parse_bytes(args.budget)
-    if args.out is not None and not (args.out.parent.is_dir() and os.access(args.out.parent, os.W_OK)):
-        raise UserError(f"cannot write to {args.out.parent}: choose another --out")
+    if args.out is not None:
+        check_folder(args.out)
     planner = planner_for(recipe, machine_for(recipe))
     chosen, frontier = planner.fastest(budget, as_you_go=may_step_as_it_goes(recipe)), planner.frontier()
     rows = [("BP", planner.bp), ("checkpointing", planner.checkpointing)]
@@ -135,8 +136,7 @@ def run_export(args: Export) -> int:
     recipe = finished(args.run)
     place = args.out or args.run / f"export.{args.format}"
     weights = args.run / "model.safetensors"
-    if not place.parent.is_dir() or not os.access(place.parent, os.W_OK):
-        raise UserError(f"cannot write to {place.parent}: choose another --out")
+    check_folder(place)
     if args.format == "safetensors":
         save_weights(place, read_weights(weights))
     else:
@@ -149,6 +149,46 @@ def run_compare(args: Compare) -> int:
     from localgrad.run.compare import compare
 
     return compare(args)
+
+
+def run_probe(args: Probe) -> int:
+    from localgrad.run import pictures, probe
+
+    def load(run: Path) -> probe.Network:
+        recipe = finished(run)
+        return probe.load(run, replace(recipe, data_dir=args.data_dir or recipe.data_dir, device="auto"))
+
+    console = Console()
+    runs = finished_runs(args.runs)
+    other = load(args.against) if args.against else None
+    for run in runs:
+        tables = probe.probe(load(run), other, args.images, lambda name: print(f"{name} ...", file=sys.stderr))
+        place = run / "probe"
+        try:
+            place.mkdir(exist_ok=True)
+            for name, rows in tables.items():
+                write_csv(place / f"{name}.csv", rows)
+                pictures.draw(name, rows, place / f"{name}.png")
+        except OSError as error:
+            raise RunError(f"cannot write to {place}: {error.strerror}") from error
+        alike = probe.agreement(tables["cka"]) if other else {}
+        columns = ["unit", "block", "linear classifier, %", *([f"CKA with {other.name}"] if other else [])]
+        table = Table(*columns, title=run.name)
+        for row in tables["separability"]:
+            same = [f"{alike[row['unit']]:.3f}"] if row["unit"] in alike else []
+            table.add_row(row["unit"], str(row["block"]), f"{row['top1']:.2f}", *same)
+        console.print(table)
+        console.print(f"wrote {place}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def run_report(args: Report) -> int:
+    from localgrad.run.report import report
+
+    check_folder(args.out)
+    write_text(args.out, report(args.runs, args.results))
+    print(f"wrote {args.out}")
+    return 0
 
 
 def run_list(args: List) -> int:

@@ -41,6 +41,12 @@ def write_text(place: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+def check_folder(place: Path) -> None:
+    """Raises UserError if the folder of a file to write is not there or cannot be written."""
+    if not place.parent.is_dir() or not os.access(place.parent, os.W_OK):
+        raise UserError(f"cannot write to {place.parent}: choose another --out")
+
+
 def remove(path: Path) -> None:
     """Removes a file, a link or a whole folder, if there is one."""
     if path.is_dir() and not path.is_symlink():

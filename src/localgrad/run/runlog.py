@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -92,6 +92,17 @@ def summary_rows(folder: Path) -> list[dict[str, float]]:
     if not rows:
         raise RunError(f"{path} is damaged: it has no epoch; remove {folder} and train again")
     return rows
+
+
+def finished_runs(places: Sequence[Path]) -> list[Path]:
+    """The folders of finished runs among these and their folders, each once. Raises UserError for a place without."""
+    folders: dict[Path, Path] = {}
+    for place in places:
+        found = [p for p in (place, *sorted(place.glob("*/"))) if (p / CONFIG).is_file() and (p / MODEL).is_file()]
+        if not found:
+            raise UserError(f"{place} holds no finished run: name run folders, or a folder of localgrad compare")
+        folders |= {path.resolve(): path for path in found}
+    return list(folders.values())
 
 
 def claim(folder: Path, recipe: Recipe, *, may_grow: bool = False) -> bool:
@@ -239,7 +250,7 @@ class RunLog:
         if self.tensorboard is not None:
             named = {f"epoch/{name}": value for name, value in row.items()}
             for what, values in by_block.items():
-                named |= {f"{what}/block {k}": value for k, value in enumerate(values) if value is not None}
+                named |= {f"epoch {what}/block {k}": value for k, value in enumerate(values) if value is not None}
             for name, value in named.items():
                 self.tensorboard.add_scalar(name, value, step)
         spent = f"peak {mib(row['peak_bytes'])}, {row['seconds']:.0f} s"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import statistics
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
+from localgrad.run.files import write_text
 from localgrad.run.runlog import mib
 
 SAME = ("method", "blocks", "setting")  # runs that differ in their seeds alone agree in these
@@ -68,11 +70,17 @@ def paired(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return table
 
 
+def csv_text(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as a CSV file's text: every column that a row has, in the order of their first appearance."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_text(path, csv_text(rows))
 
 
 def show(rows: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]] = ()) -> None:

@@ -1,0 +1,147 @@
+"""The report's pictures, drawn by plotly: each a function from rows to a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
+
+from localgrad.core.errors import UserError
+from localgrad.run.tables import label_of
+
+try:
+    from plotly import graph_objects as go
+except ImportError:
+    raise UserError("plotly is not installed: pip install 'localgrad[plot]'") from None
+
+Rows = Sequence[Mapping[str, Any]]
+MIB = 2**20
+# Okabe and Ito's colours, which people who confuse red and green tell apart; markers for those who see none.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+MARKERS = ("circle", "square", "diamond", "cross", "triangle-up", "x", "star")
+BINS = 600  # points of a timeline, each the most of what it stands for
+
+
+def error_against_memory(rows: Rows) -> go.Figure:
+    """rows: of `tables.summarize`."""
+    figure = _figure("peak memory of a step, MiB", "test error, %")
+    for i, row in enumerate(rows):
+        spread = {"error_y": {"type": "data", "array": [row["error_std"]]}} if row["error_std"] != "" else {}
+        point = {"x": [row["peak_bytes"] / MIB], "y": [row["error_mean"]]}
+        figure.add_scatter(**point, **spread, mode="markers", name=label_of(dict(row)), marker=_marker(i, 10))
+    return figure.update_xaxes(rangemode="tozero").update_yaxes(rangemode="tozero")
+
+
+def time_against_memory(rows: Rows) -> go.Figure:
+    """rows: of benchmarks/frontier.py."""
+    figure = _figure("peak memory of a step, MiB", "time of a step, times BP")
+    families: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        name = row["row"].partition(",")[0].partition(" K=")[0]
+        families.setdefault("even blocks" if "even" in row["row"] else name, []).append(row)
+    for i, (name, mine) in enumerate(families.items()):
+        mine.sort(key=lambda row: int(row["peak_bytes"]))
+        figure.add_scatter(
+            x=[int(row["peak_bytes"]) / MIB for row in mine], y=[float(row["times_bp"]) for row in mine],
+            text=[row["row"] for row in mine], name=name, marker=_marker(i, 8),
+            mode="markers" if name == "even blocks" or len(mine) == 1 else "lines+markers",
+        )  # fmt: skip
+    return figure.update_xaxes(type="log", dtick=0.30103, tickformat=".0f")
+
+
+def by_epoch(curves: Mapping[str, Sequence[float]], what: str) -> go.Figure:
+    """A curve each, of values at the ends of epochs 1, 2, ..."""
+    figure = _figure("epoch", what)
+    for i, (name, values) in enumerate(curves.items()):
+        epochs = list(range(1, len(values) + 1))
+        figure.add_scatter(x=epochs, y=list(values), name=name, mode="lines+markers", marker=_marker(i, 7))
+    return figure.update_xaxes(dtick=1 if max(map(len, curves.values()), default=0) < 30 else None)
+
+
+def blocks_by_epoch(losses: Sequence[Sequence[float]]) -> go.Figure:
+    """losses: of each epoch, those of the blocks. From the first block, light, to the last, dark."""
+    figure = _figure("epoch", "training loss")
+    series = list(zip(*losses, strict=True))
+    for k, values in enumerate(series):
+        shade = k / max(1, len(series) - 1)
+        colour = f"rgb({round(222 - 222 * shade)},{round(160 - 46 * shade)},{round(60 + 118 * shade)})"
+        last = " (the network's own)" if k == len(series) - 1 else ""
+        epochs = list(range(1, len(values) + 1))
+        figure.add_scatter(x=epochs, y=list(values), name=f"block {k}{last}", mode="lines", line={"color": colour})
+    return figure.update_xaxes(dtick=1 if len(losses) < 30 else None)
+
+
+def timeline(steps: Mapping[str, Sequence[int]]) -> go.Figure:
+    """Bytes that were live over a step, one curve for each run."""
+    figure = _figure("the step's allocations, first to last, %", "live memory, MiB")
+    for i, (name, live) in enumerate(steps.items()):
+        size = max(1, len(live) // BINS)
+        most = [max(live[j : j + size]) / MIB for j in range(0, len(live), size)]
+        places = [round(100 * j / max(1, len(most) - 1), 2) for j in range(len(most))]
+        line = {"color": COLOURS[i % len(COLOURS)], "width": 1.5}
+        figure.add_scatter(x=places, y=[round(m, 2) for m in most], name=name, mode="lines", line=line)
+    return figure.update_yaxes(rangemode="tozero")
+
+
+def separability(tables: Mapping[str, Rows]) -> go.Figure:
+    """tables: of `probe.separability`, by run. Depth is a share, so that networks of any depth go together."""
+    figure = _figure("depth of the unit, % of the network", "accuracy of a linear classifier, %")
+    for i, (name, rows) in enumerate(tables.items()):
+        depth = [100 * (k + 1) / len(rows) for k in range(len(rows))]
+        text = [f"{row['unit']}, block {row['block']}" for row in rows]
+        values = [float(row["top1"]) for row in rows]
+        figure.add_scatter(x=depth, y=values, text=text, name=name, mode="lines+markers", marker=_marker(i, 7))
+    return figure
+
+
+def cka(rows: Rows, name: str) -> go.Figure:
+    """rows: of `probe.similarity`."""
+    mine, theirs = (list(dict.fromkeys(row[column] for row in rows)) for column in ("unit", "against_unit"))
+    values = [float(row["cka"]) for row in rows]
+    figure = _figure(f"units of {rows[0]['against']}", f"units of {name}")
+    grid = [values[i : i + len(theirs)] for i in range(0, len(values), len(theirs))]
+    figure.add_heatmap(x=theirs, y=mine, z=grid, zmin=0, zmax=1, colorscale="Viridis", colorbar={"title": "CKA"})
+    return figure.update_layout(height=520)
+
+
+def tsne(rows: Rows) -> go.Figure:
+    """rows: of `probe.embedding`."""
+    figure = _figure("", "")
+    for i, label in enumerate(sorted({int(row["label"]) for row in rows})):
+        mine = [row for row in rows if int(row["label"]) == label]
+        x, y = ([round(float(row[axis]), 2) for row in mine] for axis in ("x", "y"))
+        marker = {**_marker(i, 5), "symbol": MARKERS[(i // len(COLOURS)) % len(MARKERS)]}
+        figure.add_scatter(x=x, y=y, mode="markers", name=f"class {label}", marker=marker)
+    return figure.update_xaxes(showticklabels=False).update_yaxes(showticklabels=False).update_layout(height=520)
+
+
+def data_of(figure: Any) -> list[dict[str, Any]]:
+    """What a figure shows, as rows: series, x, y, and what more there is of each point."""
+    rows = []
+    for trace in figure.data:
+        if trace.type == "heatmap":
+            cells = zip(trace.y, trace.z, strict=True)
+            rows += [{"y": y, "x": x, "value": v} for y, line in cells for x, v in zip(trace.x, line, strict=True)]
+            continue
+        for x, y, text in zip_longest(trace.x, trace.y, trace.text or ()):
+            spread = {} if trace.error_y.array is None else {"spread": trace.error_y.array[0]}
+            rows.append({"series": trace.name, "x": x, "y": y, **({"point": text} if text else {}), **spread})
+    return rows
+
+
+def _figure(x: str, y: str) -> go.Figure:
+    clear = "rgba(0,0,0,0)"  # the page's own background shows, light or dark
+    figure = go.Figure(layout={"template": "none", "paper_bgcolor": clear, "plot_bgcolor": clear})
+    figure.update_layout(height=420, margin={"l": 10, "r": 10, "t": 20, "b": 10}, hovermode="closest")
+    figure.update_layout(modebar={"bgcolor": clear, "color": "#808890"})
+    # Below the picture, since a phone has no room beside it.
+    figure.update_layout(
+        legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "itemsizing": "constant"},
+        showlegend=True,
+    )
+    axis = {"automargin": True, "gridcolor": "rgba(128,128,128,.3)", "zeroline": False}
+    return figure.update_xaxes(title=x, **axis).update_yaxes(title={"text": y, "standoff": 12}, **axis)
+
+
+def _marker(i: int, size: int) -> dict[str, Any]:
+    return {"color": COLOURS[i % len(COLOURS)], "symbol": MARKERS[i % len(MARKERS)], "size": size}
