@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-run
 READY_DEV := $(VENV)/.ready-dev
 
-.PHONY: demo test test-slow test-faults lint clean
+.PHONY: demo test test-slow test-faults lint results clean
 demo: $(READY)
 	$(BIN)/localgrad compare --data digits --methods bp,dgl,dgl+man,dgl+deep-man --blocks 4 --seeds 0 --out runs/demo
 	$(BIN)/localgrad probe runs/demo --against runs/demo/bp_k1_s0
@@ -38,6 +38,11 @@ $(READY): pyproject.toml constraints.txt | $(BIN)/python
 $(READY_DEV): pyproject.toml constraints.txt $(READY)
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
+
+# The tables and pictures of README.md and docs/ from what lies in results/.
+results: $(READY_DEV)
+	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/pictures.py
 
 clean:
 	rm -rf $(VENV)

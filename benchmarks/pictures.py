@@ -1,35 +1,66 @@
-"""Draws docs/frontier.svg and docs/depth.svg from results/.
+"""Draws docs/accuracy.svg, docs/frontier.svg and docs/depth.svg from results/.
 
-python benchmarks/pictures.py
+python benchmarks/pictures.py     (or make results, which writes the tables too)
+
+Each names in its metadata the content of the files that it was drawn from, by which a test sees that it is up to date.
 """
 
 from __future__ import annotations
 
 import csv
+from hashlib import sha256
 from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
 MIB = 2**20
+ROOT = Path(__file__).parents[1]
+METHODS = {
+    "bp": "BP", "dgl": "DGL", "dgl+man": "DGL + MAN", "dgl+man++": "DGL + MAN++", "dgl+deep-man": "DGL + deep MAN",
+}  # fmt: skip
+SOURCES = {
+    "accuracy": ["accuracy_fashion_small.csv"],
+    "frontier": ["frontier_resnet110_float32.csv", "frontier_resnet110_bf16.csv"],
+    "depth": ["depth.csv"],
+}
 KINDS = (("BP", "o", "black"), ("DGL", "v", "tab:green"), ("MAN", "s", "tab:blue"), ("deep MAN", "D", "tab:orange"))
 
 
-def read(path: str) -> list[dict[str, str]]:
-    with Path(path).open(newline="") as file:
+def read(name: str) -> list[dict[str, str]]:
+    with (ROOT / "results" / name).open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def save(figure: Figure, place: str) -> None:
-    mpl.rcParams["svg.hashsalt"] = "localgrad"  # or each drawing would have other names in it
-    figure.savefig(place, metadata={"Date": None})
+def stamp(picture: str) -> str:
+    """What the picture is drawn from: each file's name and content, hashed."""
+    content = (f"{name} {sha256((ROOT / 'results' / name).read_bytes()).hexdigest()[:12]}" for name in SOURCES[picture])
+    return ", ".join(content)
 
 
-def frontier() -> None:
+def accuracy() -> Figure:
+    """Test error against memory, of the study's main part."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for (method, label), marker in zip(METHODS.items(), "ovs^D", strict=True):
+        rows = [r for r in read("accuracy_fashion_small.csv") if r["method"] == method and not r["setting"]]
+        rows.sort(key=lambda r: int(r["blocks"]))
+        places = [int(r["peak_bytes"]) / MIB for r in rows], [float(r["error_mean"]) for r in rows]
+        spread = [float(r["error_std"] or 0) for r in rows]
+        axes.errorbar(*places, yerr=spread, marker=marker, capsize=3, label=label, linestyle=":")
+        for x, y, row in zip(*places, rows, strict=True):
+            axes.annotate(f"K={row['blocks']}", (x, y), (5, 5), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="peak memory of a step, MiB", ylabel="test error, %, mean and deviation over seeds", xlim=(0, None))
+    axes.legend()
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def frontier() -> Figure:
     """Time against memory, of plans that were made for a budget; float32 beside bf16."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     for axes, precision in zip(figure.subplots(1, 2, sharey=True), ("float32", "bf16"), strict=True):
-        rows = read(f"results/frontier_resnet110_{precision}.csv")
+        rows = read(f"frontier_resnet110_{precision}.csv")
         for kind, marker, colour in KINDS:
             mine = [
                 r for r in rows if r["row"] == kind or (r["row"].startswith(f"{kind}, in ") and "even" not in r["row"])
@@ -48,12 +79,12 @@ def frontier() -> None:
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("time of a step, times BP")
     figure.axes[0].legend()
-    save(figure, "docs/frontier.svg")
+    return figure
 
 
-def depth() -> None:
+def depth() -> Figure:
     """Memory against depth, BP and one unit per block."""
-    rows = read("results/depth.csv")
+    rows = read("depth.csv")
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     local = [r for r in rows if r["method"] != "bp"]
@@ -71,9 +102,11 @@ def depth() -> None:
     axes.minorticks_off()
     axes.legend()
     axes.grid(alpha=0.3)
-    save(figure, "docs/depth.svg")
+    return figure
 
 
 if __name__ == "__main__":
-    frontier()
-    depth()
+    mpl.rcParams["svg.hashsalt"] = "localgrad"  # or each drawing would have other names in it
+    for draw in (accuracy, frontier, depth):
+        place = ROOT / "docs" / f"{draw.__name__}.svg"
+        draw().savefig(place, metadata={"Date": None, "Source": stamp(draw.__name__)})

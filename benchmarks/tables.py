@@ -1,6 +1,6 @@
-"""Writes the tables of docs/memory.md and docs/networks.md from results/, each between its two marks.
+"""Writes the tables of README.md and docs/ from results/, each between its two marks.
 
-python benchmarks/tables.py
+python benchmarks/tables.py     (or make results, which draws the pictures too)
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("docs/memory.md", "docs/networks.md")
+PAGES = ("README.md", "docs/experiments.md", "docs/memory.md", "docs/networks.md")
+NAMES = {"bp": "BP", "dgl": "DGL", "predsim": "PredSim", "infopro": "InfoPro", "auglocal": "AugLocal"}
 
 
 def rows(name: str) -> list[dict[str, str]]:
     """The rows of a file in results/, of which the name may have a pattern for the version."""
-    (path,) = (ROOT / "results").glob(name)
+    (path,) = sorted((ROOT / "results").glob(name))
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
@@ -24,6 +25,67 @@ def rows(name: str) -> list[dict[str, str]]:
 def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def name_of(method: str) -> str:
+    """dgl+deep-man -> DGL + deep MAN."""
+    first, _, coupling = method.partition("+")
+    return " + ".join(filter(None, (NAMES[first], coupling.replace("-", " ").replace("man", "MAN"))))
+
+
+def error_of(row: dict[str, str]) -> str:
+    return row["error_mean"] and f"{float(row['error_mean']):.2f}" + (
+        f" ± {float(row['error_std']):.2f}" if row["error_std"] else ""
+    )
+
+
+def peak_of(row: dict[str, str]) -> str:
+    return f"{int(row['peak_bytes']) / 2**20:.0f} MiB"
+
+
+def accuracy() -> str:
+    """The main part of the study: error, memory and time of a step."""
+    times = {(r["method"], r["blocks"]): r["times_bp"] for r in rows("time_fashion_small.csv")}
+    body = []
+    for row in sorted(rows("accuracy_fashion_small.csv"), key=lambda row: int(row["blocks"])):
+        if not row["setting"] and row["method"].partition("+")[0] in ("bp", "dgl"):
+            time = times[row["method"], row["blocks"]]
+            cells = [name_of(row["method"]), row["blocks"], error_of(row), row["n"], peak_of(row), time]
+            body.append([*cells, f"{int(row['added']):,}"])
+    head = ["method", "blocks", "test error, %", "n", "peak memory", "time of a step", "parameters added"]
+    return table(head, body)
+
+
+def pairs() -> str:
+    """Differences by seed, of the main part's rows."""
+    body = []
+    for row in rows("accuracy_fashion_small_pairs.csv"):
+        body.append(
+            [row["first"], row["second"], f"{float(row['difference']):+.2f}",
+             f"{float(row['low']):+.2f} to {float(row['high']):+.2f}", row["n"]]
+        )  # fmt: skip
+    return table(["first", "second", "second less first, points", "95% interval", "n"], body)
+
+
+def settings() -> str:
+    """The rows of the study with one seed or with a setting of their own."""
+    body = []
+    for row in rows("accuracy_fashion_small.csv"):
+        if row["setting"] or row["method"].partition("+")[0] not in ("bp", "dgl"):
+            cells = [name_of(row["method"]), row["blocks"], row["setting"].replace("_", "-"), error_of(row), row["n"]]
+            body.append([*cells, peak_of(row), f"{int(row['added']):,}"])
+    head = ["method", "blocks", "setting", "test error, %", "n", "peak memory", "parameters added"]
+    return table(head, body)
+
+
+def deeper() -> str:
+    """Memory of ResNet-110."""
+    body = []
+    for row in rows("memory_resnet110.csv"):
+        cuts = "" if row["method"] == "bp" else row["cuts"].replace(" ", ", ")
+        below = "" if row["method"] == "bp" else f"{float(row['below_bp_percent']):.1f}%"
+        body.append([name_of(row["method"]), row["blocks"], cuts, peak_of(row), below])
+    return table(["method", "blocks", "cut after", "peak memory", "below BP"], body)
 
 
 def frontier() -> str:
@@ -109,15 +171,13 @@ def training() -> str:
     body = []
     for network in ("vit_tiny", "convnext_atto"):
         for row in rows(f"accuracy_{network}.csv"):
-            error = f"{float(row['error_mean']):.2f} ± {float(row['error_std']):.2f}"
-            peak = f"{int(row['peak_bytes']) / 2**20:.0f} MiB"
-            body.append([network, row["method"], row["blocks"], error, row["n"], peak])
+            body.append([network, row["method"], row["blocks"], error_of(row), row["n"], peak_of(row)])
     return table(["network", "method", "blocks", "test error in %", "n", "peak memory"], body)
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "frontier": frontier, "imagenet": imagenet, "parts": parts, "coverage": coverage, "refused": refused,
-    "families": families, "training": training,
+    "accuracy": accuracy, "pairs": pairs, "settings": settings, "deeper": deeper, "frontier": frontier,
+    "imagenet": imagenet, "parts": parts, "coverage": coverage, "refused": refused, "families": families, "training": training,
 }  # fmt: skip
 
 

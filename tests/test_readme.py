@@ -26,8 +26,8 @@ from localgrad.run.recipe import settle
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
-    "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/methods.md", "docs/memory.md", "docs/networks.md",
-    "docs/reliability.md",
+    "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/experiments.md", "docs/methods.md", "docs/memory.md",
+    "docs/networks.md", "docs/reliability.md",
 )  # fmt: skip
 
 
@@ -125,11 +125,20 @@ def test_links_and_files_exist(page: str) -> None:
 def test_tables_are_those_of_the_results() -> None:
     filled = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))["filled"]
     for page, known in (
+        ("README.md", "| DGL + deep MAN | 16 | 11."),
+        ("docs/experiments.md", "| bp | dgl K=16 | +4."),
         ("docs/memory.md", "| BP | 1 | 1.00 |"),
         ("docs/networks.md", "| regnet | `regnetx_002` | 14 |"),
     ):
         assert known in read(page)
-        assert filled(read(page)) == read(page), "run python benchmarks/tables.py"
+        assert filled(read(page)) == read(page), "run make results"
+
+
+def test_pictures_are_drawn_from_the_results() -> None:
+    names = runpy.run_path(str(ROOT / "benchmarks" / "pictures.py"))
+    assert set(names["SOURCES"]) == {"accuracy", "frontier", "depth"}
+    for picture in names["SOURCES"]:
+        assert names["stamp"](picture) in read(f"docs/{picture}.svg"), "run make results"
 
 
 def test_make_targets_and_extras_exist() -> None:
