@@ -36,12 +36,14 @@ class Site:
 @dataclass(frozen=True)
 class Term:
     """One head of an auxiliary with the objective on its output. against: what the objective compares with,
-    "targets" or "images" (in [0, 1])."""
+    "targets" or "images" (in [0, 1]). pairs: whether it compares images of the batch with each other, so that its value
+    is not the mean of its values on parts of the batch."""
 
     head: nn.Module
     objective: Callable[[Tensor, Tensor], Tensor]
     weight: float = 1.0
     against: str = "targets"
+    pairs: bool = False
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def predsim(head: str | None = None, *, beta: float = 0.99) -> Method:
         matching = partial(objectives.similarity_matching, classes=site.task.classes)
         return {
             "classifier": Term(_classifier(site, heads.predsim_classifier), site.task.criterion, 1 - beta),
-            "similarity": Term(heads.similarity(site.boundary), matching, beta),
+            "similarity": Term(heads.similarity(site.boundary), matching, beta, pairs=True),
         }
 
     return Method("predsim", terms, head)
@@ -88,7 +88,7 @@ def infopro(
         if contrast:  # the same classifier, but its outputs are components to compare, not logits
             embedding = _classifier(replace(site, task=Classification(features)), own)
             compare = partial(objectives.supervised_contrastive, temperature=temperature)
-            classify = Term(embedding, compare, pair[1])
+            classify = Term(embedding, compare, pair[1], pairs=True)
         else:
             classify = Term(_classifier(site, own), site.task.criterion, pair[1])
         decode = heads.imagenet_decoder if large else Decoder

@@ -1,0 +1,213 @@
+"""Data parallel by block: the gradients of block k are averaged over the ranks while block k+1 computes.
+
+A process group of `torch.distributed` (gloo on the CPU, NCCL on CUDA) is all that is needed; there is no engine here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from localgrad.core.auxiliary import Auxiliary, Term
+from localgrad.core.engine import LocalModel
+
+BUCKET = 25 * 2**20  # bytes that travel together, as many as DistributedDataParallel takes
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that train together. Without others everything here does nothing, at no cost.
+
+    rank, count: which this is, of how many.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank is the one that writes."""
+        return self.rank == 0
+
+    def given(self, value: Any) -> Any:
+        """What the first rank has. value: plain values and tensors; those of other ranks are not looked at."""
+        if self.count == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gathered(self, value: Any) -> list[Any]:
+        """What every rank has, in their order."""
+        if self.count == 1:
+            return [value]
+        box = [None] * self.count
+        dist.all_gather_object(box, value)
+        return box
+
+    def summed(self, numbers: Sequence[float], device: torch.device | str = "cpu") -> list[float]:
+        """The sums over the ranks, in float64."""
+        if self.count == 1:
+            return list(numbers)
+        total = torch.tensor(numbers, dtype=torch.float64, device=device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def spread(self, tensors: Sequence[Tensor]) -> None:
+        """The first rank's values into every rank's tensors, in place."""
+        if self.count > 1:
+            for tensor in tensors:
+                # Collectives want contiguous memory, which weights in channels_last have in another sense.
+                whole = tensor.detach().contiguous()
+                dist.broadcast(whole, src=0)
+                tensor.detach().copy_(whole)
+
+
+class Replicas:
+    """Ranks that hold the same model and train it on different images of each batch.
+
+    As it is made, the first rank's parameters and buffers (averaged copies too) are given to all. In a loop of one's
+    own, with as many images on each rank:
+
+        replicas = Replicas(model)
+        out = local_backward(model, x, y, check=replicas.start)    # starts to average a block's gradients, and goes on
+        replicas.finish()                                           # waits for all
+        optimizer.step()
+
+    Averages of the coupling need no exchange: they follow parameters, which are the same everywhere. So do the
+    statistics of batch norm not, of which each rank has its own unless the network has `SyncBatchNorm`; the first
+    rank's are those that count. Objectives that compare images with each other (`Term.pairs`) see those of all ranks.
+
+    bucket: bytes that travel together at most.
+    """
+
+    def __init__(self, model: LocalModel, *, bucket: int = BUCKET) -> None:
+        self.ranks = Ranks(dist.get_rank(), dist.get_world_size())
+        self.model = model
+        self.bucket = bucket
+        self._members = [model.members(k) for k in range(len(model.blocks))]
+        self._travelling: dict[int, list[tuple[list[Tensor], Tensor, Any]]] = {}
+        self.ranks.spread([*model.parameters(), *model.buffers()])
+        for auxiliary in model.auxiliaries:
+            _see_all(cast(Auxiliary, auxiliary))
+
+    def start(self, k: int, loss: Tensor, *more: Tensor) -> None:
+        """Begins to average the gradients of block k, its loss, and `more` scalars, in place. Call it on all ranks,
+        block by block, when the block has its gradients; nothing of this may be read or changed before `finish(k)`."""
+        gradients = [p.grad for p in self._members[k] if p.grad is not None]
+        self._travelling[k] = [self._send(group) for group in _buckets([loss, *more, *gradients], self.bucket)]
+
+    def finish(self, k: int | None = None) -> None:
+        """Waits until the averages of block k, or of all blocks that were started, are there."""
+        for block in list(self._travelling) if k is None else [k]:
+            for tensors, flat, work in self._travelling.pop(block):
+                work.wait()
+                flat /= self.ranks.count
+                for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+                    tensor.copy_(part.view_as(tensor))
+
+    def _send(self, tensors: list[Tensor]) -> tuple[list[Tensor], Tensor, Any]:
+        flat = torch.cat([t.detach().reshape(-1) for t in tensors])
+        return tensors, flat, dist.all_reduce(flat, async_op=True)
+
+
+class SyncBatchNorm(_BatchNorm):
+    """Batch norm over the images of all ranks, for maps, tokens and vectors, on every device.
+
+    PyTorch's own does so on CUDA alone. Its parameters and buffers are those of the layer that it replaces, so weights
+    go from the one to the other. As the first of two passes gives the mean and the second the variance, the result is
+    that of one process with all images, up to rounding.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim < 2:
+            raise ValueError(f"expected at least 2 dimensions, got {input.ndim}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        alone = not dist.is_initialized() or dist.get_world_size() == 1
+        if alone or not self.training or input.device.type == "meta":
+            return super().forward(input)
+        x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
+        places = [d for d in range(x.ndim) if d != 1]
+        shape = [1, -1, *[1] * (x.ndim - 2)]
+        count = x.numel() // x.shape[1] * dist.get_world_size()  # as many on each rank
+        mean = _total(x.sum(places)) / count
+        apart = x - mean.view(shape)
+        variance = _total(apart.square().sum(places)) / count
+        if self.track_running_stats:
+            self._follow(mean.detach(), variance.detach() * (count / max(1, count - 1)))
+        out = apart * (variance + self.eps).rsqrt().view(shape)
+        if self.affine:
+            out = out * self.weight.view(shape) + self.bias.view(shape)
+        return out.to(input.dtype)
+
+    @torch.no_grad()
+    def _follow(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked += 1
+        share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        for average, new in ((self.running_mean, mean), (self.running_var, variance)):
+            cast(Tensor, average).lerp_(new.to(cast(Tensor, average).dtype), share)
+
+
+def sync_batch_norm(network: nn.Module) -> nn.Module:
+    """`network` with a `SyncBatchNorm` in the place of each batch norm, with its parameters and buffers. Before
+    `localize`, whose copies are then of the same kind."""
+    for name, child in network.named_children():
+        if isinstance(child, _BatchNorm) and not isinstance(child, SyncBatchNorm):
+            twin = SyncBatchNorm(child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats)
+            twin._parameters, twin._buffers, twin.training = child._parameters, child._buffers, child.training
+            setattr(network, name, twin)
+        else:
+            sync_batch_norm(child)
+    return network
+
+
+def _total(x: Tensor) -> Tensor:
+    """The sum over the ranks, through which gradients go."""
+    return torch.distributed.nn.all_reduce(x)
+
+
+def _see_all(auxiliary: Auxiliary) -> None:
+    """Lets the objectives that compare images with each other see those of all ranks."""
+    for name, term in auxiliary.terms.items():
+        if term.pairs:
+            auxiliary.terms[name] = replace(term, objective=_OverAll(term))
+
+
+@dataclass(frozen=True)
+class _OverAll:
+    """An objective on the outputs and targets of all ranks, in their order: the same value on each.
+
+    A rank's gradient is `count` times its share of the whole, because the backward pass of the gathering sums over
+    ranks that have all computed the same; the average over the ranks is then the whole gradient.
+    """
+
+    term: Term
+
+    def __call__(self, output: Tensor, against: Tensor) -> Tensor:
+        outputs = torch.distributed.nn.all_gather(output.contiguous())
+        others = [torch.empty_like(against) for _ in outputs]
+        dist.all_gather(others, against.contiguous())
+        return self.term.objective(torch.cat(outputs), torch.cat(others))
+
+
+def _buckets(tensors: Sequence[Tensor], size: int) -> list[list[Tensor]]:
+    """The tensors in their order, as many together as `size` bytes hold; of one dtype and device each."""
+    groups: list[list[Tensor]] = []
+    room = 0
+    for tensor in tensors:
+        alike = groups and (groups[-1][-1].dtype, groups[-1][-1].device) == (tensor.dtype, tensor.device)
+        if not alike or tensor.nbytes > room:
+            groups.append([])
+            room = size
+        groups[-1].append(tensor)
+        room -= tensor.nbytes
+    return groups
