@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with sigterm_raises():
             return _run(args)
     except (UserError, RunError) as error:
-        print(f"localgrad: {error}", file=sys.stderr)
+        if not (error.shared and _rank()):
+            print(f"localgrad: {error}", file=sys.stderr)
         return error.exit_code
     except (Stopped, KeyboardInterrupt) as stopped:
         if argv is None:  # the process is about to end: another signal must not change how
@@ -68,6 +69,10 @@ def _run(args: list[str]) -> int:
     if args[0] not in COMMANDS:
         raise unknown("command", args[0], COMMANDS)
     command = _parse(args[0], args[1:])
+    if isinstance(command, Train) and command.nproc != 1 and "RANK" not in os.environ:
+        from localgrad.run.launch import launch
+
+        return launch(args, command.nproc, command.restarts)
     from localgrad.run import commands
 
     return getattr(commands, f"run_{args[0]}")(command)
@@ -107,8 +112,15 @@ def _take(flag: str, what: str, args: list[str]) -> tuple[str | None, list[str]]
     return None, args
 
 
+def _rank() -> int:
+    """Which of several processes of one run this is: what all would say is said by the first."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
     """A warning of ours is one line for a person; its place in the source is not."""
+    if _rank():
+        return
     print(f"localgrad: warning: {message}", file=sys.stderr)
 
 

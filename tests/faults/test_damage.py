@@ -26,7 +26,9 @@ import torch
 
 from localgrad.core.errors import RunError
 from localgrad.run import checkpoint as checkpoints
-from localgrad.run.checkpoint import AUXILIARIES, MANIFEST, MODEL, STATE, Checkpoint, newest_checkpoint, read_checkpoint
+from localgrad.run.checkpoint import (
+    AUXILIARIES, FORMAT, MANIFEST, MODEL, STATE, Checkpoint, newest_checkpoint, read_checkpoint,
+)  # fmt: skip
 from localgrad.run.recipe import Recipe, Saving
 from localgrad.run.signals import Stopped
 from localgrad.run.step import Done, Stepper
@@ -300,7 +302,7 @@ FORGED: dict[str, tuple[str, Callable[[Trap], bytes]]] = {
 def forge(path: Path, **changed: Any) -> None:
     """Makes the manifest agree with the files, but for what is changed."""
     files = {name: checkpoints._fingerprint(path / name) for name in (AUXILIARIES, MODEL, STATE)}
-    content = {"format": 1, "step": int(path.name.removeprefix("step-")), "environment": {}, "files": files} | changed
+    content = {"format": FORMAT, "step": int(path.name.removeprefix("step-")), "environment": {}, "files": files} | changed
     (path / MANIFEST).write_bytes(checkpoints._rendered(content))
 
 
@@ -365,7 +367,7 @@ CHANGES: dict[str, Callable[[dict[str, Any], Trap], Any]] = {
     "no random numbers": lambda state, trap: state.update(random=[]),
     "no list of rows": lambda state, trap: state.update(rows=5),
     "no time": lambda state, trap: state.update(spent="x"),
-    "random numbers out of range": lambda state, trap: state["random"].update(python=(3, (2**70,) * 625, None)),
+    "random numbers out of range": lambda state, trap: state["random"][0].update(python=(3, (2**70,) * 625, None)),
 }
 
 

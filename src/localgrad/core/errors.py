@@ -10,12 +10,14 @@ class UserError(ValueError):
     """Something that the caller asked for and can change: what is wrong, and what would be right. Exit code 2."""
 
     exit_code = 2
+    shared = True  # every rank of a run meets it, and one says so
 
 
 class RunError(RuntimeError):
     """A fault met while running (a damaged file, a loss that is not finite). Exit code 3."""
 
     exit_code = 3
+    shared = False
 
 
 def unknown(kind: str, name: str, options: Iterable[str]) -> UserError:

@@ -28,6 +28,12 @@ class Train:
     """Also write TensorBoard events (needs localgrad[tensorboard])."""
     budget: str | None = None
     """With --blocks auto: bytes that a step may take (8GiB, 500MiB); the fastest plan that fits is trained."""
+    nproc: int = 1
+    """Processes on this machine that share each batch; torchrun -m localgrad train does so on several machines."""
+    restarts: int = 0
+    """With --nproc: how often to start all processes again when one has died; they go on from the last save."""
+    rank_timeout: float = 600.0
+    """Seconds that a process waits for the others before it ends the run."""
 
 
 @dataclass(frozen=True)

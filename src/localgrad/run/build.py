@@ -27,6 +27,7 @@ from localgrad.run.recipe import Recipe
 from localgrad.scale.memory import MakeOptimizer
 from localgrad.scale.plan import Planner
 from localgrad.scale.recompute import recompute
+from localgrad.scale.replicas import sync_batch_norm
 from localgrad.scale.speed import calibrate
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": None}
@@ -89,6 +90,8 @@ def build_model(recipe: Recipe, data: Data, machine: Machine) -> LocalModel:
     backbone = backbone_of(recipe, info)
     if recipe.init is not None:
         load_backbone(backbone, Path(recipe.init))
+    if recipe.sync_batch_norm:
+        sync_batch_norm(backbone)
     backbone.to(machine.device, memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]
     model = localize(
         backbone,
@@ -98,6 +101,8 @@ def build_model(recipe: Recipe, data: Data, machine: Machine) -> LocalModel:
         example=torch.zeros(2, info.channels, info.size, info.size),
         task=Classification(info.classes, recipe.label_smoothing),
     )
+    if recipe.sync_batch_norm:
+        sync_batch_norm(model.auxiliaries)
     recompute(model, **recipe.again)
     return model.to(memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]
 

@@ -34,7 +34,7 @@ from localgrad.core.errors import RunError, UserError
 from localgrad.run.files import PART, flush, part_of, remove, replacing
 from localgrad.scale.memory import is_out_of_memory
 
-FORMAT = 1
+FORMAT = 2
 MODEL, AUXILIARIES, STATE, MANIFEST = "model.safetensors", "auxiliaries.safetensors", "state.pt", "manifest.json"
 DAMAGED = ".damaged"  # a checkpoint that was set aside
 _MANIFEST_LIMIT = 2**20  # bytes; ours have about a thousand

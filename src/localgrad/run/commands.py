@@ -21,6 +21,7 @@ from localgrad.run.arguments import Compare, Eval, Export, List, Plan, Probe, Re
 from localgrad.run.build import backbone_of, machine_for, planner_for
 from localgrad.run.checkpoint import load_backbone, read_weights, save_weights
 from localgrad.run.files import check_folder, write_text
+from localgrad.run.ranks import joined
 from localgrad.run.recipe import COUPLINGS, HEADS, METHODS, PLANNED, Recipe, read_recipe, settle
 from localgrad.run.recipes import RECIPES
 from localgrad.run.runlog import claim, finished_runs, mib, scores, summary_rows
@@ -31,12 +32,17 @@ from localgrad.scale import plan as plans
 
 def run_train(args: Train) -> int:
     recipe = settle(_fitted(args))
-    if claim(args.out, recipe, may_grow=True) and args.saving.resume == "auto":
-        row = summary_rows(args.out)[-1]
-        print(f"{args.out} holds this run, finished: top1 {row['eval_top1']:.2f}%")
-        return 0
-    train(recipe, args.out, saving=args.saving, tensorboard=args.tensorboard)
-    print(f"wrote {args.out / 'model.safetensors'}")
+    with joined(recipe.device, args.rank_timeout) as ranks:
+        # The first rank looks at the folder and says what it found, before it begins to fill it.
+        finished = ranks.given(ranks.first and claim(args.out, recipe, may_grow=True))
+        if finished and args.saving.resume == "auto":
+            if ranks.first:
+                row = summary_rows(args.out)[-1]
+                print(f"{args.out} holds this run, finished: top1 {row['eval_top1']:.2f}%")
+            return 0
+        train(recipe, args.out, saving=args.saving, tensorboard=args.tensorboard, ranks=ranks)
+        if ranks.first:
+            print(f"wrote {args.out / 'model.safetensors'}")
     return 0
 
 

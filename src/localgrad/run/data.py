@@ -141,10 +141,13 @@ def train_batches(
     seed: int,
     epoch: int,
     start: int = 0,
+    shard: tuple[int, int] = (0, 1),
     workers: int = 0,
     on_bad: OnBad | None = None,
 ) -> Batches:
     """The augmented training batches of one epoch from number `start` on: images uint8 [B,C,H,W], labels int64 [B].
+
+    shard: which of so many equal parts of each batch, for one of several ranks.
 
     The last, incomplete batch is dropped (batch norm would weigh its few samples like a whole batch), unless the set
     is smaller than one batch. `workers` processes decode an image folder; sets in memory need none and ignore it.
@@ -154,6 +157,7 @@ def train_batches(
     _check_loading(batch_size, workers)
     steps = steps_per_epoch(data, batch_size)
     chunks = _chunks(permutation(len(data.train), seed, epoch)[: steps * batch_size], batch_size)[start:]
+    chunks = [_part(chunk, shard) for chunk in chunks]
     if isinstance(data.train, Files):
         how = {"seed": seed, "epoch": epoch, "workers": workers, "on_bad": on_bad}
         return readers.decoded(data.train, data.info.size, chunks, **how)
@@ -164,19 +168,22 @@ def test_batches(
     data: Data,
     *,
     batch_size: int,
-    workers: int = 0,  # noqa: PT028  (no test, see below)
+    shard: tuple[int, int] = (0, 1),  # noqa: PT028  (no test, see below)
+    workers: int = 0,  # noqa: PT028
     on_bad: OnBad | None = None,  # noqa: PT028
 ) -> Batches:
     """All test samples in order, not augmented: images uint8 [B,C,H,W], labels int64 [B].
 
-    The last batch may be short. `workers` and `on_bad` as for `train_batches`, but a bad image is left out.
+    shard: (i, n) for every n-th batch from number i on. The last batch may be short. `workers` and `on_bad` as for
+    `train_batches`, but a bad image is left out.
     """
     _check_loading(batch_size, workers)
-    split = data.test
+    split, mine = data.test, slice(shard[0], None, shard[1])
     if isinstance(split, Files):
-        chunks = _chunks(np.arange(len(split)), batch_size)
+        chunks = _chunks(np.arange(len(split)), batch_size)[mine]
         return readers.decoded(split, data.info.size, chunks, workers=workers, on_bad=on_bad)
-    return (pair for pair in zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True))
+    pairs = zip(split.images.split(batch_size)[mine], split.labels.split(batch_size)[mine], strict=True)
+    return (pair for pair in pairs)
 
 
 test_batches.__test__ = False  # pyright: ignore[reportFunctionMemberAccess]  (its name looks like a test to pytest)
@@ -262,6 +269,13 @@ def _check_loading(batch_size: int, workers: int = 0) -> None:
 
 def _chunks(order: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _part(chunk: NDArray[np.int64], shard: tuple[int, int]) -> NDArray[np.int64]:
+    index, count = shard
+    if len(chunk) % count:
+        raise UserError(f"{count} ranks cannot share a batch of {len(chunk)} images: take a multiple of {count}")
+    return chunk[index * len(chunk) // count : (index + 1) * len(chunk) // count]
 
 
 def _augmented(split: Images, info: DataInfo, chunks: list[NDArray[np.int64]], seed: int, epoch: int) -> Batches:

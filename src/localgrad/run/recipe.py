@@ -102,6 +102,8 @@ class Recipe:
     """Of the weights, the order, the augmentation and the subset."""
     deterministic: bool = False
     """Only deterministic kernels."""
+    sync_batch_norm: bool = False
+    """With several processes: batch norm over the images of all."""
     workers: int = 0
     """Processes that decode images (image-folder only)."""
     on_bad_image: Literal["error", "skip"] = "error"

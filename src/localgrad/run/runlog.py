@@ -285,6 +285,18 @@ class RunLog:
             self._failing.add(name)
 
 
+class NoLog(contextlib.AbstractContextManager):
+    """The log of a rank that is not the first: nothing."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None: ...
+
+    def __exit__(self, *exc_info: object) -> None: ...
+
+    def note(self, *args: Any) -> None: ...
+
+    step = epoch = timeline = bad_images = record = note
+
+
 def scores(row: dict[str, float]) -> str:
     return f"test loss {row['eval_loss']:.4f}, top1 {row['eval_top1']:.2f}%, top5 {row['eval_top5']:.2f}%"
 

@@ -17,6 +17,7 @@ from localgrad.run.build import Machine, optimizer_of
 from localgrad.run.recipe import Recipe
 from localgrad.run.runlog import Done, mib
 from localgrad.scale.memory import MemoryMeter, PeakBytes, is_out_of_memory, optimizers_for, peak_rss
+from localgrad.scale.replicas import Replicas
 
 Batch = tuple[Tensor, Tensor]  # normalised inputs and targets, on the device
 SKIPS = 10  # steps skipped one after another before a run is given up: no later one will be better
@@ -24,6 +25,8 @@ SKIPS = 10  # steps skipped one after another before a run is given up: no later
 
 class NotFinite(RunError):
     """A loss or gradient that is not finite. block: the first block that has one."""
+
+    shared = True  # it is found in the mean over the ranks
 
     def __init__(self, text: str, block: int) -> None:
         super().__init__(text)
@@ -35,10 +38,15 @@ class Stepper:
 
     total: steps of the whole run. step: how many are done. skipped: how many of those changed nothing, because a loss
     or gradient was not finite. peak: memory of step `measured`, once it is done (on CUDA the most that any step took).
+    replicas: other ranks that train the same model; a block's gradients are averaged over them before it steps, while
+    the next block computes.
     """
 
-    def __init__(self, recipe: Recipe, model: LocalModel, machine: Machine, total: int) -> None:
+    def __init__(
+        self, recipe: Recipe, model: LocalModel, machine: Machine, total: int, replicas: Replicas | None = None
+    ) -> None:
         self.recipe, self.model, self.machine, self.total = recipe, model, machine, total
+        self.replicas = replicas
         self.step, self.skipped, self.peak = 0, 0, PeakBytes(0)
         self.measured = min(1, total - 1)  # the second step, because the first makes the optimizer's state
         factors = recipe.block_factors
@@ -122,22 +130,32 @@ class Stepper:
             scale = self.scaler.scale(torch.ones((), device=self.machine.device))
         if count > 1:
             scale = scale / count
-        found: list[float] = []  # one batch's losses
+        totals: dict[int, Tensor] = {}  # the blocks' losses, mean over the batches
+        found: list[float] = []
+        waiting: list[int] = []  # blocks that have their gradients and step as the pass goes
+        last = False  # batch
 
         def check(k: int, loss: Tensor) -> None:
+            totals[k] = totals.get(k, 0) + loss / count
+            if last and self.replicas is not None:
+                self.replicas.start(k, totals[k])
             if go:
-                found.extend(self._checked({k: loss}))
+                waiting.append(k)
 
         def after_block(k: int) -> None:
-            if go:
-                self._update(self.optimizers[k], [k])
-            last = k + 1 == len(self._blocks)
-            self._where = "the update" if last else self._name(k + 1)
+            end = k + 1 == len(self._blocks)
+            # With other ranks a block steps after the next one has computed: meanwhile its gradients travel.
+            while len(waiting) > (self.replicas is not None and not end):
+                block = waiting.pop(0)
+                found.extend(self._settled([block], totals))
+                self._update(self.optimizers[block], [block])
+            self._where = "the update" if end else self._name(k + 1)
             if meter is not None:
-                meter.mark("update" if last else f"block {k + 1}")
+                meter.mark("update" if end else f"block {k + 1}")
 
-        losses, parts, hits, images = [0.0] * len(self._blocks), [], 0.0, 0
-        for _ in range(count):
+        parts, hits, images = [], 0.0, 0
+        for i in range(count):
+            last = i == count - 1
             self._where = "the next batch"
             with meter.pause() if meter is not None else contextlib.nullcontext():
                 x, y = next(batches)
@@ -147,19 +165,26 @@ class Stepper:
                 self.model, x, y, scale=scale, autocast=self.machine.autocast,
                 check=check, after_block=after_block, micro_batch=None,
             )  # fmt: skip
-            if not go:
-                found = self._checked(dict(enumerate(out.losses)))
-            losses = [total + loss / count for total, loss in zip(losses, found, strict=True)]
             parts = out.parts
             hits += float(self.model.task.metrics(out.logits, y)["top1"])
             images += len(y)
         if not go:
+            found = self._settled(self._blocks, totals)
             self._update(self.optimizers[0], self._blocks)
         for k in self._blocks:
             self.model.move_averages(k, pull=True)
         if self.scaler.is_enabled():
             self.scaler.update()
-        return Done(losses, parts, 100 * hits / images, images)
+        if self.replicas is not None:
+            hits, images = self.replicas.ranks.summed([hits, images], self.machine.device)
+        return Done(found, parts, 100 * hits / images, int(images))
+
+    def _settled(self, blocks: Sequence[int], losses: Mapping[int, Tensor]) -> list[float]:
+        """The blocks' losses, when their gradients are those of all ranks and have been found finite."""
+        if self.replicas is not None:
+            for k in blocks:
+                self.replicas.finish(k)
+        return self._checked({k: losses[k] for k in blocks})
 
     def _checked(self, losses: Mapping[int, Tensor]) -> list[float]:
         """Blocks' losses as numbers, once these and the blocks' gradients are found finite; NotFinite names the first

@@ -20,25 +20,30 @@ from localgrad.run import data as data_room
 from localgrad.run.build import Machine, build_model, machine_for
 from localgrad.run.files import locked
 from localgrad.run.recipe import Recipe, Saving, shown
-from localgrad.run.runlog import SUMMARY, RunLog, environment, read_environment
+from localgrad.run.runlog import SUMMARY, NoLog, RunLog, environment, read_environment
 from localgrad.run.signals import Stopped, StopRequest
 from localgrad.run.step import Stepper
 from localgrad.scale.memory import peak_rss
+from localgrad.scale.replicas import Ranks, Replicas
 
 
-def train(recipe: Recipe, folder: Path, *, saving: Saving | None = None, tensorboard: bool = False) -> dict[str, float]:
+def train(
+    recipe: Recipe, folder: Path, *, saving: Saving | None = None, tensorboard: bool = False, ranks: Ranks | None = None
+) -> dict[str, float]:
     """Trains after `recipe` into `folder` and returns the last epoch's row of its summary.
 
     A run of the same recipe that was stopped there goes on, to the very bits that it would have reached without the
-    stop. Nothing is written before data and model are there. Raises UserError and RunError; Stopped when a signal ended
-    it, after a save.
+    stop. Nothing is written before data and model are there. ranks: the processes that share each batch, all of which
+    call this; the first one writes. Raises UserError and RunError; Stopped when a signal ended it, after a save.
     """
-    run = Run(recipe, folder, saving or Saving())
-    with StopRequest() as stop, locked(folder):
+    ranks = ranks or Ranks()
+    run = Run(recipe, folder, saving or Saving(), ranks)
+    with StopRequest() as stop, locked(folder) if ranks.first else contextlib.nullcontext():
         said = run.resume()
-        used = read_environment(folder) if run.stepper.step else run.environment
+        used = read_environment(folder) if run.stepper.step and ranks.first else run.environment
         start = (run.stepper.step, len(run.rows))
-        with RunLog(folder, recipe, run.stepper.total, used, run.sizes, start=start, tensorboard=tensorboard) as log:
+        log_of = RunLog if ranks.first else NoLog
+        with log_of(folder, recipe, run.stepper.total, used, run.sizes, start=start, tensorboard=tensorboard) as log:
             log.note(headline(recipe, run.data, run.model, run.machine))
             log.note(f"recipe: {shown(recipe)}")
             log.note(repr(run.model))
@@ -57,7 +62,8 @@ def train(recipe: Recipe, folder: Path, *, saving: Saving | None = None, tensorb
                 raise
             finally:
                 run.tell_bad_images(log)
-            checkpoints.save_weights(folder / checkpoints.MODEL, run.model.backbone.state_dict())
+            if ranks.first:
+                checkpoints.save_weights(folder / checkpoints.MODEL, run.model.backbone.state_dict())
     return run.rows[-1]
 
 
@@ -65,8 +71,9 @@ class Run:
     """What a run is made of, and where it is: `stepper.step`, the `rows` of its whole epochs, and sums over the epoch
     that it is in."""
 
-    def __init__(self, recipe: Recipe, folder: Path, saving: Saving) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, saving: Saving, ranks: Ranks | None = None) -> None:
         self.recipe, self.saving, self.place = recipe, saving, folder / "checkpoints"
+        self.ranks = ranks = ranks or Ranks()
         self.machine = machine_for(recipe)
         self.data = data_room.load(
             recipe.data,
@@ -76,14 +83,22 @@ class Run:
             seed=recipe.seed,
             image_size=recipe.image_size,
         )
+        batch = min(recipe.batch_size, len(self.data.train))
+        if batch % ranks.count:
+            raise UserError(
+                f"{ranks.count} ranks cannot share a batch of {batch} images: take a multiple of {ranks.count}"
+            )
         self.model = build_model(recipe, self.data, self.machine)
+        self.replicas = Replicas(self.model) if ranks.count > 1 else None
+        if ranks.rank:  # what a network draws while it trains, such as dropout, is another on each rank
+            torch.manual_seed(recipe.seed + ranks.rank)
         self.per_epoch = data_room.steps_per_epoch(self.data, recipe.batch_size) // recipe.accumulate
         if self.per_epoch == 0:
             raise UserError(f"{recipe.accumulate} batches of {recipe.batch_size} are more than the training set holds")
-        self.stepper = Stepper(recipe, self.model, self.machine, self.per_epoch * recipe.epochs)
+        self.stepper = Stepper(recipe, self.model, self.machine, self.per_epoch * recipe.epochs, self.replicas)
         layout = str(self.machine.memory_format).removeprefix("torch.")
         used = {"device": str(self.machine.device), "precision": self.machine.precision, "memory_format": layout}
-        self.environment = {**environment(), **used}
+        self.environment = {**environment(), **used, "ranks": str(ranks.count)}
         modules = {"parameters": self.model.backbone, "added": self.model.auxiliaries}
         self.sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
         self.rows: list[dict[str, float]] = []
@@ -96,10 +111,13 @@ class Run:
 
     def resume(self) -> list[str]:
         """Goes to where the newest sound checkpoint is, if there is one. What a person should know of it."""
-        if self.saving.resume == "never":
-            shutil.rmtree(self.place, ignore_errors=True)
         said: list[str] = []
-        found = checkpoints.newest_checkpoint(self.place, said.append)
+        found = None
+        if self.ranks.first:
+            if self.saving.resume == "never":
+                shutil.rmtree(self.place, ignore_errors=True)
+            found = checkpoints.newest_checkpoint(self.place, said.append)
+        found = self.ranks.given(found)
         if found is None:
             return [*said, "no checkpoint is sound: beginning anew"] if said else []
         state = found.state
@@ -111,7 +129,8 @@ class Run:
             self.bad_images, self._spent, images, epochs = (
                 state[n] for n in ("bad_images", "spent", "images", "epochs")
             )
-            checkpoints.set_random_state(state["random"])
+            if self.ranks.rank < max(1, len(state["random"])):
+                checkpoints.set_random_state(state["random"][self.ranks.rank])
             self._check_position()
         except (LookupError, ValueError, TypeError, ArithmeticError, AttributeError, RuntimeError) as error:
             raise RunError(f"{found.path} does not fit this run: remove it, or choose another --out") from error
@@ -142,7 +161,7 @@ class Run:
         self.model.train()
         batches = data_room.train_batches(
             self.data, batch_size=recipe.batch_size, seed=recipe.seed, epoch=epoch, start=first * recipe.accumulate,
-            workers=recipe.workers, on_bad=on_bad,
+            shard=(self.ranks.rank, self.ranks.count), workers=recipe.workers, on_bad=on_bad,
         )  # fmt: skip
         with contextlib.closing(batches):
             stream = (to_device(batch, self.data.info, self.machine) for batch in batches)
@@ -155,11 +174,14 @@ class Run:
                     self.taken += 1
                 log.step(stepper.step, epoch, done, stepper.peak.total)
                 self.tell_bad_images(log)
-                stop.check()
                 steps, seconds = stepper.step - self._tried[0], time.monotonic() - self._tried[1]
-                if stepper.step < end and self.saving.due(steps, seconds):
+                if self._agree(stop, self.saving.due(steps, seconds)) and stepper.step < end:
                     self.save(log)
-        scores = evaluate(self.model, self.data, recipe, self.machine, on_bad=on_bad, between=stop.check)
+        # Each rank has followed statistics of its own; the first one's are those of the run.
+        self.ranks.spread([b for k in range(len(self.model.blocks)) for b in self.model.statistics(k)])
+        between = stop.check if self.ranks.count == 1 else lambda: None
+        scores = evaluate(self.model, self.data, recipe, self.machine, on_bad=on_bad, between=between, ranks=self.ranks)
+        self.bad_images = {path: why for found in self.ranks.gathered(self.bad_images) for path, why in found.items()}
         self.tell_bad_images(log)
         losses = [total / max(1, self.taken) for total in self.losses]
         row = {
@@ -179,15 +201,21 @@ class Run:
         self.save(log)
 
     def save(self, log: RunLog) -> bool:
-        """Writes a checkpoint, unless this step has one. A disk that does not take it costs that checkpoint only."""
+        """Writes a checkpoint, unless this step has one. A disk that does not take it costs that checkpoint only.
+
+        Every rank calls this at the same step, and the first one writes."""
         step = self.stepper.step
         self._tried = (step, time.monotonic())
+        random = self.ranks.gathered(checkpoints.random_state())
+        if not self.ranks.first:
+            return True
         if self._saved is not None and self._saved.name == f"step-{step}":
             return True
         try:
             self._saved = checkpoints.save_checkpoint(
                 self.place, step, model=self.model.backbone.state_dict(),
-                auxiliaries=self.model.auxiliaries.state_dict(), state=self._state(), environment=self.environment,
+                auxiliaries=self.model.auxiliaries.state_dict(), state=self._state(random),
+                environment=self.environment,
             )  # fmt: skip
         except RunError as error:
             log.note(f"{error}; the last checkpoint is {self._saved or 'none'}")
@@ -219,11 +247,18 @@ class Run:
         self.losses = [float(loss) for loss in self.losses]
         self.taken, self._spent = int(self.taken), float(self._spent)
 
-    def _state(self) -> dict[str, Any]:
+    def _agree(self, stop: StopRequest, due: bool) -> bool:
+        """Whether a rank is due to save. Raises Stopped on every rank if one of them was asked to end."""
+        number, some = self.ranks.most([stop.number or 0, due], self.machine.device)
+        if number:
+            raise Stopped(int(number))
+        return bool(some)
+
+    def _state(self, random: list[dict[str, Any]]) -> dict[str, Any]:
         """All that a run depends on beside the model, as tensors and plain values. The position in the data is the
-        step: order and augmentation are functions of seed, epoch and index."""
+        step: order and augmentation are functions of seed, epoch and index. random: the generators of each rank."""
         return {
-            "stepper": self.stepper.state_dict(), "random": checkpoints.random_state(), "rows": self.rows,
+            "stepper": self.stepper.state_dict(), "random": random, "rows": self.rows,
             "losses": self.losses, "taken": self.taken, "bad_images": self.bad_images, "spent": self._seconds(),
             "images": len(self.data.train), "epochs": self.recipe.epochs,
         }  # fmt: skip
@@ -249,36 +284,36 @@ def evaluate(
     *,
     on_bad: data_room.OnBad | None = None,
     between: Callable[[], None] = lambda: None,
+    ranks: Ranks | None = None,
 ) -> dict[str, float]:
     """Loss and accuracies, in percent, of a backbone or local model on the test images.
 
     on_bad: is told of an image that cannot be read, which is left out; without it, RunError names it. between: is
-    called after each batch.
+    called after each batch. ranks: those that share the test images; each has the scores of all, and no image counts
+    twice.
     """
+    ranks = ranks or Ranks()
     was_training = model.training
     model.eval()
     task = Classification(data.info.classes)
-    sums: dict[str, float] = {}
+    sums: dict[str, float] = dict.fromkeys(("loss", "top1", "top5"), 0.0)
     count = 0
-    size = max(recipe.batch_size, 256)
-    batches = data_room.test_batches(data, batch_size=size, workers=recipe.workers, on_bad=on_bad)
+    size, shard = max(recipe.batch_size, 256), (ranks.rank, ranks.count)
+    batches = data_room.test_batches(data, batch_size=size, shard=shard, workers=recipe.workers, on_bad=on_bad)
     with contextlib.closing(batches):
         for batch in batches:
             x, y = to_device(batch, data.info, machine)
             with machine.cast():
                 logits = model(x)
             for name, value in task.metrics(logits, y).items():
-                sums[name] = sums.get(name, 0.0) + float(value)
+                sums[name] += float(value)
             count += len(y)
             between()
     model.train(was_training)
-    if not count:
+    loss, top1, top5, images = ranks.summed([*sums.values(), count], machine.device)
+    if not images:
         raise RunError("no image of the test set can be read")
-    return {
-        "eval_loss": sums["loss"] / count,
-        "eval_top1": 100 * sums["top1"] / count,
-        "eval_top5": 100 * sums["top5"] / count,
-    }
+    return {"eval_loss": loss / images, "eval_top1": 100 * top1 / images, "eval_top5": 100 * top5 / images}
 
 
 def headline(recipe: Recipe, data: data_room.Data, model: LocalModel, machine: Machine) -> str:

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -53,12 +52,12 @@ class Ranks:
         return box
 
     def summed(self, numbers: Sequence[float], device: torch.device | str = "cpu") -> list[float]:
-        """The sums over the ranks, in float64."""
-        if self.count == 1:
-            return list(numbers)
-        total = torch.tensor(numbers, dtype=torch.float64, device=device)
-        dist.all_reduce(total)
-        return total.tolist()
+        """The sums over the ranks, in float64. device: one that the process group's backend can read."""
+        return self._reduced(numbers, device, dist.ReduceOp.SUM)
+
+    def most(self, numbers: Sequence[float], device: torch.device | str = "cpu") -> list[float]:
+        """The largest over the ranks of each."""
+        return self._reduced(numbers, device, dist.ReduceOp.MAX)
 
     def spread(self, tensors: Sequence[Tensor]) -> None:
         """The first rank's values into every rank's tensors, in place."""
@@ -68,6 +67,13 @@ class Ranks:
                 whole = tensor.detach().contiguous()
                 dist.broadcast(whole, src=0)
                 tensor.detach().copy_(whole)
+
+    def _reduced(self, numbers: Sequence[float], device: torch.device | str, how: Any) -> list[float]:
+        if self.count == 1:
+            return list(numbers)
+        total = torch.tensor(numbers, dtype=torch.float64, device=device)
+        dist.all_reduce(total, how)
+        return total.tolist()
 
 
 class Replicas:
@@ -138,9 +144,9 @@ class SyncBatchNorm(_BatchNorm):
         places = [d for d in range(x.ndim) if d != 1]
         shape = [1, -1, *[1] * (x.ndim - 2)]
         count = x.numel() // x.shape[1] * dist.get_world_size()  # as many on each rank
-        mean = _total(x.sum(places)) / count
+        mean = cast(Tensor, _Total.apply(x.sum(places))) / count
         apart = x - mean.view(shape)
-        variance = _total(apart.square().sum(places)) / count
+        variance = cast(Tensor, _Total.apply(apart.square().sum(places))) / count
         if self.track_running_stats:
             self._follow(mean.detach(), variance.detach() * (count / max(1, count - 1)))
         out = apart * (variance + self.eps).rsqrt().view(shape)
@@ -170,9 +176,37 @@ def sync_batch_norm(network: nn.Module) -> nn.Module:
     return network
 
 
-def _total(x: Tensor) -> Tensor:
-    """The sum over the ranks, through which gradients go."""
-    return torch.distributed.nn.all_reduce(x)
+class _Total(torch.autograd.Function):
+    """The sum over the ranks. Each rank's loss depends on it, so the gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+
+class _Together(torch.autograd.Function):
+    """[B, ...] -> [ranks * B, ...], those of all ranks in their order. The gradient is the sum of what each rank's loss
+    asks of this rank's part."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].contiguous().clone()
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def _see_all(auxiliary: Auxiliary) -> None:
@@ -193,10 +227,8 @@ class _OverAll:
     term: Term
 
     def __call__(self, output: Tensor, against: Tensor) -> Tensor:
-        outputs = torch.distributed.nn.all_gather(output.contiguous())
-        others = [torch.empty_like(against) for _ in outputs]
-        dist.all_gather(others, against.contiguous())
-        return self.term.objective(torch.cat(outputs), torch.cat(others))
+        together = cast(Tensor, _Together.apply(output.contiguous()))
+        return self.term.objective(together, cast(Tensor, _Together.apply(against)))
 
 
 def _buckets(tensors: Sequence[Tensor], size: int) -> list[list[Tensor]]:

@@ -1,0 +1,52 @@
+"""`localgrad train --nproc N`: torchrun's agent starts the ranks, and what becomes of them is told in a sentence."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Sequence
+
+import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from localgrad.core.errors import RunError, UserError
+from localgrad.run.signals import Stopped
+
+CODES = (2, 3, 130, 143)  # of ranks that have said why they ended
+
+
+def launch(args: Sequence[str], count: int, restarts: int = 0) -> int:
+    """Runs `localgrad ARGS` as `count` ranks on this machine and returns their exit code.
+
+    args: of a rank; `--nproc` among them tells it nothing. restarts: how often all ranks are started again when one has
+    died; they go on from the last checkpoint. Raises RunError that names the rank which died, Stopped when a signal
+    ended them.
+    """
+    if count < 1 or restarts < 0:
+        raise UserError(f"--nproc takes 1 process or more and --restarts 0 or more, not {count} and {restarts}")
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its tables; the sentence comes from us
+    # As many threads for all as one process would have.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // count)))
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0", max_restarts=restarts,
+    )  # fmt: skip
+    try:
+        elastic_launch(config, entrypoint=sys.executable)("-m", "localgrad", *args)
+    except ChildFailedError as error:
+        # A rank that was killed comes before those that lost it.
+        rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode > 0, item[1].timestamp))
+        if failure.exitcode in CODES:
+            return failure.exitcode
+        how = signal.Signals(-failure.exitcode).name if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+        raise RunError(
+            f"rank {rank} of {count} ended with {how}: the same command goes on from the last save"
+        ) from None
+    except SignalException as stopped:
+        raise Stopped(int(stopped.sigval), "stopped with all ranks") from None
+    return 0

@@ -1,0 +1,69 @@
+"""The processes of a run: one, or those that torchrun has started, which meet in a process group here."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from localgrad.core.errors import RunError
+from localgrad.scale.replicas import Ranks
+
+PATIENCE = 3.0  # seconds in which every rank that lives has noticed that another does not
+
+
+def wanted() -> tuple[int, int]:
+    """The rank and the number of ranks that torchrun has given this process: (0, 1) without it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextlib.contextmanager
+def joined(device: str, timeout: float) -> Iterator[Ranks]:
+    """The ranks of this run, as long as the context is open.
+
+    device: of the recipe; each rank takes the CUDA device of its number on the machine. timeout: seconds that a rank
+    waits for the others. Raises RunError if there are not as many devices, if the others cannot be met, and if one of
+    them is lost.
+    """
+    rank, count = wanted()
+    if count == 1:
+        yield Ranks()
+        return
+    on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if on_cuda:
+        if local >= torch.cuda.device_count():
+            raise RunError(f"rank {rank} has no device: there are {torch.cuda.device_count()} CUDA devices here")
+        torch.cuda.set_device(local)
+    try:
+        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(seconds=timeout))
+    except (RuntimeError, ValueError) as error:
+        raise RunError(f"rank {rank} of {count} cannot meet the others: {str(error).splitlines()[0]}") from error
+    try:
+        yield Ranks(rank, count)
+    except RuntimeError as error:
+        if isinstance(error, RunError) or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise RunError(_lost(rank, count, timeout)) from error
+    finally:
+        with contextlib.suppress(RuntimeError):  # of a group that has lost a rank
+            dist.destroy_process_group()
+
+
+def _lost(rank: int, count: int, timeout: float) -> str:
+    """Which ranks do not answer: those that do say so in the store, which outlives them, and look who else has."""
+    turn = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"localgrad/here/{turn}/{rank}", "1")
+        time.sleep(PATIENCE)
+        silent = [r for r in range(count) if not store.check([f"localgrad/here/{turn}/{r}"])]
+    except RuntimeError:
+        silent = []
+    who = " and ".join(f"rank {r}" for r in silent) if silent else "another rank"
+    return f"{who} of {count} died or did not answer for {timeout:.0f} s: the same command goes on from the last save"
