@@ -10,7 +10,6 @@ results/accuracy_fashion_small_pairs.csv.
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,10 @@ from typing import Any
 import tyro
 
 from localgrad.run.arguments import Compare
-from localgrad.run.compare import Cell, grid, row_of, run_all
-from localgrad.run.tables import SAME, paired, show, summarize, write_csv
+from localgrad.run.compare import Cell, grid, run_all
+from localgrad.run.tables import SAME, paired, read_runs, row_of, show, summarize, write_csv
 
 METHODS = "bp,dgl,dgl+man,dgl+man++,dgl+deep-man"
-NUMBERS = {"blocks": int, "seed": int, "error": float, "peak_bytes": int, "seconds": float}
 
 
 @dataclass(frozen=True)
@@ -67,32 +65,37 @@ def key(row: dict[str, Any]) -> tuple:
     return (*(row[name] for name in SAME), row["seed"])
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The runs that have a row."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [{n: NUMBERS.get(n, str)(v) for n, v in row.items()} for row in csv.DictReader(file)]
-
-
 def main(settings: Settings) -> None:
     place = settings.results / "accuracy_fashion_small_runs.csv"
 
     def add(cell: Cell) -> None:
-        runs = [*read(place), row_of(cell, settings.out)]
-        write_csv(place, runs)
-        write_csv(settings.results / "accuracy_fashion_small.csv", summarize(runs))
-        write_csv(settings.results / "accuracy_fashion_small_pairs.csv", paired(runs))
+        folder = settings.out / cell.name
+        write_csv(place, [*runs(), row_of(folder, cell.method, cell.blocks, cell.setting, cell.recipe.seed)])
+        summed_up()
 
+    def runs() -> list[dict[str, Any]]:
+        return read_runs(place) if place.exists() else []
+
+    def summed_up() -> None:
+        write_csv(settings.results / "accuracy_fashion_small.csv", summarize(runs()))
+        write_csv(settings.results / "accuracy_fashion_small_pairs.csv", paired(runs()))
+
+    names = settings.parts.split(",")
+    for name in names:
+        if name not in PARTS:
+            raise SystemExit(f"the study has no part '{name}': take {', '.join(PARTS)}")
     settings.out.mkdir(parents=True, exist_ok=True)
-    for part in settings.parts.split(","):
-        there = {key(run) for run in read(place)}
+    failed = []
+    for part in names:
+        there = {key(run) for run in runs()}
         cells = [cell for compare in PARTS[part] for cell in grid(compare)]
         missing = [c for c in cells if (c.method, c.blocks, c.setting, c.recipe.seed) not in there]
         print(f"{part}: {len(cells)} runs, {len(missing)} to train", flush=True)
-        run_all(missing, settings.out, settings.jobs, done=add)
-    runs = read(place)
-    show(summarize(runs), paired(runs))
+        failed += run_all(missing, settings.out, settings.jobs, done=add)
+    summed_up()
+    show(summarize(runs()), paired(runs()))
+    if failed:
+        raise SystemExit(f"these runs failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

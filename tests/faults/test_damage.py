@@ -27,7 +27,14 @@ import torch
 from localgrad.core.errors import RunError
 from localgrad.run import checkpoint as checkpoints
 from localgrad.run.checkpoint import (
-    AUXILIARIES, FORMAT, MANIFEST, MODEL, STATE, Checkpoint, newest_checkpoint, read_checkpoint,
+    AUXILIARIES,
+    FORMAT,
+    MANIFEST,
+    MODEL,
+    STATE,
+    Checkpoint,
+    newest_checkpoint,
+    read_checkpoint,
 )  # fmt: skip
 from localgrad.run.recipe import Recipe, Saving
 from localgrad.run.signals import Stopped
@@ -302,7 +309,12 @@ FORGED: dict[str, tuple[str, Callable[[Trap], bytes]]] = {
 def forge(path: Path, **changed: Any) -> None:
     """Makes the manifest agree with the files, but for what is changed."""
     files = {name: checkpoints._fingerprint(path / name) for name in (AUXILIARIES, MODEL, STATE)}
-    content = {"format": FORMAT, "step": int(path.name.removeprefix("step-")), "environment": {}, "files": files} | changed
+    content = {
+        "format": FORMAT,
+        "step": int(path.name.removeprefix("step-")),
+        "environment": {},
+        "files": files,
+    } | changed
     (path / MANIFEST).write_bytes(checkpoints._rendered(content))
 
 

@@ -241,9 +241,10 @@ def test_files_that_vanish_or_may_not_be_read_are_bad(
 
 def stand_ins(data: data_room.Data, seed: int, epoch: int, batch_size: int, workers: int) -> dict[int, tuple[int, int]]:
     """Which image, by its red, and which label came for each index, in one epoch."""
-    how = {"batch_size": batch_size, "seed": seed, "epoch": epoch, "workers": workers}
     order = permutation(len(data.train), seed, epoch).tolist()
-    batches = data_room.train_batches(data, **how, on_bad=lambda *_: None)
+    batches = data_room.train_batches(
+        data, batch_size=batch_size, seed=seed, epoch=epoch, workers=workers, on_bad=lambda *_: None
+    )
     came = [(int(x[0, 0, 0]), int(y)) for images, labels in batches for x, y in zip(images, labels, strict=True)]
     return dict(zip(order[: len(came)], came, strict=True))
 

@@ -17,10 +17,10 @@ from localgrad.cli import main
 from localgrad.core.backbones import build
 from localgrad.core.errors import UserError
 from localgrad.run.arguments import Compare
-from localgrad.run.compare import Cell, grid, row_of, run_all
+from localgrad.run.compare import Cell, grid, run_all
 from localgrad.run.recipe import Recipe, as_dict, read_recipe
 from localgrad.run.runlog import summary_rows
-from localgrad.run.tables import paired, summarize
+from localgrad.run.tables import paired, row_of, summarize
 
 SET = ("model=resnet20", "limit-train=64", "batch-size=16", "epochs=1", "precision=float32")
 
@@ -53,6 +53,12 @@ def test_each_value_of_a_varied_field_is_run() -> None:
     ]
 
 
+@pytest.mark.filterwarnings("ignore:momentum has no effect")
+def test_what_has_no_effect_on_a_run_does_not_repeat_it() -> None:
+    cells = grid(Compare(methods="bp,dgl+man", blocks="2", vary=("momentum=0,0.9",)))
+    assert [cell.name for cell in cells] == ["bp_k1_s0", "dgl+man_k2_s0_momentum-0.0", "dgl+man_k2_s0_momentum-0.9"]
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
@@ -60,6 +66,10 @@ def test_each_value_of_a_varied_field_is_run() -> None:
         ({"vary": ("momentun=0",)}, "did you mean 'momentum'"),
         ({"vary": ("seed=0,1",)}, "--vary seed is given otherwise too"),
         ({"vary": ("lr=0.1",), "set": ("lr=0.2",)}, "--vary lr is given otherwise too"),
+        ({"vary": ("data=digits",), "data": "digits"}, "--vary data is given otherwise too"),
+        ({"vary": ("momentum",)}, "--vary takes KEY=VALUE,VALUE, not 'momentum'"),
+        ({"vary": ("block-lr=1,0.5",)}, "--vary cannot take block-lr"),
+        ({"vary": ("init=a/b.pt,a-b.pt",)}, "would both be called"),
         ({"methods": "dgl+mann"}, "did you mean 'man'"),
         ({"methods": ","}, "--methods takes names"),
         ({"blocks": "2,x"}, "--blocks takes whole numbers"),
@@ -162,7 +172,7 @@ def test_a_failed_run_is_named_and_the_others_go_on(tmp_path: Path, capfd: pytes
     assert run_all(cells, tmp_path, jobs=1, done=done.append) == ["bad_k4_s0"]
     assert "bad_k4_s0 failed (2): localgrad: " in capfd.readouterr().out
     assert done == cells[1:]
-    row = row_of(done[0], tmp_path)
+    row = row_of(tmp_path / done[0].name, "dgl+man", 4, done[0].setting, 0)
     backbone = build("resnet20", classes=10, in_channels=1)
     assert (row["method"], row["setting"]) == ("dgl+man", "")
     assert row["parameters"] == sum(p.numel() for p in backbone.parameters()) < row["parameters"] + row["added"]
@@ -182,12 +192,19 @@ def test_the_table_is_over_seeds() -> None:
         "0 1 2",
     )
     assert (man["n"], man["error_std"]) == (1, "")
-    assert (dgl["threads"], man["threads"]) == ("0 / 1", "0")
+    assert (dgl["threads"], man["threads"]) == ("0 / 1", 0)
+
+
+def test_a_table_has_what_any_of_its_runs_has_and_each_seed_once() -> None:
+    old = {"method": "dgl", "blocks": 4, "seed": 0, "error": 1.0, "peak_bytes": 1, "seconds": 1.0}
+    (row,) = summarize([old, {**old, "seed": 1, "added": 7}, {**old, "seed": 1, "error": 3.0, "added": 7}])
+    assert (row["n"], row["error_mean"], row["added"]) == (2, 2, 7)
 
 
 def test_differences_are_paired_by_seed() -> None:
-    def runs(method: str, blocks: int, errors: dict[int, float]) -> list[dict]:
-        return [{"method": method, "blocks": blocks, "seed": s, "error": e} for s, e in errors.items()]
+    def runs(method: str, blocks: int, errors: dict[int, float], setting: str = "") -> list[dict]:
+        same = {"method": method, "blocks": blocks, "setting": setting}
+        return [{**same, "seed": s, "error": e} for s, e in errors.items()]
 
     table = paired(
         [
@@ -195,6 +212,7 @@ def test_differences_are_paired_by_seed() -> None:
             *runs("dgl", 16, {0: 12.0, 1: 13.5, 2: 13.0, 3: 99.0}),
             *runs("dgl", 4, {0: 11.0}),
             *runs("dgl+man", 16, {1: 12.5, 2: 12.5, 3: 98.0}),
+            *runs("dgl", 16, {0: 1.0, 1: 1.0}, "epochs=15"),  # other conditions: no difference is of the method
         ]
     )
     assert [(p["first"], p["second"], p["n"], p["seeds"]) for p in table] == [

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import base64
 import csv
+import json
 import re
 import shutil
+import statistics
 import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import yaml
 
 from localgrad.cli import main
 from localgrad.run.recipe import Recipe
 from localgrad.run.report import find, report
+from localgrad.run.runlog import summary_rows
 from localgrad.run.train import train
 
 TINY = Recipe(model="resnet20", limit_train=64, batch_size=32, epochs=2, precision="float32", head="1c2f", lr=0.02)
@@ -49,6 +53,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "frontier_net.csv").write_text(
         "row,blocks,times_bp,peak_bytes\nBP,1,1.0,1048576\ncheckpointing,1,1.45,524288\n"
         '"MAN, in half",3,1.2,524288\n"MAN, in a third",5,1.3,349525\n'
+        '"MAN, in the memory of even cuts",4,1.3,400000\n'
     )
     return place
 
@@ -95,43 +100,90 @@ def without_script(page: str) -> str:
     return re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
 
 
+def figure_of(page: Reader, words: str) -> list[dict[str, str]]:
+    """The data of the picture whose caption begins so."""
+    captions = [attrs["aria-label"] or "" for tag, attrs in page.tags if tag == "figure"]
+    (number,) = [i for i, caption in enumerate(captions, 1) if caption.startswith(words)]
+    return page.downloads()[f"figure-{number}.csv"]
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def test_the_table_is_of_the_runs(runs: Path) -> None:
     page = Reader(without_script(report([runs])))
     head, *body = page.tables[0]
     assert head == ["method", "test error, %", "n", "peak memory", "below BP", "parameters added", "seconds"]
     assert [row[0] for row in body] == ["bp", "dgl+man K=4", "dgl+man K=4 momentum=0.5"]
     assert [row[2] for row in body] == ["1", "2", "1"]
-    assert "±" in body[1][1]
-    assert "±" not in body[2][1]
-    assert body[0][4:6] == ["0.0%", "0"]
-    assert float(body[1][4].removesuffix("%")) == pytest.approx(
-        100 - 100 * float(body[1][3].split()[0]) / float(body[0][3].split()[0]), abs=1.5
-    )
+    last = {name: summary_rows(runs / name)[-1] for name in ("bp", "man_s0", "man_s1", "man_half")}
+    assert float(body[0][1]) == pytest.approx(100 - last["bp"]["eval_top1"], abs=0.006)
+    errors = [100 - last[name]["eval_top1"] for name in ("man_s0", "man_s1")]
+    assert body[1][1] == f"{statistics.mean(errors):.2f} ± {statistics.stdev(errors):.2f}"
+    peaks = [last["bp"]["peak_bytes"], last["man_s0"]["peak_bytes"]]
+    assert body[1][4] == f"{100 - 100 * peaks[1] / peaks[0]:.1f}%"
+    added = [yaml.safe_load((runs / name / "config.yaml").read_text())["model"]["added"] for name in ("bp", "man_s0")]
+    assert [row[5] for row in body[:2]] == [f"{number:,}" for number in added]
     fields = {row[0]: row[1] for row in page.tables[-1][1:]}
     assert fields["momentum"] == "0.5"
     assert fields["torch"]
     assert fields["parameters"] == "272186"
 
 
+def test_pairs_are_there_where_seeds_are_shared(runs: Path, results: Path) -> None:
+    page = Reader(without_script(report([runs], results)))
+    (pairs,) = [rows for name, rows in page.downloads().items() if name == "pairs.csv"]
+    assert [(p["first"], p["second"], p["n"], float(p["difference"])) for p in pairs] == [
+        ("bp", "dgl+man K=16 momentum=0.9", "2", 3.25)
+    ]
+    assert ["bp", "dgl+man K=16 momentum=0.9", "+3.25", "+0.07 to +6.43", "2"] in page.tables[-5] + page.tables[2]
+
+
+def test_every_figure_shows_what_the_run_recorded(runs: Path) -> None:
+    page = Reader(without_script(report([runs])))
+    curve = [float(r["y"]) for r in figure_of(page, "Test error after each epoch") if r["series"] == "bp"]
+    assert curve == [pytest.approx(100 - row["eval_top1"]) for row in summary_rows(runs / "bp")]
+    timeline = figure_of(page, "Memory over one training step")
+    live = [int(row["live_bytes"]) for row in rows_of(runs / "bp" / "memory_timeline.csv")]
+    assert max(float(r["y"]) for r in timeline if r["series"] == "bp") == pytest.approx(max(live) / 2**20, abs=0.006)
+    losses = figure_of(page, "dgl+man K=4: mean training loss")  # of the run that was probed
+    entries = [json.loads(line) for line in (runs / "man_s1" / "metrics.jsonl").read_text().splitlines()]
+    recorded = [entry["losses"] for entry in entries if "eval_top1" in entry]
+    assert [float(r["y"]) for r in losses] == pytest.approx([row[k] for k in range(4) for row in recorded])
+    probe = runs / "man_s1" / "probe"
+    separable = figure_of(page, "How well a linear classifier")
+    assert [r["y"] for r in separable] == [row["top1"] for row in rows_of(probe / "separability.csv")]
+    cka = [(r["y"], r["x"], float(r["value"])) for r in figure_of(page, "dgl+man K=4: linear CKA")]
+    assert cka == [(r["unit"], r["against_unit"], float(r["cka"])) for r in rows_of(probe / "cka.csv")]
+    points = figure_of(page, "dgl+man K=4: t-SNE")
+    assert sorted((r["series"], float(r["x"])) for r in points) == sorted(
+        (f"class {r['label']}", round(float(r["x"]), 2)) for r in rows_of(probe / "tsne.csv")
+    )
+    maps = figure_of(page, "dgl+man K=4: test images")
+    recorded = [(f"class {r['label']}, {r['unit']}", float(r["value"])) for r in rows_of(probe / "activations.csv")]
+    assert [(r["series"], float(r["value"])) for r in maps] == recorded
+
+
 def test_every_picture_has_its_words_and_its_data(runs: Path, results: Path) -> None:
     page = Reader(without_script(report([runs], results)))
-    pictures = [attrs for tag, attrs in page.tags if tag == "img" or attrs.get("role") == "img"]
-    assert all(len(attrs.get("alt") or attrs.get("aria-label") or "") > 30 for attrs in pictures)
-    data = page.downloads()
+    captions = [attrs["aria-label"] or "" for tag, attrs in page.tags if tag == "figure"]
     # Two studies, the frontier, test errors, blocks' losses of two kinds, the timeline, four of the probe.
-    assert len(pictures) == 2 + 1 + 1 + 2 + 1 + 4
-    assert len([name for name in data if name.startswith("figure-")]) == len(pictures) - 1
-    assert len(data["activations-man_s1.csv"]) > 100
+    assert len(captions) == 2 + 1 + 1 + 2 + 1 + 4
+    assert min(map(len, captions)) > 30
+    data = page.downloads()
+    assert len([name for name in data if name.startswith("figure-")]) == len(captions)
     study = data["figure-2.csv"]
     assert [(r["series"], float(r["x"]), float(r["y"])) for r in study] == [
         ("bp", 10, 10),
         ("dgl+man K=16 momentum=0.9", 5, 13.25),
     ]
     assert float(study[0]["spread"]) == pytest.approx(0.707, abs=1e-3)
-    frontier = data["figure-3.csv"]
-    assert [(r["series"], r["point"]) for r in frontier] == [
+    assert [(r["series"], r["point"]) for r in data["figure-3.csv"]] == [
         ("BP", "BP"),
-        ("checkpointing", "checkpointing"),
+        ("others", "MAN, in the memory of even cuts"),
+        ("others", "checkpointing"),
         ("MAN", "MAN, in a third"),
         ("MAN", "MAN, in half"),
     ]
@@ -143,32 +195,93 @@ def test_what_is_in_the_tables_is_no_markup(runs: Path, results: Path) -> None:
     assert "&lt;b&gt;&amp;machine" in page
 
 
+def test_names_are_no_markup_in_pictures(runs: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(runs / "man_s1", copy)
+    cka = copy / "probe" / "cka.csv"
+    cka.write_text(cka.read_text().replace(",bp,", ',<a href="https:elsewhere">x<,'))
+    page = report([copy]).replace("\\u003c", "<").replace("\\u003e", ">").replace('\\"', '"')
+    assert "https:elsewhere" in page
+    assert '<a href="https:elsewhere' not in page
+
+
 def test_the_page_asks_for_nothing_from_elsewhere(runs: Path) -> None:
     page = report([runs])
     assert "default-src 'none'" in page
-    for tag, attrs in Reader(without_script(page)).tags:
-        for name in ("src", "href"):
-            assert tag == "meta" or (attrs.get(name) or "#").startswith(("data:", "#"))
+    scripts = re.findall(r"<script[^>]*>", page)
+    assert [tag for tag in scripts if tag not in ("<script>", '<script type="text/javascript">')] == []
+    for _, attrs in Reader(without_script(page)).tags:
+        for name in ("src", "href", "srcset", "action"):
+            assert (attrs.get(name) or "#").startswith(("data:", "#"))
 
 
 def test_runs_are_found_in_folders_and_named_by_what_differs(runs: Path) -> None:
     found = find([runs, runs / "bp"])
     assert [ran.label for ran in found] == ["bp", "dgl+man K=4", "dgl+man K=4", "dgl+man K=4 momentum=0.5"]
-    assert [ran.blocks for ran in found] == [1, 4, 4, 4]
+    assert [ran.row["blocks"] for ran in found] == [1, 4, 4, 4]
+
+
+def with_recipe(runs: Path, place: Path, **changes: object) -> None:
+    """A copy of the run bp (or man_s0, for a local method) whose recipe says otherwise."""
+    shutil.copytree(runs / ("man_s0" if "momentum" in changes or "blocks" in changes else "bp"), place)
+    config = yaml.safe_load((place / "config.yaml").read_text())
+    config["recipe"] |= changes
+    (place / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def test_conditions_that_differ_are_told_and_not_compared(runs: Path, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        with_recipe(runs, tmp_path / f"other{seed}", batch_size=16, seed=seed)
+    page = Reader(without_script(report([runs / "man_s0", runs / "man_s1", runs / "man_half", tmp_path])))
+    _, *body = page.tables[0]
+    assert [row[0] for row in body] == ["bp batch_size=16", "dgl+man K=4", "dgl+man K=4 momentum=0.5"]
+    assert [row[4] for row in body] == ["0.0%", "", ""]
+    assert "pairs.csv" not in page.downloads()
+
+
+def test_without_a_majority_every_value_is_told(runs: Path, tmp_path: Path) -> None:
+    with_recipe(runs, tmp_path / "a", momentum=0.1)
+    with_recipe(runs, tmp_path / "b", momentum=0.2)
+    with_recipe(runs, tmp_path / "c", blocks="layer1.0", momentum=0.1)
+    labels = [ran.label for ran in find([tmp_path])]
+    assert labels == ["dgl+man K=4", "dgl+man K=4 blocks=layer1.0", "dgl+man K=4 momentum=0.2"]
+    labels = [ran.label for ran in find([tmp_path / "a", tmp_path / "b"])]
+    assert labels == ["dgl+man K=4 momentum=0.1", "dgl+man K=4 momentum=0.2"]
+
+
+def test_an_older_and_a_damaged_run_are_shown_as_far_as_they_go(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "man_s0", tmp_path / "old")
+    config = yaml.safe_load((tmp_path / "old" / "config.yaml").read_text())
+    del config["model"]
+    (tmp_path / "old" / "config.yaml").write_text(yaml.safe_dump(config))
+    metrics = tmp_path / "old" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text()[:-30])
+    (tmp_path / "old" / "memory_timeline.csv").unlink()
+    page = Reader(without_script(report([tmp_path / "old", runs / "man_s1"])))
+    assert [row[:1] + row[2:3] for row in page.tables[0][1:]] == [["dgl+man K=4", "2"]]
+    (tmp_path / "old" / "metrics.jsonl").unlink()
+    assert "dgl+man" in report([tmp_path / "old"])
 
 
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
         (["nowhere"], "nowhere holds no finished run"),
+        ([], "there is no run to look at"),
         (["{runs}", "--results", "nowhere"], "nowhere holds neither accuracy_"),
+        (["{runs}", "--results", "{bad}"], "accuracy_bad_runs.csv is not the table that it should be"),
         (["{runs}", "--out", "{runs}/none/report.html"], "cannot write to"),
+        (["{runs}", "--out", "{runs}"], "is a folder: name a file"),
+        (["{runs}", "{copy}"], "are the same run: name one of them"),
     ],
 )
 def test_what_cannot_be_reported_is_refused(
-    flags: list[str], says: str, runs: Path, capsys: pytest.CaptureFixture[str]
+    flags: list[str], says: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["report", *(flag.format(runs=runs) for flag in flags)]) == 2
+    shutil.copytree(runs / "bp", tmp_path / "copy")
+    (tmp_path / "accuracy_bad_runs.csv").write_text("method,blocks,seed,error,peak_bytes,seconds\nbp,1,0,x,1,1\n")
+    places = {"runs": runs, "bad": tmp_path, "copy": tmp_path / "copy"}
+    assert main(["report", *(flag.format(**places) for flag in flags)]) == 2
     assert says in capsys.readouterr().err
     assert not (runs / "none").exists()
 
@@ -213,7 +326,7 @@ def test_the_browser_draws_every_picture_and_complains_of_nothing(page: Path) ->
     document, console = browse(page, script)
     drawn, inked, wide = (int(n) for n in re.findall(r'data-found="([^"]*)"', document)[0].split())
     assert console == []
-    assert drawn == inked == 10
+    assert drawn == inked == 11
     assert wide <= 500, "a phone must not scroll sideways"  # Chromium's windows are no narrower than 500
 
 

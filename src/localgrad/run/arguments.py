@@ -161,6 +161,10 @@ def parse_lists(pairs: Sequence[str]) -> dict[str, list[Any]]:
     lists: dict[str, list[Any]] = {}
     for pair in pairs:
         key, _, values = pair.partition("=")
+        if key.replace("-", "_") in ("model_args", "block_lr", "recompute"):
+            raise UserError(f"--vary cannot take {key}, whose values have commas: give each a grid with --set")
+        if not values:
+            raise UserError(f"--vary takes KEY=VALUE,VALUE, not '{pair}'")
         for value in values.split(","):
             for name, parsed in parse_changes([f"{key}={value}"], "--vary").items():
                 lists.setdefault(name, []).append(parsed)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from localgrad.core.backbones import CIFAR_RESNETS
@@ -19,12 +20,12 @@ from localgrad.core.errors import RunError, UserError
 from localgrad.run import data as data_room
 from localgrad.run.arguments import Compare, Eval, Export, List, Plan, Probe, Report, Train, parse_bytes
 from localgrad.run.build import backbone_of, machine_for, planner_for
-from localgrad.run.checkpoint import load_backbone, read_weights, save_weights
+from localgrad.run.checkpoint import MODEL, load_backbone, read_weights, save_weights
 from localgrad.run.files import check_folder, write_text
 from localgrad.run.ranks import joined
 from localgrad.run.recipe import COUPLINGS, HEADS, METHODS, PLANNED, Recipe, read_recipe, settle
 from localgrad.run.recipes import RECIPES
-from localgrad.run.runlog import claim, finished_runs, mib, scores, summary_rows
+from localgrad.run.runlog import CONFIG, claim, finished_runs, mib, scores, summary_rows
 from localgrad.run.tables import write_csv
 from localgrad.run.train import evaluate, train
 from localgrad.scale import plan as plans
@@ -161,36 +162,38 @@ def run_probe(args: Probe) -> int:
     from localgrad.run import pictures, probe
 
     def load(run: Path) -> probe.Network:
-        recipe = finished(run)
-        return probe.load(run, replace(recipe, data_dir=args.data_dir or recipe.data_dir, device="auto"))
+        recipe = replace(finished(run), device="auto", precision="float32")
+        return probe.load(run, replace(recipe, data_dir=args.data_dir or recipe.data_dir), args.images)
 
-    console = Console()
     runs = finished_runs(args.runs)
     other = load(args.against) if args.against else None
+    for run in runs:  # what cannot be is said before the first is worked on
+        probe.check_alike(load(run), other)
+        check_folder(run / "probe" / "cka.csv", make=True)
+    console = Console()
     for run in runs:
-        tables = probe.probe(load(run), other, args.images, lambda name: print(f"{name} ...", file=sys.stderr))
-        place = run / "probe"
-        try:
-            place.mkdir(exist_ok=True)
-            for name, rows in tables.items():
-                write_csv(place / f"{name}.csv", rows)
-                pictures.draw(name, rows, place / f"{name}.png")
-        except OSError as error:
-            raise RunError(f"cannot write to {place}: {error.strerror}") from error
-        alike = probe.agreement(tables["cka"]) if other else {}
-        columns = ["unit", "block", "linear classifier, %", *([f"CKA with {other.name}"] if other else [])]
-        table = Table(*columns, title=run.name)
+        itself = args.against is not None and run.resolve() == args.against.resolve()
+        with_whom = None if itself else other
+        tables = probe.probe(load(run), with_whom, lambda what: print(f"{what} ...", file=sys.stderr))
+        for name, rows in tables.items():
+            write_csv(run / "probe" / f"{name}.csv", rows)
+            drawn = pictures.draw(name, rows, run / "probe" / f"{name}.png")
+        alike = probe.agreement(tables["cka"]) if with_whom else {}
+        columns = ["unit", "block", "linear classifier, %", *([f"CKA with {with_whom.name}"] if with_whom else [])]
+        table = Table(*map(escape, columns), title=escape(run.resolve().name))
         for row in tables["separability"]:
             same = [f"{alike[row['unit']]:.3f}"] if row["unit"] in alike else []
             table.add_row(row["unit"], str(row["block"]), f"{row['top1']:.2f}", *same)
         console.print(table)
-        console.print(f"wrote {place}", highlight=False, soft_wrap=True)
+        print(f"wrote {run / 'probe'}" + ("" if drawn else ": tables alone; pictures take localgrad[plot]"))
     return 0
 
 
 def run_report(args: Report) -> int:
     from localgrad.run.report import report
 
+    if args.out.is_dir():
+        raise UserError(f"{args.out} is a folder: name a file with --out")
     check_folder(args.out)
     write_text(args.out, report(args.runs, args.results))
     print(f"wrote {args.out}")
@@ -215,11 +218,11 @@ def run_list(args: List) -> int:
 
 def finished(run: Path) -> Recipe:
     """The recipe of a finished run. Raises UserError if `run` is none."""
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is no run folder: it has no config.yaml")
-    if not (run / "model.safetensors").is_file():
+    if not (run / CONFIG).is_file():
+        raise UserError(f"{run} is no run folder: it has no {CONFIG}")
+    if not (run / MODEL).is_file():
         raise UserError(f"{run} holds a run that is not finished: train it to its end first")
-    return read_recipe(run / "config.yaml")
+    return read_recipe(run / CONFIG)
 
 
 def _export_onnx(recipe: Recipe, weights: Path, place: Path) -> None:

@@ -22,10 +22,10 @@ from localgrad.run import data as data_room
 from localgrad.run.arguments import Compare, parse_changes, parse_lists
 from localgrad.run.build import backbone_of, machine_for
 from localgrad.run.checkpoint import MODEL
-from localgrad.run.recipe import Recipe, as_dict, override, settle
+from localgrad.run.recipe import Recipe, as_dict, idle, override, settle
 from localgrad.run.recipes import named_recipe
-from localgrad.run.runlog import claim, mib, read_environment, read_sizes, summary_rows
-from localgrad.run.tables import label_of, paired, show, summarize, write_csv
+from localgrad.run.runlog import claim, mib, summary_rows
+from localgrad.run.tables import label_of, paired, row_of, show, summarize, write_csv
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,11 @@ def compare(args: Compare) -> int:
     except OSError as error:
         raise UserError(f"cannot write to {args.out}: {error.strerror}; choose another --out") from error
     failed = run_all(cells, args.out, args.jobs)
-    runs = [row_of(cell, args.out) for cell in cells if (args.out / cell.name / MODEL).exists()]
+    runs = [
+        row_of(args.out / cell.name, cell.method, cell.blocks, cell.setting, cell.recipe.seed)
+        for cell in cells
+        if (args.out / cell.name / MODEL).exists()
+    ]
     if runs:
         rows, pairs = summarize(runs), paired(runs)
         write_csv(args.out / "runs.csv", runs)
@@ -93,10 +97,10 @@ def grid(args: Compare) -> list[Cell]:
         if name in shared:
             raise UserError(f"--set {name} would hold for all runs: the grid takes it from --{flag}")
     varied = [[(name, v) for v in values] for name, values in parse_lists(args.vary).items()]
+    shared |= {"data": args.data} if args.data else {}
     for axis in varied:
         if axis[0][0] in ("method", "coupling", "blocks", "seed", *shared):
             raise UserError(f"--vary {axis[0][0]} is given otherwise too: by another flag of the grid, or --set")
-    shared |= {"data": args.data} if args.data else {}
     base = replace(named_recipe(args.recipe), **shared)
     cells: dict[str, Cell] = {}
     methods, numbers, seeds = (
@@ -112,8 +116,10 @@ def grid(args: Compare) -> list[Cell]:
         if "head" in shared:
             changes["head"] = shared["head"]
         recipe = settle(override(base, changes))
-        cell = Cell(word, 1 if method == "bp" else blocks, recipe, dict(own))
-        cells[cell.name] = cell
+        effective = {name: value for name, value in own if name not in idle(recipe)}
+        cell = Cell(word, 1 if method == "bp" else blocks, recipe, effective)
+        if cells.setdefault(cell.name, cell).recipe != recipe:
+            raise UserError(f"two runs of the grid would both be called {cell.name}: run them as grids of their own")
     return list(cells.values())
 
 
@@ -146,15 +152,6 @@ def run_all(
             process.terminate()
             process.wait()
     return failed
-
-
-def row_of(cell: Cell, out: Path) -> dict[str, Any]:
-    """A finished run's last epoch, its error in percent, its parameters, and what it ran on."""
-    last = summary_rows(out / cell.name)[-1]
-    row = {"method": cell.method, "blocks": cell.blocks, "setting": cell.setting, "seed": cell.recipe.seed}
-    row |= {"error": round(100 - last["eval_top1"], 3), "train_loss": last["train_loss"]}
-    row |= {"peak_bytes": int(last["peak_bytes"]), "seconds": round(last["seconds"], 1)}
-    return row | read_sizes(out / cell.name) | read_environment(out / cell.name)
 
 
 def _start(cell: Cell, out: Path, jobs: int) -> subprocess.Popen:

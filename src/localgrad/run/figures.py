@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
@@ -28,23 +29,24 @@ def error_against_memory(rows: Rows) -> go.Figure:
     for i, row in enumerate(rows):
         spread = {"error_y": {"type": "data", "array": [row["error_std"]]}} if row["error_std"] != "" else {}
         point = {"x": [row["peak_bytes"] / MIB], "y": [row["error_mean"]]}
-        figure.add_scatter(**point, **spread, mode="markers", name=label_of(dict(row)), marker=_marker(i, 10))
+        figure.add_scatter(**point, **spread, mode="markers", name=_text(label_of(dict(row))), marker=_marker(i, 10))
     return figure.update_xaxes(rangemode="tozero").update_yaxes(rangemode="tozero")
 
 
 def time_against_memory(rows: Rows) -> go.Figure:
     """rows: of benchmarks/frontier.py."""
     figure = _figure("peak memory of a step, MiB", "time of a step, times BP")
-    families: dict[str, list[Mapping[str, Any]]] = {}
+    series: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        name = row["row"].partition(",")[0].partition(" K=")[0]
-        families.setdefault("even blocks" if "even" in row["row"] else name, []).append(row)
-    for i, (name, mine) in enumerate(families.items()):
+        kind, planned, _ = row["row"].partition(", in ")
+        joined = planned and "even" not in row["row"]  # plans of one kind for smaller and smaller budgets
+        series.setdefault(kind if joined else "BP" if kind == "BP" else "others", []).append(row)
+    for i, (name, mine) in enumerate(series.items()):
         mine.sort(key=lambda row: int(row["peak_bytes"]))
         figure.add_scatter(
             x=[int(row["peak_bytes"]) / MIB for row in mine], y=[float(row["times_bp"]) for row in mine],
-            text=[row["row"] for row in mine], name=name, marker=_marker(i, 8),
-            mode="markers" if name == "even blocks" or len(mine) == 1 else "lines+markers",
+            text=[_text(row["row"]) for row in mine], name=_text(name), marker=_marker(i, 8),
+            mode="markers" if name == "others" else "lines+markers",
         )  # fmt: skip
     return figure.update_xaxes(type="log", dtick=0.30103, tickformat=".0f")
 
@@ -54,7 +56,7 @@ def by_epoch(curves: Mapping[str, Sequence[float]], what: str) -> go.Figure:
     figure = _figure("epoch", what)
     for i, (name, values) in enumerate(curves.items()):
         epochs = list(range(1, len(values) + 1))
-        figure.add_scatter(x=epochs, y=list(values), name=name, mode="lines+markers", marker=_marker(i, 7))
+        figure.add_scatter(x=epochs, y=list(values), name=_text(name), mode="lines+markers", marker=_marker(i, 7))
     return figure.update_xaxes(dtick=1 if max(map(len, curves.values()), default=0) < 30 else None)
 
 
@@ -79,7 +81,7 @@ def timeline(steps: Mapping[str, Sequence[int]]) -> go.Figure:
         most = [max(live[j : j + size]) / MIB for j in range(0, len(live), size)]
         places = [round(100 * j / max(1, len(most) - 1), 2) for j in range(len(most))]
         line = {"color": COLOURS[i % len(COLOURS)], "width": 1.5}
-        figure.add_scatter(x=places, y=[round(m, 2) for m in most], name=name, mode="lines", line=line)
+        figure.add_scatter(x=places, y=[round(m, 2) for m in most], name=_text(name), mode="lines", line=line)
     return figure.update_yaxes(rangemode="tozero")
 
 
@@ -90,18 +92,41 @@ def separability(tables: Mapping[str, Rows]) -> go.Figure:
         depth = [100 * (k + 1) / len(rows) for k in range(len(rows))]
         text = [f"{row['unit']}, block {row['block']}" for row in rows]
         values = [float(row["top1"]) for row in rows]
-        figure.add_scatter(x=depth, y=values, text=text, name=name, mode="lines+markers", marker=_marker(i, 7))
+        figure.add_scatter(x=depth, y=values, text=text, name=_text(name), mode="lines+markers", marker=_marker(i, 7))
     return figure
 
 
 def cka(rows: Rows, name: str) -> go.Figure:
     """rows: of `probe.similarity`."""
     mine, theirs = (list(dict.fromkeys(row[column] for row in rows)) for column in ("unit", "against_unit"))
-    values = [float(row["cka"]) for row in rows]
-    figure = _figure(f"units of {rows[0]['against']}", f"units of {name}")
+    values = [float(row["cka"]) if row["cka"] else None for row in rows]
+    figure = _figure(_text(f"units of {rows[0]['against']}"), _text(f"units of {name}"))
     grid = [values[i : i + len(theirs)] for i in range(0, len(values), len(theirs))]
     figure.add_heatmap(x=theirs, y=mine, z=grid, zmin=0, zmax=1, colorscale="Viridis", colorbar={"title": "CKA"})
-    return figure.update_layout(height=520)
+    return figure.update_xaxes(type="category").update_yaxes(type="category").update_layout(height=520)
+
+
+def activations(rows: Rows) -> go.Figure:
+    """rows: of `probe.activations`; an image a row, a unit a column, each map as large as the others."""
+    images, units = (list(dict.fromkeys(row[column] for row in rows)) for column in ("image", "unit"))
+    maps: dict[tuple, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        maps.setdefault((row["image"], row["unit"]), []).append(row)
+    grid = {"rows": len(images), "columns": len(units), "pattern": "independent", "xgap": 0.06, "ygap": 0.06}
+    figure = _figure("", "").update_layout(grid=grid, height=130 * len(images) + 60)
+    for i, ((image, unit), cells) in enumerate(maps.items()):
+        number = "" if i == 0 else str(i + 1)
+        width = max(int(cell["column"]) for cell in cells) + 1
+        values = [float(cell["value"]) for cell in cells]
+        lines = [values[j : j + width] for j in range(0, len(values), width)]
+        colours = "Greys_r" if unit == "image" else "Viridis"
+        where = {"xaxis": f"x{number}", "yaxis": f"y{number}", "name": f"class {cells[0]['label']}, {_text(unit)}"}
+        figure.add_heatmap(z=lines, zmin=0, zmax=1, colorscale=colours, showscale=False, **where)
+        title = _text(unit) if image == images[-1] else ""
+        bare = {"showticklabels": False, "ticks": "", "showgrid": False}
+        figure.update_layout({f"xaxis{number}": {**bare, "title": title, "constrain": "domain"}})
+        figure.update_layout({f"yaxis{number}": {**bare, "autorange": "reversed", "scaleanchor": f"x{number}"}})
+    return figure
 
 
 def tsne(rows: Rows) -> go.Figure:
@@ -110,8 +135,8 @@ def tsne(rows: Rows) -> go.Figure:
     for i, label in enumerate(sorted({int(row["label"]) for row in rows})):
         mine = [row for row in rows if int(row["label"]) == label]
         x, y = ([round(float(row[axis]), 2) for row in mine] for axis in ("x", "y"))
-        marker = {**_marker(i, 5), "symbol": MARKERS[(i // len(COLOURS)) % len(MARKERS)]}
-        figure.add_scatter(x=x, y=y, mode="markers", name=f"class {label}", marker=marker)
+        figure.add_scatter(x=x, y=y, mode="markers", name=f"class {label}", marker=_marker(i, 5))
+    figure.update_layout(showlegend=len({row["label"] for row in rows}) <= 20)
     return figure.update_xaxes(showticklabels=False).update_yaxes(showticklabels=False).update_layout(height=520)
 
 
@@ -120,20 +145,29 @@ def data_of(figure: Any) -> list[dict[str, Any]]:
     rows = []
     for trace in figure.data:
         if trace.type == "heatmap":
-            cells = zip(trace.y, trace.z, strict=True)
-            rows += [{"y": y, "x": x, "value": v} for y, line in cells for x, v in zip(trace.x, line, strict=True)]
+            series = {"series": html.unescape(trace.name)} if trace.name else {}
+            for i, line in enumerate(trace.z):
+                for j, value in enumerate(line):
+                    x, y = (j if trace.x is None else trace.x[j]), (i if trace.y is None else trace.y[i])
+                    rows.append({**series, "y": y, "x": x, "value": value})
             continue
         for x, y, text in zip_longest(trace.x, trace.y, trace.text or ()):
             spread = {} if trace.error_y.array is None else {"spread": trace.error_y.array[0]}
-            rows.append({"series": trace.name, "x": x, "y": y, **({"point": text} if text else {}), **spread})
+            point = {"point": html.unescape(text)} if text else {}
+            rows.append({"series": html.unescape(trace.name), "x": x, "y": y, **point, **spread})
     return rows
+
+
+def _text(name: str) -> str:
+    """A name in which plotly sees no markup."""
+    return html.escape(name, quote=False)
 
 
 def _figure(x: str, y: str) -> go.Figure:
     clear = "rgba(0,0,0,0)"  # the page's own background shows, light or dark
     figure = go.Figure(layout={"template": "none", "paper_bgcolor": clear, "plot_bgcolor": clear})
     figure.update_layout(height=420, margin={"l": 10, "r": 10, "t": 20, "b": 10}, hovermode="closest")
-    figure.update_layout(modebar={"bgcolor": clear, "color": "#808890"})
+    figure.update_layout(modebar={"bgcolor": clear, "color": "#808890", "activecolor": "#0072B2"})
     # Below the picture, since a phone has no room beside it.
     figure.update_layout(
         legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "itemsizing": "constant"},
@@ -144,4 +178,6 @@ def _figure(x: str, y: str) -> go.Figure:
 
 
 def _marker(i: int, size: int) -> dict[str, Any]:
-    return {"color": COLOURS[i % len(COLOURS)], "symbol": MARKERS[i % len(MARKERS)], "size": size}
+    """Of series i: no two of the first 49 look alike."""
+    shift = i // len(COLOURS)
+    return {"color": COLOURS[i % len(COLOURS)], "symbol": MARKERS[(i + shift) % len(MARKERS)], "size": size}

@@ -41,8 +41,13 @@ def write_text(place: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
-def check_folder(place: Path) -> None:
-    """Raises UserError if the folder of a file to write is not there or cannot be written."""
+def check_folder(place: Path, *, make: bool = False) -> None:
+    """Raises UserError if the folder of a file to write is not there or cannot be written. make: if it is not there."""
+    try:
+        if make:
+            place.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {place.parent}: {error.strerror}") from error
     if not place.parent.is_dir() or not os.access(place.parent, os.W_OK):
         raise UserError(f"cannot write to {place.parent}: choose another --out")
 

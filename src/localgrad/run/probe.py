@@ -1,16 +1,17 @@
 """What the units of a trained network have learned: separability, similarity to another network, pictures of features.
 
-Every analysis reads a finished run folder and the test images, draws nothing by chance, and gives rows of a CSV file.
+Every analysis reads a finished run folder and the test images, always the same ones, and gives rows of a CSV file.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
@@ -22,43 +23,56 @@ from torch import Tensor
 from localgrad.core.blocks import Boundary, Unit, split, trace_units
 from localgrad.core.errors import UserError
 from localgrad.run import data as data_room
+from localgrad.run.augment import permutation
 from localgrad.run.build import Machine, backbone_of, machine_for
 from localgrad.run.checkpoint import MODEL, load_backbone
+from localgrad.run.readers import Files
 from localgrad.run.recipe import Recipe
 from localgrad.run.train import to_device
 
 Rows = list[dict[str, Any]]
-CKA_BATCH = 256  # images of a minibatch of the estimator
-SHOWN = 4  # images whose activations are shown, the first of as many classes
+BATCH = 256  # images of a minibatch of CKA's estimator
+EACH = 4  # images of a class at least: two to fit a classifier and two to measure it
+POINTS = 2000  # images of the t-SNE
+SHOWN = 4  # images whose activations are shown, of as many classes
+COLUMNS = 8  # units that they are shown of, at most
+WHOLE = 4  # units that they are shown of where the network is one block
 
 
 @dataclass(frozen=True)
 class Network:
-    """A finished run's units and data. blocks: which block each unit is in."""
+    """A finished run's network. blocks: which block each unit is in. data: its test split holds the images to look at,
+    drawn by a fixed permutation, since those of an image folder lie class by class. skip: leave out unreadable ones."""
 
     name: str
     units: list[Unit]
     blocks: list[int]
     data: data_room.Data
     machine: Machine
+    skip: bool
 
-    def outputs(self, images: int, batch_size: int = CKA_BATCH) -> Iterator[tuple[list[Tensor], Tensor]]:
-        """Batch after batch of the first test images: what each unit gives, [B, *unit.output.shape], and the labels."""
-        batches = data_room.test_batches(self.data, batch_size=batch_size)
-        for images_of, labels in islice(batches, -(-images // batch_size)):
-            h, _ = to_device((images_of, labels), self.data.info, self.machine)
-            found = []
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images, uint8, and their labels."""
+        passing = (lambda path, why: None) if self.skip else None
+        return data_room.test_batches(self.data, batch_size=BATCH, on_bad=passing)
+
+    def outputs(self, images: Tensor) -> Iterator[Tensor]:
+        """What each unit gives for a batch of uint8 images, [B, *unit.output.shape] in float32, one at a time."""
+        h, _ = to_device((images, torch.empty(0)), self.data.info, self.machine)
+        for unit in self.units:
             with torch.no_grad():
-                for unit in self.units:
-                    h = unit.module(h)
-                    # A clone, because a later unit may write into what it gets.
-                    found.append(h.detach().float().clone())
-            yield found, labels
+                h = unit.module(h)
+            yield h.float().clone()  # because a later unit may write into what it gets
 
 
-def load(run: Path, recipe: Recipe) -> Network:
-    """The network of a finished run, in evaluation mode and float32."""
+def load(run: Path, recipe: Recipe, images: int) -> Network:
+    """The network of a finished run, in evaluation mode and float32, with that many of its test images. Raises
+    UserError for fewer than `EACH` of a class."""
     data = data_room.load(recipe.data, data_dir=recipe.data_dir, image_size=recipe.image_size)
+    needed, there = EACH * data.info.classes, len(data.test)
+    if min(images, there) < needed:
+        found = f"--images is {images}" if images < needed <= there else f"the test set has {there} images"
+        raise UserError(f"{found}, but a probe of {data.info.classes} classes takes at least {needed}")
     machine = machine_for(recipe)
     backbone = backbone_of(recipe, data.info)
     load_backbone(backbone, run / MODEL)
@@ -67,15 +81,38 @@ def load(run: Path, recipe: Recipe) -> Network:
     traced = trace_units(backbone, torch.zeros(2, info.channels, info.size, info.size))
     for unit in traced.units:
         unit.module.eval()
-    groups = split(traced, recipe.cut)
-    return Network(run.name, traced.units, [k for k, group in enumerate(groups) for _ in group], data, machine)
+    blocks = [k for k, group in enumerate(split(traced, recipe.cut)) for _ in group]
+    skip = recipe.on_bad_image == "skip"
+    return Network(run.resolve().name, traced.units, blocks, _drawn(data, images), machine, skip)
 
 
-def separability(network: Network, images: int) -> Rows:
+def _drawn(data: data_room.Data, images: int) -> data_room.Data:
+    """The data with so many test images, in an order of no meaning that is always the same."""
+    split, at = data.test, permutation(len(data.test), 0, 0)[:images]
+    labels = split.labels[torch.from_numpy(at)]
+    if isinstance(split, Files):
+        return replace(data, test=Files(split.root, split.paths[at], labels))
+    return replace(data, test=data_room.Images(split.images[torch.from_numpy(at)], labels))
+
+
+def pooled(network: Network) -> tuple[list[NDArray], NDArray]:
+    """Each unit's output averaged over its places, [images, channels], and the labels."""
+    parts: list[list[Tensor]] = [[] for _ in network.units]
+    labels = []
+    for images, targets in network.batches():
+        labels.append(targets)
+        for part, unit, h in zip(parts, network.units, network.outputs(images), strict=True):
+            part.append(_map(unit.output, h).mean((2, 3)).cpu())
+    # Doubles, in which logistic regression converges further.
+    return [torch.cat(part).double().numpy() for part in parts], torch.cat(labels).numpy()
+
+
+def separability(network: Network, features: list[NDArray], labels: NDArray) -> Rows:
     """Accuracy, in percent, of a linear classifier on the pooled output of each unit: logistic regression on
-    standardised features, fitted on the first half of the test images and measured on the other half."""
-    features, labels = pooled(network, images)
+    standardised features, fitted on the first half of the images and measured on the other half."""
     half = len(labels) // 2
+    if min(len(np.unique(part)) for part in (labels[:half], labels[half:])) < 2:
+        raise UserError("the test images that were drawn have no two classes: a probe needs them")
     rows = []
     for k, (unit, x) in enumerate(zip(network.units, features, strict=True)):
         classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
@@ -86,29 +123,17 @@ def separability(network: Network, images: int) -> Rows:
     return rows
 
 
-def pooled(network: Network, images: int) -> tuple[list[NDArray], NDArray]:
-    """Each unit's output averaged over its places, [images, channels], and the labels."""
-    parts: list[list[Tensor]] = [[] for _ in network.units]
-    labels = []
-    for outputs, targets in network.outputs(images):
-        labels.append(targets)
-        for part, unit, h in zip(parts, network.units, outputs, strict=True):
-            part.append(_map(unit.output, h).mean((2, 3)).cpu())
-    # Of the last batch so many as were asked for. Doubles, in which logistic regression converges further.
-    return [torch.cat(part)[:images].double().numpy() for part in parts], torch.cat(labels)[:images].numpy()
-
-
-def similarity(network: Network, other: Network, images: int) -> Rows:
-    """Linear CKA of every unit with every unit of the other network, over the same images: the minibatch estimator of
-    Nguyen, Raghu and Kornblith (ICLR 2021, "Do wide and deep networks learn the same things?", eq. 3 and 4)."""
-    if network.data.info != other.data.info:
-        ours, theirs = network.data.info.name, other.data.info.name
-        raise UserError(f"--against needs a run on the same data: {network.name} saw {ours}, {other.name} {theirs}")
+def similarity(network: Network, other: Network | None = None) -> Rows:
+    """Linear CKA of every unit with every unit of the other network (or its own), over this network's images: the
+    minibatch estimator of Nguyen, Raghu and Kornblith, "Do wide and deep networks learn the same things?" (ICLR 2021).
+    A unit that gives the same for every image has none."""
+    check_alike(network, other)
     sums: list[Tensor] = []  # of HSIC: units with others', own with own, others' with others'
-    size = min(CKA_BATCH, images)
-    whole = images // size * size  # the estimator averages over batches of one size
-    for (mine, _), (theirs, _) in zip(network.outputs(whole, size), other.outputs(whole, size), strict=True):
-        a, b = ([gram(h) for h in side] for side in (mine, theirs))
+    for images, _ in network.batches():
+        if len(images) < 4:
+            continue  # what the estimator needs
+        a = [gram(h) for h in network.outputs(images)]
+        b = a if other is None else [gram(h) for h in other.outputs(images)]
         found = [
             torch.stack([torch.stack([hsic(k, m) for m in b]) for k in a]),
             torch.stack([hsic(k, k) for k in a]),
@@ -117,11 +142,24 @@ def similarity(network: Network, other: Network, images: int) -> Rows:
         sums = [s + f for s, f in zip(sums, found, strict=True)] if sums else found
     cross, own, others = sums
     values = (cross / (own[:, None] * others[None]).sqrt()).tolist()
+    name = "itself" if other is None else other.name
     return [
-        {"unit": u.name, "against": other.name, "against_unit": v.name, "cka": round(values[i][j], 6)}
-        for i, u in enumerate(network.units)
-        for j, v in enumerate(other.units)
+        {"unit": u.name, "against": name, "against_unit": v.name, "cka": "" if math.isnan(x) else round(x, 6)}
+        for u, line in zip(network.units, values, strict=True)
+        for v, x in zip((other or network).units, line, strict=True)
     ]
+
+
+def check_alike(network: Network, other: Network | None) -> None:
+    """Raises UserError where the one cannot look at the other's images."""
+    if other is None:
+        return
+    ours, theirs = ((n.data.info.name, n.data.info.channels, n.data.info.size) for n in (network, other))
+    if ours != theirs:
+        texts = [f"{name} ({channels}x{size}x{size})" for name, channels, size in (ours, theirs)]
+        raise UserError(
+            f"--against needs a run on the same data: {network.name} saw {texts[0]}, {other.name} {texts[1]}"
+        )
 
 
 def gram(h: Tensor) -> Tensor:
@@ -132,7 +170,7 @@ def gram(h: Tensor) -> Tensor:
 
 def hsic(k: Tensor, m: Tensor) -> Tensor:
     """The unbiased estimator of the Hilbert-Schmidt independence criterion of two Gram matrices without diagonals
-    (Song et al., JMLR 2012, eq. 5): a scalar."""
+    (Song et al., "Feature selection via dependence maximization", JMLR 2012): a scalar."""
     n = len(k)
     trace = (k * m).sum()  # of k @ m, both symmetric
     product = k.sum() * m.sum() / ((n - 1) * (n - 2))
@@ -140,62 +178,74 @@ def hsic(k: Tensor, m: Tensor) -> Tensor:
     return (trace + product - rows) / (n * (n - 3))
 
 
-def embedding(network: Network, images: int) -> Rows:
-    """t-SNE of what the last unit gives, pooled: a point in the plane for each image."""
-    features, labels = pooled(network, images)
+def embedding(features: NDArray, labels: NDArray) -> Rows:
+    """t-SNE of features [images, channels]: a point in the plane for each image."""
+    features, labels = features[:POINTS], labels[:POINTS]
     perplexity = min(30.0, (len(labels) - 1) / 3)
-    points = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(features[-1])
+    points = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(features)
     rows = zip(points.tolist(), labels.tolist(), strict=True)
     return [{"image": i, "label": y, "x": round(p[0], 4), "y": round(p[1], 4)} for i, (p, y) in enumerate(rows)]
 
 
 def activations(network: Network) -> Rows:
-    """Where each block's output is large, for the first image of each of a few classes: the mean over the channels of
-    its absolute values, over the map's largest. Blocks that hand on vectors have no places and no rows."""
-    labels = network.data.test.labels
-    chosen = [int((labels == c).nonzero()[0]) for c in range(network.data.info.classes) if (labels == c).any()][:SHOWN]
-    found: dict[int, list[Tensor]] = {}
-    for start, (outputs, _) in zip(range(0, len(labels), CKA_BATCH), network.outputs(max(chosen) + 1), strict=False):
-        found |= {i: [h[i - start] for h in outputs] for i in chosen if start <= i < start + CKA_BATCH}
+    """Where a block's output is large, for one image of each of a few classes: the mean over the channels of its
+    absolute values, over the map's largest; and the image, as unit "image". Of many blocks, and of a network that is
+    one block, some units that lie evenly. What has no places, as vectors, has no rows."""
     ends = [k for k, block in enumerate(network.blocks) if network.blocks[k + 1 : k + 2] != [block]]
-    rows = []
-    for image in chosen:
-        for k in ends:
-            boundary = network.units[k].output
-            values = _map(boundary, found[image][k][None])[0].abs().mean(0)
-            values = (values / values.max().clamp_min(1e-12)).tolist()
-            if boundary.size == (1, 1):
-                continue
-            named = {"image": image, "label": int(labels[image]), "block": network.blocks[k]}
-            rows += [
-                {**named, "row": i, "column": j, "value": round(value, 4)}
-                for i, line in enumerate(values)
-                for j, value in enumerate(line)
-            ]
-    return rows
+    if len(ends) == 1:
+        ends = _evenly(list(range(len(network.units))), WHOLE)
+    ends = [k for k in _evenly(ends, COLUMNS) if network.units[k].output.size != (1, 1)]
+    images, labels = _first_of_each(network)
+    maps: dict[str, Tensor] = {"image": images.float().mean(1)}
+    for k, h in enumerate(network.outputs(images)):
+        if k in ends:
+            maps[network.units[k].name] = _map(network.units[k].output, h).abs().mean(1)
+    blocks = {"image": "", **{network.units[k].name: network.blocks[k] for k in ends}}
+    return [
+        {"image": i, "label": label, "unit": name, "block": blocks[name], "row": row, "column": column,
+         "value": round(float(value), 4)}
+        for i, label in enumerate(labels.tolist())
+        for name, found in maps.items()
+        for row, line in enumerate((found[i] / found[i].max().clamp_min(1e-12)).tolist())
+        for column, value in enumerate(line)
+    ]  # fmt: skip
 
 
-def probe(network: Network, other: Network | None, images: int, say: Callable[[str], None]) -> dict[str, Rows]:
+def _first_of_each(network: Network) -> tuple[Tensor, Tensor]:
+    """The first image of each of the first few classes, and their labels."""
+    found: dict[int, Tensor] = {}
+    for images, labels in network.batches():
+        for image, label in zip(images, labels.tolist(), strict=True):
+            if label < SHOWN:
+                found.setdefault(label, image)
+        if len(found) == min(SHOWN, network.data.info.classes):
+            break
+    order = sorted(found)
+    return torch.stack([found[label] for label in order]), torch.tensor(order)
+
+
+def probe(network: Network, other: Network | None, say: Callable[[str], None]) -> dict[str, Rows]:
     """Every analysis, by the name of its file. other: the network to compare with, itself if there is none."""
-    most = len(network.data.test)
-    if not 4 * network.data.info.classes <= images:
-        raise UserError(f"--images must be at least {4 * network.data.info.classes} for as many classes, not {images}")
-    images = min(images, most)
-    tables: dict[str, Rows] = {}
-    for name, analysis in (
-        ("separability", lambda: separability(network, images)),
-        ("cka", lambda: similarity(network, other or network, images)),
-        ("tsne", lambda: embedding(network, min(images, 2000))),
-        ("activations", lambda: activations(network)),
-    ):
-        say(name)
-        tables[name] = analysis()
-    return tables
+    say(f"{network.name}: features")
+    features, labels = pooled(network)
+    say(f"{network.name}: separability")
+    separable = separability(network, features, labels)
+    say(f"{network.name}: CKA")
+    alike = similarity(network, other)
+    say(f"{network.name}: t-SNE")
+    points = embedding(features[-1], labels)
+    return {"separability": separable, "cka": alike, "tsne": points, "activations": activations(network)}
 
 
 def agreement(rows: Rows) -> dict[str, float]:
     """Each unit's CKA with the unit of the same name in the other network."""
-    return {row["unit"]: row["cka"] for row in rows if row["unit"] == row["against_unit"]}
+    return {row["unit"]: row["cka"] for row in rows if row["unit"] == row["against_unit"] and row["cka"] != ""}
+
+
+def _evenly(items: list[int], most: int) -> list[int]:
+    """At most so many of the items, the last one among them."""
+    count = min(most, len(items))
+    return [items[(i + 1) * len(items) // count - 1] for i in range(count)]
 
 
 def _map(boundary: Boundary, h: Tensor) -> Tensor:

@@ -216,6 +216,11 @@ class Saving:
 # Fields that a plan chooses.
 PLANNED = ("method", "coupling", "head", "blocks", "recompute", "step_as_you_go")
 
+# Fields that belong to a method or coupling; the others are conditions, under which methods can be compared.
+OF_METHODS = frozenset({
+    "method", "coupling", "blocks", "head", "momentum", "branches", "form", "depth", "learnable_units", "contrast",
+})  # fmt: skip
+
 # Fields that say where things lie, how fast, or what shall not end the run, but not what comes out.
 PLACES = frozenset({"data_dir", "download", "workers", "device", "recompute", "on_bad_image", "skip_nonfinite"})
 
@@ -233,13 +238,13 @@ def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
     return dataclasses.replace(recipe, **{**implied, **changes})
 
 
-def settle(recipe: Recipe) -> Recipe:
-    """`recipe` without its options that have no effect; each gets a warning."""
+def idle(recipe: Recipe) -> dict[str, tuple[Any, str]]:
+    """The fields that have no effect in `recipe`: what they are when nobody sets them, and why."""
     single = recipe.method == "bp" or recipe.cut == 1
     uncoupled = single or recipe.coupling == "none"
     deep = recipe.coupling == "deep-man" and not single
     alone = "one block has no boundary"
-    idle = [
+    fields_of = [
         ("blocks", recipe.method == "bp", "1", "bp trains end to end, in 1 block"),
         ("coupling", single, "none", alone),
         ("head", single, "auto", alone),
@@ -255,9 +260,14 @@ def settle(recipe: Recipe) -> Recipe:
         ("download", recipe.data == "digits", False, "digits comes with scikit-learn"),
         ("data_dir", recipe.data == "digits", None, "digits comes with scikit-learn"),
     ]
-    changes: dict[str, Any] = {}
-    for name, without_effect, unset, why in idle:
-        if without_effect and getattr(recipe, name) != unset:
+    return {name: (unset, why) for name, without_effect, unset, why in fields_of if without_effect}
+
+
+def settle(recipe: Recipe) -> Recipe:
+    """`recipe` without its options that have no effect; each that was set gets a warning."""
+    changes = {}
+    for name, (unset, why) in idle(recipe).items():
+        if getattr(recipe, name) != unset:
             changes[name] = unset
             warnings.warn(f"{name.replace('_', '-')} has no effect: {why}", stacklevel=2)
     return dataclasses.replace(recipe, **changes)

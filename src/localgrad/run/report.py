@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import csv
+import contextlib
 import html
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -18,56 +18,37 @@ from typing import Any
 import localgrad
 from localgrad.core.errors import UserError
 from localgrad.run import figures
-from localgrad.run.recipe import COUPLINGS, METHODS, PLACES, Recipe, as_dict, read_recipe
-from localgrad.run.runlog import (
-    CONFIG,
-    METRICS,
-    TIMELINE,
-    finished_runs,
-    mib,
-    read_environment,
-    read_sizes,
-    summary_rows,
-)
-from localgrad.run.tables import csv_text, label_of, paired, summarize
+from localgrad.run.recipe import COUPLINGS, METHODS, OF_METHODS, PLACES, Recipe, as_dict, differences, read_recipe
+from localgrad.run.runlog import CONFIG, METRICS, TIMELINE, finished_runs, mib, summary_rows
+from localgrad.run.tables import conditions, csv_text, label_of, paired, read_csv, read_runs, row_of, summarize, told
 
 Rows = list[dict[str, Any]]
-TOLD = ("method", "coupling", "blocks", "seed")  # fields of which a run's label speaks by itself
-NUMBERS = {"error": float, "peak_bytes": int, "seconds": float, "blocks": int, "seed": int}
+TOLD = ("model", "data", "method", "coupling", "seed")  # fields of which a run's study and label speak by themselves
 
 
 @dataclass(frozen=True, eq=False)
 class Ran:
-    """A finished run. setting: in what it differs from the other runs of its method."""
+    """A finished run. row: as `localgrad compare` has it in runs.csv. epochs: what it recorded of each."""
 
     folder: Path
     recipe: Recipe
-    setting: str = ""
+    row: dict[str, Any]
+    epochs: Rows
 
     @property
-    def row(self) -> dict[str, Any]:
-        """As `localgrad compare` has it in runs.csv."""
-        last = summary_rows(self.folder)[-1]
-        row = {"method": self.recipe.label, "blocks": self.blocks, "setting": self.setting, "seed": self.recipe.seed}
-        row |= {"error": round(100 - last["eval_top1"], 3), "peak_bytes": int(last["peak_bytes"])}
-        row |= {"seconds": round(last["seconds"], 1), **read_sizes(self.folder)}
-        return row | read_environment(self.folder)
-
-    @property
-    def blocks(self) -> int:
-        return len(next((entry["losses"] for entry in self.entries if "losses" in entry), [0]))
-
-    @property
-    def entries(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / METRICS).read_text().splitlines()]
+    def study(self) -> str:
+        """What runs have in common that can be compared."""
+        where = f" in {self.recipe.data_dir}" if self.recipe.data == "image-folder" else ""
+        return f"{self.recipe.model} on {self.recipe.data}{where}"
 
     @property
     def label(self) -> str:
-        return label_of({"method": self.recipe.label, "blocks": self.blocks, "setting": self.setting})
+        return label_of(self.row)
 
-    def table(self, name: str) -> Rows:
+    def probed(self, name: str, *numbers: str) -> Rows:
         """A table of its probe, empty if there is none."""
-        return _read(self.folder / "probe" / f"{name}.csv")
+        path = self.folder / "probe" / f"{name}.csv"
+        return read_csv(path, numbers) if path.exists() else []
 
 
 @dataclass
@@ -90,93 +71,118 @@ class Page:
         drawn = picture.to_html(full_html=False, include_plotlyjs=False, div_id=place, config=config)
         data = _download(f"{place}.csv", csv_text(figures.data_of(picture)))
         caption = f"<figcaption>{html.escape(alt)} {data}</figcaption>"
-        shown = f'<div role="img" aria-label="{html.escape(alt)}">{drawn}</div>'
-        self.add(section, f"<figure>{shown}{caption}</figure>")
+        self.add(section, f'<figure aria-label="{html.escape(alt)}">{drawn}{caption}</figure>')
+
+    def written(self, title: str, subtitle: str) -> str:
+        from plotly.offline import get_plotlyjs
+
+        contents = "".join(f'<a href="#{_anchor(name)}">{html.escape(name)}</a>' for name in self.sections)
+        body = "\n".join(
+            f'<section id="{_anchor(name)}"><h2>{html.escape(name)}</h2>{"".join(parts)}</section>'
+            for name, parts in self.sections.items()
+        )
+        page = Template(files("localgrad.run").joinpath("report.html").read_text("utf-8"))
+        return page.substitute(
+            title=html.escape(title), subtitle=html.escape(subtitle), contents=contents, body=body,
+            plotly=get_plotlyjs(),
+        )  # fmt: skip
 
 
 def report(places: Sequence[Path], results: Path | None = None) -> str:
     """The page's HTML. places: run folders, or folders of such. results: a folder with accuracy_*_runs.csv and
-    frontier_*.csv. Raises UserError for a place without finished runs."""
+    frontier_*.csv. Raises UserError for a place without finished runs, and for a file that is not what it should be."""
     runs = find(places)
     page = Page()
-    studies: dict[str, Rows] = {}
+    studies: dict[str, list[Ran]] = {}
     for ran in runs:
-        studies.setdefault(f"{ran.recipe.model} on {ran.recipe.data}", []).append(ran.row)
-    if results is not None:
-        tables = {path: _read(path) for path in sorted(results.glob("accuracy_*_runs.csv"))}
-        if not tables and not list(results.glob("frontier_*.csv")):
-            raise UserError(f"{results} holds neither accuracy_*_runs.csv nor frontier_*.csv: name another --results")
-        studies |= {path.stem.removeprefix("accuracy_").removesuffix("_runs"): rows for path, rows in tables.items()}
-    for title, rows in studies.items():
-        _study(page, title, rows)
-    for path in sorted(results.glob("frontier_*.csv")) if results is not None else ():
+        studies.setdefault(ran.study, []).append(ran)
+    tables = {title: [ran.row for ran in group] for title, group in studies.items()}
+    measured = sorted(results.glob("accuracy_*_runs.csv")) if results is not None else []
+    timed = sorted(results.glob("frontier_*.csv")) if results is not None else []
+    if results is not None and not measured + timed:
+        raise UserError(f"{results} holds neither accuracy_*_runs.csv nor frontier_*.csv: name another --results")
+    tables |= {path.stem.removeprefix("accuracy_").removesuffix("_runs"): read_runs(path) for path in measured}
+    for title, rows in tables.items():
+        _study(page, f"Results: {title}", rows)
+    for path in timed:
         text = f"Time of a step against its peak memory ({path.name}): methods, and plans made for a budget."
-        page.figure("Time against memory", figures.time_against_memory(_read(path)), text)
-    shown = _one_of_each(runs)
-    _learning(page, shown)
-    _memory(page, shown)
-    _probes(page, shown)
+        rows = read_csv(path, ("times_bp", "peak_bytes"))
+        page.figure("Time against memory", figures.time_against_memory(rows), text)
+    for title, group in studies.items():
+        of = f": {title}" if len(studies) > 1 else ""
+        shown = _one_of_each(group)
+        _learning(page, f"Learning curves{of}", shown)
+        _memory(page, f"Memory over one step{of}", shown)
+        _probes(page, of, shown)
     for ran in runs:
         page.add("Runs", _about(ran))
-    machines = dict.fromkeys(str(row.get("machine", "")) for rows in studies.values() for row in rows)
-    contents = "".join(f'<a href="#{_anchor(name)}">{html.escape(name)}</a>' for name in page.sections)
-    body = "\n".join(
-        f'<section id="{_anchor(name)}"><h2>{html.escape(name)}</h2>{"".join(parts)}</section>'
-        for name, parts in page.sections.items()
+    machines = dict.fromkeys(str(row.get("machine", "")) for rows in tables.values() for row in rows)
+    started = {p for place in places for p in (place, *place.glob("*/")) if (p / CONFIG).is_file()}
+    unfinished = f" ({len(started) - len(runs)} more are not finished)" if len(started) > len(runs) else ""
+    said = [f"{len(runs)} runs{unfinished}", " / ".join(filter(None, machines))]
+    return page.written(
+        "localgrad: what it costs and brings", f"{'; '.join(said)}; written by localgrad {localgrad.__version__}."
     )
-    subtitle = f"{len(runs)} runs; {' / '.join(filter(None, machines))}; written by localgrad {localgrad.__version__}."
-    page_of = Template(files("localgrad.run").joinpath("report.html").read_text("utf-8"))
-    from plotly.offline import get_plotlyjs
-
-    return page_of.substitute(
-        title="localgrad: what it costs and brings", subtitle=html.escape(subtitle), contents=contents, body=body,
-        plotly=get_plotlyjs(),
-    )  # fmt: skip
 
 
 def find(places: Sequence[Path]) -> list[Ran]:
-    """The finished runs in these folders, or in theirs, each once."""
-    recipes = {folder: read_recipe(folder / CONFIG) for folder in finished_runs(places)}
-    runs = [Ran(folder, recipe, _setting(recipe, list(recipes.values()))) for folder, recipe in recipes.items()]
+    """The finished runs in these folders, or in theirs, each once, in the order in which a page shows them."""
+    runs = []
+    for folder in finished_runs(places):
+        recipe = read_recipe(folder / CONFIG)
+        entries = _entries(folder / METRICS)
+        blocks = len(next((entry["losses"] for entry in entries if "losses" in entry), [0]))
+        row = row_of(folder, recipe.label, blocks, "", recipe.seed)
+        runs.append(Ran(folder, recipe, row, [entry for entry in entries if "eval_top1" in entry]))
+    runs = [replace(ran, row={**ran.row, "setting": _setting(ran, runs)}) for ran in runs]
+    for i, ran in enumerate(runs):
+        for other in runs[:i]:
+            if ran.study == other.study and not differences(ran.recipe, other.recipe):
+                raise UserError(f"{other.folder} and {ran.folder} are the same run: name one of them")
 
     def place_of(ran: Ran) -> tuple:
         """Networks and data together, methods as they are listed everywhere, then the plain settings first."""
         kind = METHODS.index(ran.recipe.method), COUPLINGS.index(ran.recipe.coupling)
-        return ran.recipe.model, ran.recipe.data, *kind, ran.blocks, ran.setting, ran.recipe.seed
+        return ran.study, *kind, ran.row["blocks"], ran.row["setting"], ran.recipe.seed
 
     return sorted(runs, key=place_of)
 
 
-def _setting(recipe: Recipe, others: Sequence[Recipe]) -> str:
-    """In which fields a run is not as most runs of its method, model and data are."""
-    alike = [as_dict(r) for r in others if (r.label, r.model, r.data) == (recipe.label, recipe.model, recipe.data)]
-    usual = {name: Counter(r[name] for r in alike).most_common(1)[0][0] for name in as_dict(recipe)}
-    own = {n: v for n, v in as_dict(recipe).items() if v != usual[n] and n not in (*TOLD, *PLACES)}
-    return " ".join(f"{name}={value}" for name, value in own.items())
+def _setting(ran: Ran, runs: Sequence[Ran]) -> str:
+    """In which fields a run is not as most runs are: of its study, or of its method where the field is a method's. A
+    cut by names is always told, and where no value is that of most, each is."""
+    own = as_dict(ran.recipe)
+    words = []
+    for name, value in own.items():
+        if name in (*TOLD, *PLACES) or (name == "blocks" and isinstance(ran.recipe.cut, int)):
+            continue
+        alike = [r.recipe for r in runs if r.study == ran.study]
+        if name in OF_METHODS:
+            alike = [recipe for recipe in alike if recipe.label == ran.recipe.label]
+        usual, count = Counter(as_dict(recipe)[name] for recipe in alike).most_common(1)[0]
+        if name == "blocks" or value != usual or 2 * count <= len(alike) != count:
+            words.append(f"{name}={value}")
+    return " ".join(words)
 
 
 def _one_of_each(runs: Sequence[Ran]) -> dict[str, Ran]:
     """Of the runs that differ in their seeds alone the one that was probed, or that of the lowest seed."""
     shown: dict[str, Ran] = {}
-    for ran in sorted(runs, key=lambda ran: (not ran.table("separability"), ran.recipe.seed)):
-        several = len({(r.recipe.model, r.recipe.data) for r in runs}) > 1
-        shown.setdefault(f"{ran.recipe.model} {ran.label}" if several else ran.label, ran)
+    for ran in sorted(runs, key=lambda ran: (not ran.probed("separability"), ran.recipe.seed)):
+        shown.setdefault(ran.label, ran)
     return dict(sorted(shown.items(), key=lambda item: runs.index(item[1])))
 
 
-def _study(page: Page, title: str, runs: Rows) -> None:
-    runs = [{name: NUMBERS.get(name, str)(value) for name, value in run.items() if value is not None} for run in runs]
+def _study(page: Page, section: str, runs: Rows) -> None:
     rows = summarize(runs)
-    base = next((row["peak_bytes"] for row in rows if row["method"] == "bp"), None)
     body = []
     for row in rows:
-        spread = f" ± {row['error_std']:.2f}" if row["error_std"] != "" else ""
-        below = f"{100 - 100 * row['peak_bytes'] / base:.1f}%" if base else ""
-        body.append([label_of(row), f"{row['error_mean']:.2f}{spread}", row["n"], mib(row["peak_bytes"]), below,
-                     f"{int(row['added']):,}" if row.get("added") else "", f"{row['seconds']:.0f}"])  # fmt: skip
+        alike = [r for r in rows if r["method"] == "bp" and conditions(r["setting"]) == conditions(row["setting"])]
+        below = f"{100 - 100 * row['peak_bytes'] / alike[0]['peak_bytes']:.1f}%" if len(alike) == 1 else ""
+        added = f"{row['added']:,}" if isinstance(row.get("added"), int) else ""
+        body.append([label_of(row), told(row), row["n"], mib(row["peak_bytes"]), below, added, f"{row['seconds']:.0f}"])
     head = ("method", "test error, %", "n", "peak memory", "below BP", "parameters added", "seconds")
     note = "Test error of the last epoch, mean ± standard deviation over n seeds; median peak of a step and time."
-    section = f"Results: {title}"
     page.add(section, f'<p class="note">{note}</p>', _table(head, body), _download("results.csv", csv_text(rows)))
     text = "Test error against peak memory of a step; bars are standard deviations over seeds. Down and left is better."
     page.figure(section, figures.error_against_memory(rows), text)
@@ -190,60 +196,61 @@ def _study(page: Page, title: str, runs: Rows) -> None:
         page.add(section, f"<details><summary>{note}</summary>{_table(head, body)}{data}</details>")
 
 
-def _learning(page: Page, shown: Mapping[str, Ran]) -> None:
-    section = "Learning curves"
+def _learning(page: Page, section: str, shown: dict[str, Ran]) -> None:
     errors = {name: [100 - row["eval_top1"] for row in summary_rows(ran.folder)] for name, ran in shown.items()}
-    page.figure(
-        section, figures.by_epoch(errors, "test error, %"), "Test error after each epoch, one run of each kind."
-    )
+    seeds = "; ".join(f"{name} with seed {ran.recipe.seed}" for name, ran in shown.items())
+    text = f"Test error after each epoch, one run of each kind: {seeds}."
+    page.figure(section, figures.by_epoch(errors, "test error, %"), text)
     for name, ran in shown.items():
-        losses = [entry["losses"] for entry in ran.entries if "eval_top1" in entry and "losses" in entry]
+        losses = [entry["losses"] for entry in ran.epochs if "losses" in entry]
         if losses and len(losses[0]) > 1:
             text = f"{name}: mean training loss of each block by epoch, the first block light and the last dark."
             page.figure(section, figures.blocks_by_epoch(losses), text)
 
 
-def _memory(page: Page, shown: Mapping[str, Ran]) -> None:
-    steps = {name: [int(r["live_bytes"]) for r in _read(ran.folder / TIMELINE)] for name, ran in shown.items()}
-    steps = {name: live for name, live in steps.items() if live}
-    if steps:
+def _memory(page: Page, section: str, shown: dict[str, Ran]) -> None:
+    paths = {name: ran.folder / TIMELINE for name, ran in shown.items()}
+    steps = {n: [int(r["live_bytes"]) for r in read_csv(p, ("live_bytes",))] for n, p in paths.items() if p.exists()}
+    if any(steps.values()):
         text = (
             "Memory over one training step. Backpropagation keeps what its forward pass makes until the backward pass "
             "has used it: one hill. A local run frees each block's before the next block runs: a hill for each block."
         )
-        page.figure("Memory over one step", figures.timeline(steps), text)
+        page.figure(section, figures.timeline({name: live for name, live in steps.items() if live}), text)
 
 
-def _probes(page: Page, shown: Mapping[str, Ran]) -> None:
-    probed = {name: rows for name, ran in shown.items() if (rows := ran.table("separability"))}
+def _probes(page: Page, of: str, shown: dict[str, Ran]) -> None:
+    probed = {name: rows for name, ran in shown.items() if (rows := ran.probed("separability", "top1"))}
     if probed:
-        text = "How well a linear classifier reads the class from the pooled output of each unit, on held-out images."
-        page.figure("Separability", figures.separability(probed), text)
+        counts = sorted({(int(rows[0]["fitted"]), int(rows[0]["measured"])) for rows in probed.values()})
+        images = " or ".join(f"{fitted:,} test images, measured on {measured:,} others" for fitted, measured in counts)
+        text = f"How well a linear classifier reads the class from the pooled output of each unit; fitted on {images}."
+        page.figure(f"Separability{of}", figures.separability(probed), text)
     for name, ran in shown.items():
-        rows = ran.table("cka")
-        if rows:
-            other = "itself" if rows[0]["against"] == ran.folder.name else rows[0]["against"]
+        if rows := ran.probed("cka"):
             text = (
-                f"{name}: linear CKA of each of its units with each of {other}; 1 is the same up to rotation and scale."
+                f"{name}: linear CKA of each of its units with each of {rows[0]['against']}; 1 is the same up to "
+                "shift, rotation and scale, and the estimator may fall below 0."
             )
-            page.figure("Similarity (CKA)", figures.cka(rows, name), text)
-        if points := ran.table("tsne"):
-            text = f"{name}: t-SNE of the last unit's pooled output; a point is a test image."
-            page.figure("Last features (t-SNE)", figures.tsne(points), text)
-        picture = ran.folder / "probe" / "activations.png"
-        if picture.exists():
-            text = f"{name}: mean absolute activation of each block's output, a row an image, a column a block."
-            data = _download(f"activations-{ran.folder.name}.csv", csv_text(ran.table("activations")))
-            source = f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
-            image = f'<img src="{source}" alt="{html.escape(text)}">'
-            page.add("Activation maps", f"<figure>{image}<figcaption>{html.escape(text)} {data}</figcaption></figure>")
+            page.figure(f"Similarity (CKA){of}", figures.cka(rows, name), text)
+    for name, ran in shown.items():
+        if rows := ran.probed("tsne", "x", "y", "label"):
+            text = f"{name}: t-SNE of the last unit's pooled output; a point is a test image, a colour a class."
+            page.figure(f"Last features (t-SNE){of}", figures.tsne(rows), text)
+    for name, ran in shown.items():
+        if rows := ran.probed("activations", "value", "column"):
+            text = (
+                f"{name}: test images of different classes, and the mean absolute activation of units over their "
+                "channels, dark for none and bright for each map's most."
+            )
+            page.figure(f"Activation maps{of}", figures.activations(rows), text)
 
 
 def _about(ran: Ran) -> str:
-    """A run's recipe and environment, folded."""
-    told = {**as_dict(ran.recipe), **read_sizes(ran.folder), **read_environment(ran.folder)}
-    table = _table(("field", "value"), [[name, value] for name, value in told.items() if value not in (None, "")])
-    name = html.escape(f"{ran.folder.name}: {ran.label}, seed {ran.recipe.seed}")
+    """A run's recipe and what it ran on, folded."""
+    fields = {**as_dict(ran.recipe), **{name: value for name, value in ran.row.items() if name not in ("setting",)}}
+    table = _table(("field", "value"), [[name, value] for name, value in fields.items() if value not in (None, "")])
+    name = html.escape(f"{ran.folder.resolve().name}: {ran.label}, seed {ran.recipe.seed}")
     return f"<details><summary>{name}</summary>{table}</details>"
 
 
@@ -271,8 +278,12 @@ def _anchor(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def _read(path: Path) -> Rows:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+def _entries(path: Path) -> Rows:
+    """The lines of metrics.jsonl; a full disk may have torn or lost some."""
+    found = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            entry = json.loads(line)
+            if isinstance(entry, dict):
+                found.append(entry)
+    return found

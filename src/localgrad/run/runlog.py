@@ -65,14 +65,19 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit that this package is run from, with -dirty if files of it were changed; "" if it was installed."""
+    """The commit that this package is run from, with -dirty if it was changed since; "" if it was installed."""
     source = Path(localgrad.__file__).parent
     if not (source.parents[1] / ".git").exists():  # src/localgrad in its repository; a folder or, in a worktree, a file
         return ""
-    describe = ["git", "-C", str(source), "describe", "--always", "--dirty", "--exclude", "*", "--abbrev=10"]
-    with contextlib.suppress(OSError):
-        return subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
-    return ""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(source), "--no-optional-locks", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=10", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", ".") else "")
+    except OSError:
+        return ""
 
 
 def processor() -> str:
@@ -96,6 +101,8 @@ def summary_rows(folder: Path) -> list[dict[str, float]]:
 
 def finished_runs(places: Sequence[Path]) -> list[Path]:
     """The folders of finished runs among these and their folders, each once. Raises UserError for a place without."""
+    if not places:
+        raise UserError("there is no run to look at: name run folders, or a folder of localgrad compare")
     folders: dict[Path, Path] = {}
     for place in places:
         found = [p for p in (place, *sorted(place.glob("*/"))) if (p / CONFIG).is_file() and (p / MODEL).is_file()]

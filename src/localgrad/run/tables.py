@@ -6,26 +6,71 @@ import csv
 import io
 import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from scipy import stats
 
+from localgrad.core.errors import UserError
 from localgrad.run.files import write_text
-from localgrad.run.runlog import mib
+from localgrad.run.recipe import OF_METHODS
+from localgrad.run.runlog import mib, read_environment, read_sizes, summary_rows
 
+NEEDED = {"blocks": int, "seed": int, "error": float, "peak_bytes": int, "seconds": float}
+NUMBERS = {**NEEDED, "parameters": int, "added": int}
 SAME = ("method", "blocks", "setting")  # runs that differ in their seeds alone agree in these
 
 
+def row_of(folder: Path, method: str, blocks: int, setting: str, seed: int) -> dict[str, Any]:
+    """A finished run's last epoch, its error in percent, its parameters, and what it ran on."""
+    last = summary_rows(folder)[-1]
+    row = {"method": method, "blocks": blocks, "setting": setting, "seed": seed}
+    row |= {"error": round(100 - last["eval_top1"], 3), "train_loss": last["train_loss"]}
+    row |= {"peak_bytes": int(last["peak_bytes"]), "seconds": round(last["seconds"], 1)}
+    return row | read_sizes(folder) | read_environment(folder)
+
+
+def read_runs(path: Path) -> list[dict[str, Any]]:
+    """Rows as `row_of` makes them, from a CSV file. Raises UserError for another kind of file."""
+    return [{name: NUMBERS.get(name, str)(value) for name, value in row.items()} for row in read_csv(path, NEEDED)]
+
+
+def read_csv(path: Path, columns: Iterable[str] = ()) -> list[dict[str, str]]:
+    """The rows of a CSV file that has at least these columns, in which numbers stand. Raises UserError."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            for name in columns:
+                float(row[name])
+            if None in row or None in row.values():
+                raise ValueError("a row has another number of cells than the first line")
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise UserError(f"{path} is not the table that it should be ({error}): restore it, or name others") from error
+    return rows
+
+
 def groups(runs: Sequence[dict[str, Any]]) -> dict[tuple, list[dict[str, Any]]]:
-    """The runs, those of one method, number of blocks and setting together."""
-    found: dict[tuple, list[dict[str, Any]]] = {}
+    """The runs, those of one method, number of blocks and setting together, each seed once (its last run)."""
+    found: dict[tuple, dict[int, dict[str, Any]]] = {}
     for run in runs:
-        found.setdefault(tuple(run.get(name, "") for name in SAME), []).append(run)
-    return found
+        found.setdefault(tuple(run.get(name, "") for name in SAME), {})[run["seed"]] = run
+    return {key: list(by_seed.values()) for key, by_seed in found.items()}
+
+
+def conditions(setting: str) -> frozenset[str]:
+    """Of a setting what is not the method's own: only runs under the same conditions can be compared."""
+    return frozenset(word for word in setting.split() if word.partition("=")[0] not in OF_METHODS)
+
+
+def told(row: dict[str, Any]) -> str:
+    """Mean ± standard deviation."""
+    spread = f" ± {row['error_std']:.2f}" if row["error_std"] != "" else ""
+    return f"{row['error_mean']:.2f}{spread}"
 
 
 def label_of(row: dict[str, Any]) -> str:
@@ -45,17 +90,23 @@ def summarize(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         row |= {"peak_bytes": int(statistics.median(run["peak_bytes"] for run in group))}
         row |= {"seconds": round(statistics.median(run["seconds"] for run in group), 1)}
         row |= {"seeds": " ".join(str(run["seed"]) for run in group)}
-        told = [name for name in group[0] if name not in (*row, "seed", "error", "train_loss")]
-        table.append(row | {name: " / ".join(dict.fromkeys(str(run.get(name, "")) for run in group)) for name in told})
+        others = dict.fromkeys(
+            name for run in group for name in run if name not in (*row, "seed", "error", "train_loss")
+        )
+        for name in others:
+            values = list(dict.fromkeys(run[name] for run in group if run.get(name, "") != ""))
+            row[name] = values[0] if len(values) == 1 else " / ".join(map(str, values))
+        table.append(row)
     return table
 
 
 def paired(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each two kinds of run with as many blocks (BP's one block goes with all), the mean over their common seeds
-    of the second's test error less the first's, in points, and its 95% interval (Student's t); none below two seeds."""
+    """For each two kinds of run with as many blocks (BP's one block goes with all) under the same conditions: the mean
+    over their common seeds of the second's test error less the first's, in points, and its 95% interval (Student's t).
+    None below two seeds."""
     table = []
     for (a, first), (b, second) in itertools.combinations(groups(runs).items(), 2):
-        if a[1] != b[1] and "bp" not in (a[0], b[0]):
+        if (a[1] != b[1] and "bp" not in (a[0], b[0])) or conditions(a[2]) != conditions(b[2]):
             continue
         errors = [{run["seed"]: run["error"] for run in group} for group in (first, second)]
         seeds = sorted(errors[0].keys() & errors[1].keys())
@@ -88,9 +139,8 @@ def show(rows: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]] = ()) -
     console = Console()
     table = Table("method", "test error %", "n", "peak memory", "parameters added", "seconds")
     for row in rows:
-        spread = f" ± {row['error_std']:.2f}" if row["error_std"] != "" else ""
-        cells = (f"{row['error_mean']:.2f}{spread}", str(row["n"]), mib(row["peak_bytes"]))
-        table.add_row(label_of(row), *cells, str(row.get("added", "")), f"{row['seconds']:.0f}")
+        cells = (told(row), str(row["n"]), mib(row["peak_bytes"]), str(row.get("added", "")))
+        table.add_row(escape(label_of(row)), *cells, f"{row['seconds']:.0f}")
     console.print(table)
     where = f"{rows[0].get('machine')}, torch {rows[0].get('torch')}"
     console.print(f"mean ± standard deviation over seeds; median peak and time; {where}", highlight=False)
@@ -98,5 +148,7 @@ def show(rows: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]] = ()) -
         table = Table("first", "second", "second - first, points", "95% interval", "n")
         for pair in pairs:
             interval = f"{pair['low']:+.2f} to {pair['high']:+.2f}"
-            table.add_row(pair["first"], pair["second"], f"{pair['difference']:+.2f}", interval, str(pair["n"]))
+            table.add_row(
+                escape(pair["first"]), escape(pair["second"]), f"{pair['difference']:+.2f}", interval, str(pair["n"])
+            )
         console.print(table)
