@@ -17,7 +17,7 @@ from localgrad.core.errors import RunError, UserError, unknown
 from localgrad.run.arguments import Compare, Eval, Export, List, Plan, Probe, Report, Train
 from localgrad.run.recipe import Recipe, override, read_plan
 from localgrad.run.recipes import RECIPES, named_recipe
-from localgrad.run.signals import Stopped, sigterm_raises
+from localgrad.run.signals import Stopped, rank_here, sigterm_raises
 
 COMMANDS: dict[str, type] = {
     "train": Train, "plan": Plan, "eval": Eval, "compare": Compare, "probe": Probe, "report": Report,
@@ -39,14 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         with sigterm_raises():
             return _run(args)
     except (UserError, RunError) as error:
-        if not (error.shared and _rank()):
+        if not (error.shared and rank_here()):
             print(f"localgrad: {error}", file=sys.stderr)
         return error.exit_code
     except (Stopped, KeyboardInterrupt) as stopped:
         if argv is None:  # the process is about to end: another signal must not change how
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)
-        print(f"localgrad: {stopped if isinstance(stopped, Stopped) else 'stopped'}", file=sys.stderr)
+        if not rank_here():
+            print(f"localgrad: {stopped if isinstance(stopped, Stopped) else 'stopped'}", file=sys.stderr)
         return stopped.exit_code if isinstance(stopped, Stopped) else 130
     finally:
         try:
@@ -112,14 +113,9 @@ def _take(flag: str, what: str, args: list[str]) -> tuple[str | None, list[str]]
     return None, args
 
 
-def _rank() -> int:
-    """Which of several processes of one run this is: what all would say is said by the first."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
     """A warning of ours is one line for a person; its place in the source is not."""
-    if _rank():
+    if rank_here():
         return
     print(f"localgrad: warning: {message}", file=sys.stderr)
 

@@ -12,14 +12,10 @@ import torch
 import torch.distributed as dist
 
 from localgrad.core.errors import RunError
+from localgrad.run.signals import rank_here
 from localgrad.scale.replicas import Ranks
 
 PATIENCE = 3.0  # seconds in which every rank that lives has noticed that another does not
-
-
-def wanted() -> tuple[int, int]:
-    """The rank and the number of ranks that torchrun has given this process: (0, 1) without it."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextlib.contextmanager
@@ -30,7 +26,7 @@ def joined(device: str, timeout: float) -> Iterator[Ranks]:
     waits for the others. Raises RunError if there are not as many devices, if the others cannot be met, and if one of
     them is lost.
     """
-    rank, count = wanted()
+    rank, count = rank_here(), int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield Ranks()
         return

@@ -14,6 +14,11 @@ GRACE = 300  # seconds, more than a step and a save take
 NOTICE = b"localgrad: finishing the step, then saving\n"
 
 
+def rank_here() -> int:
+    """Which of several processes of one run this is (torchrun tells): what all would say is said by the first, 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
 class Stopped(BaseException):
     """The process was asked to end by a signal: no error, so nothing that handles errors may take it for one.
     exit_code: 128 + its number, as shells have it."""
@@ -56,7 +61,7 @@ class StopRequest:
         if self.number is None:
             self.number = number
             with contextlib.suppress(OSError):
-                os.write(2, NOTICE)  # not print, which the signal may have interrupted
+                os.write(2, b"" if rank_here() else NOTICE)  # not print, which the signal may have interrupted
 
 
 def outlive_signals(worker: int) -> None:

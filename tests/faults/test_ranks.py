@@ -1,0 +1,138 @@
+"""Runs of two ranks on this machine, and what can befall one of them. gloo on the CPU; NCCL is the same code."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from ends import MODEL, differences, last_checkpoint
+from starts import Start, tiny, wait_for
+
+from localgrad.run.runlog import read_environment, summary_rows
+
+FLAGS = ("--save-every", "5", "--nproc", "2")
+EPOCHS = 12  # seconds of training: time for what befalls it
+
+
+def pids(folder: Path) -> dict[int, int]:
+    """The processes that train into the folder, by their rank; the one that started them is rank -1."""
+    found = {}
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (place / "cmdline").read_bytes().split(b"\0")
+            environment = (place / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue  # it has ended, or is somebody else's
+        if str(folder).encode() in words:
+            rank = next((int(e.removeprefix(b"RANK=")) for e in environment if e.startswith(b"RANK=")), -1)
+            found[rank] = int(place.name)
+    return found
+
+
+def until_step(folder: Path, step: int) -> None:
+    """Waits until the run has saved a step as late as that one."""
+    assert wait_for(lambda: any(int(p.name[5:]) >= step for p in folder.glob("checkpoints/step-*[0-9]")))
+
+
+def is_gone(folder: Path) -> bool:
+    return wait_for(lambda: not pids(folder), 60)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks") / "run"
+    start = Start(folder, *tiny(EPOCHS, *FLAGS), forked=False)
+    assert start.end() == 0, start.err
+    assert read_environment(folder)["ranks"] == "2"
+    assert start.out.count("epoch 12/12") == 1  # one rank speaks
+    return folder
+
+
+def test_a_killed_rank_costs_nothing_with_restarts(tmp_path: Path, undisturbed: Path) -> None:
+    folder = tmp_path / "run"
+    start = Start(folder, *tiny(EPOCHS, *FLAGS, "--restarts", "5"), forked=False)
+    for step, rank in ((10, 1), (25, 0)):
+        until_step(folder, step)
+        os.kill(pids(folder)[rank], signal.SIGKILL)
+        time.sleep(2)  # the others are ended too, and all begin again
+    assert start.end() == 0, start.err
+    assert differences(folder, undisturbed) == []
+    assert start.out.count("going on from") >= 2
+    assert is_gone(folder)
+
+
+def test_a_killed_rank_ends_the_others_with_a_sentence(tmp_path: Path, undisturbed: Path) -> None:
+    folder = tmp_path / "run"
+    start = Start(folder, *tiny(EPOCHS, *FLAGS), forked=False)
+    until_step(folder, 10)
+    os.kill(pids(folder)[1], signal.SIGKILL)
+    assert start.end() == 3
+    assert "localgrad: rank 1 of 2 ended with SIGKILL: the same command goes on from the last save" in start.err
+    assert "Traceback" not in "".join(start.err)
+    assert is_gone(folder)
+    # On one process it goes on too, and so it does on two again.
+    once = Start(folder, *tiny(EPOCHS, *FLAGS), forked=False)
+    assert once.end() == 0
+    assert differences(folder, undisturbed) == []
+
+
+@pytest.mark.slow  # a rank that does not hear its SIGTERM is given half a minute
+def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    start = Start(folder, *tiny(EPOCHS, *FLAGS, "--rank-timeout", "5"), forked=False)
+    until_step(folder, 10)
+    began = time.monotonic()
+    os.kill(pids(folder)[1], signal.SIGSTOP)
+    assert start.end() == 3
+    assert time.monotonic() - began < 60
+    sentence = "localgrad: rank 1 of 2 died or did not answer for 5 s: the same command goes on from the last save"
+    assert sentence in start.err
+    assert is_gone(folder)
+
+
+def test_sigterm_saves_once_and_the_same_command_goes_on(tmp_path: Path, undisturbed: Path) -> None:
+    folder = tmp_path / "run"
+    start = Start(folder, *tiny(EPOCHS, *FLAGS), forked=False)
+    until_step(folder, 10)
+    start.send(signal.SIGTERM)
+    assert start.end() == 143, start.err
+    stopped = [line for line in start.err if re.match(r"localgrad: stopped at step \d+ of 48, saved as", line)]
+    assert len(stopped) == 1
+    assert last_checkpoint(folder).name in stopped[0]
+    assert is_gone(folder)
+    assert Start(folder, *tiny(EPOCHS, *FLAGS), forked=False).end() == 0
+    assert differences(folder, undisturbed) == []
+
+
+def test_a_run_moves_between_one_process_and_two(tmp_path: Path) -> None:
+    """With batch norm over all ranks, two are one process up to rounding, and go on where one was."""
+    synced = ("--sync-batch-norm", "--lr", "0.01")
+    for name, nproc in (("one", ("1", "1")), ("moves", ("1", "2"))):
+        for epochs, count in zip(("2", "4"), nproc, strict=True):
+            flags = (*tiny(int(epochs), *synced), "--nproc", count)
+            start = Start(tmp_path / name, *flags, forked=False)
+            assert start.end() == 0, start.err
+    one, moves = (summary_rows(tmp_path / name) for name in ("one", "moves"))
+    assert one[:2] == [
+        {**row, **{n: one[i][n] for n in ("peak_rss_bytes", "seconds")}} for i, row in enumerate(moves[:2])
+    ]
+    assert moves[3]["train_loss"] == pytest.approx(one[3]["train_loss"], rel=0.02)
+    assert (tmp_path / "moves" / MODEL).exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--nproc", "3"), "localgrad: 3 ranks cannot share a batch of 16 images: take a multiple of 3"),
+        (("--nproc", "0"), "localgrad: --nproc takes 1 process or more and --restarts 0 or more, not 0 and 0"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused_once(flags: tuple[str, ...], says: str, tmp_path: Path) -> None:
+    start = Start(tmp_path / "run", *tiny(1, *flags), forked=False)
+    assert start.end() == 2
+    assert start.err == [says]
+    assert not (tmp_path / "run").exists()
