@@ -20,6 +20,7 @@ from localgrad.run.arguments import Compare
 from localgrad.run.compare import Cell, grid, run_all
 from localgrad.run.tables import SAME, paired, read_runs, row_of, show, summarize, write_csv
 
+EARLY = "layer1.0/layer1.2/layer1.4"  # small blocks where maps are large, and all else in the last block
 METHODS = "bp,dgl,dgl+man,dgl+man++,dgl+deep-man"
 
 
@@ -31,7 +32,7 @@ class Settings:
     out: Path = Path("runs/study")
     """Where the run folders lie, which `localgrad probe` and `localgrad report` read."""
     jobs: int = 2
-    parts: str = "main,others,ablation,long"
+    parts: str = "main,gap,others,ablation,long"
     """Which of the parts to train, in this order."""
 
 
@@ -56,6 +57,17 @@ PARTS: dict[str, list[Compare]] = {
         _compare("dgl+man", "16", branches="ema,learnable"),
         _compare("dgl+man", "16", momentum="0,0.9,0.99,0.999"),
         _compare("dgl+man", "16", form="pull"),
+    ],
+    # Towards BP: where to cut, which branches, which units.
+    "gap": [
+        _compare("dgl+deep-man", EARLY, "0,1,2", branches="learnable"),
+        _compare("dgl,dgl+man", EARLY),
+        _compare("dgl+deep-man", EARLY),
+        _compare("dgl+deep-man", EARLY, form="pull"),
+        _compare("dgl+deep-man", EARLY, branches="ema", momentum="0.9", depth="2"),
+        _compare("dgl+deep-man", "layer1.0/layer1.1/layer1.3", "0,1,2", branches="learnable"),
+        _compare("dgl+deep-man", "layer1.0/layer1.1/layer1.2", branches="learnable", depth="2"),
+        _compare("dgl+deep-man", "16", branches="learnable"),
     ],
     "long": [_compare("bp,dgl,dgl+man,dgl+deep-man", "4", limit_train=60000, epochs=15)],
 }

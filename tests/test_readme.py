@@ -20,7 +20,7 @@ from localgrad import cli
 from localgrad.core.couplings import COUPLINGS
 from localgrad.core.heads import HEADS
 from localgrad.core.methods import METHODS
-from localgrad.run import commands
+from localgrad.run import commands, launch
 from localgrad.run.compare import grid
 from localgrad.run.recipe import settle
 
@@ -88,6 +88,7 @@ def test_command_parses(words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_p
         return 0
 
     monkeypatch.setattr(commands, f"run_{words[0]}", instead)
+    monkeypatch.setattr(launch, "launch", lambda args, *_: instead(cli._parse(args[0], args[1:])))
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # `main` sets it
     assert cli.main(words) == 0
     if words[0] == "train":

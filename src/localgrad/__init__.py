@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from localgrad.scale.memory import PeakBytes, measure_peak, predict_peak
     from localgrad.scale.plan import Plan, Planner, plan
     from localgrad.scale.recompute import recompute
+    from localgrad.scale.replicas import Replicas, SyncBatchNorm, sync_batch_norm
     from localgrad.scale.speed import Speed, calibrate
 
 _HOME = {
@@ -40,6 +41,7 @@ _HOME = {
     "scale.memory": ("PeakBytes", "measure_peak", "predict_peak"),
     "scale.plan": ("Plan", "Planner", "plan"),
     "scale.recompute": ("recompute",),
+    "scale.replicas": ("Replicas", "SyncBatchNorm", "sync_batch_norm"),
     "scale.speed": ("Speed", "calibrate"),
 }
 _ROOM_OF = {name: room for room, names in _HOME.items() for name in names}
@@ -49,7 +51,7 @@ __all__ = [  # noqa: RUF022 (in the order of the rooms)
     "DeepMAN", "MAN", "MANPlusPlus", "update_ema", "LocalModel", "StepResult", "local_backward", "localize",
     "param_groups", "RunError", "UserError", "auglocal", "bp", "dgl", "infopro", "infopro_weights", "predsim",
     "Classification", "PeakBytes", "measure_peak", "predict_peak", "Plan", "Planner", "plan",
-    "recompute", "Speed", "calibrate",
+    "recompute", "Replicas", "SyncBatchNorm", "sync_batch_norm", "Speed", "calibrate",
 ]  # fmt: skip
 
 

@@ -12,7 +12,8 @@ import pytest
 from ends import MODEL, differences, last_checkpoint
 from starts import Start, tiny, wait_for
 
-from localgrad.run.runlog import read_environment, summary_rows
+from localgrad.cli import main
+from localgrad.run.runlog import read_environment, scores, summary_rows
 
 FLAGS = ("--save-every", "5", "--nproc", "2")
 EPOCHS = 12  # seconds of training: time for what befalls it
@@ -50,6 +51,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert read_environment(folder)["ranks"] == "2"
     assert start.out.count("epoch 12/12") == 1  # one rank speaks
     return folder
+
+
+def test_the_scores_are_those_of_all_test_images_once(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(undisturbed)]) == 0
+    row = summary_rows(undisturbed)[-1]
+    assert f"360 images of digits, float32: {scores(row)}" in capsys.readouterr().out
 
 
 def test_a_killed_rank_costs_nothing_with_restarts(tmp_path: Path, undisturbed: Path) -> None:
@@ -104,7 +111,8 @@ def test_sigterm_saves_once_and_the_same_command_goes_on(tmp_path: Path, undistu
     assert len(stopped) == 1
     assert last_checkpoint(folder).name in stopped[0]
     assert is_gone(folder)
-    assert Start(folder, *tiny(EPOCHS, *FLAGS), forked=False).end() == 0
+    again = Start(folder, *tiny(EPOCHS, *FLAGS), forked=False)
+    assert again.end() == 0, again.err
     assert differences(folder, undisturbed) == []
 
 

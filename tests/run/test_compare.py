@@ -42,6 +42,16 @@ def test_a_head_that_is_set_holds_for_deep_man_too() -> None:
     assert cell.recipe.head == "1c1f"
 
 
+def test_a_cut_can_be_named() -> None:
+    cells = grid(Compare(methods="bp,dgl", blocks="2,layer1.0/layer2.0"))
+    assert [(c.name, c.blocks, c.setting) for c in cells] == [
+        ("bp_k1_s0", 1, ""),
+        ("dgl_k2_s0", 2, ""),
+        ("dgl_k3_s0_blocks-layer1.0-layer2.0", 3, "blocks=layer1.0,layer2.0"),
+    ]
+    assert cells[2].recipe.cut == ["layer1.0", "layer2.0"]
+
+
 def test_each_value_of_a_varied_field_is_run() -> None:
     cells = grid(Compare(methods="dgl+man,infopro+man", blocks="2", seeds="0,1", vary=("momentum=0,0.9", "lr=0.1")))
     assert len(cells) == 8
@@ -72,7 +82,6 @@ def test_what_has_no_effect_on_a_run_does_not_repeat_it() -> None:
         ({"vary": ("init=a/b.pt,a-b.pt",)}, "would both be called"),
         ({"methods": "dgl+mann"}, "did you mean 'man'"),
         ({"methods": ","}, "--methods takes names"),
-        ({"blocks": "2,x"}, "--blocks takes whole numbers"),
         ({"seeds": ""}, "--seeds takes whole numbers"),
         ({"set": ("lr",)}, "KEY=VALUE"),
         ({"recipe": "demoo"}, "did you mean 'demo'"),
@@ -127,6 +136,7 @@ def test_a_grid_of_other_settings_is_refused_before_anything_runs(tmp_path: Path
         (["--data", "cifar10", "--set", "data-dir=nowhere"], "nowhere"),
         (["--data", "digitz"], "did you mean 'digits'"),
         (["--blocks", "4,99"], "blocks=99 is out of range"),
+        (["--blocks", "2,x"], "unknown unit 'x'"),
         (["--set", "model=resnet21"], "unknown model 'resnet21'"),
         (["--set", "precision=fp16", "--set", "device=cpu"], "fp16 needs a CUDA device"),
     ],

@@ -74,7 +74,7 @@ class Compare:
     methods: str = "bp,dgl,dgl+man,dgl+deep-man"
     """Methods with their couplings: METHOD or METHOD+COUPLING."""
     blocks: str = "4"
-    """Numbers of blocks."""
+    """Numbers of blocks, or the units behind which to cut, joined by a slash: 4,16,layer1.0/layer1.2/layer1.4."""
     seeds: str = "0"
     """Seeds: 0,1,2."""
     recipe: str = "demo"

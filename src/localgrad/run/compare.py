@@ -103,20 +103,22 @@ def grid(args: Compare) -> list[Cell]:
             raise UserError(f"--vary {axis[0][0]} is given otherwise too: by another flag of the grid, or --set")
     base = replace(named_recipe(args.recipe), **shared)
     cells: dict[str, Cell] = {}
-    methods, numbers, seeds = (
-        _words(args.methods, "--methods"), _numbers(args.blocks, "--blocks"), _numbers(args.seeds, "--seeds")
+    methods, cuts, seeds = (
+        _words(args.methods, "--methods"), _cuts(args.blocks), _numbers(args.seeds, "--seeds")
     )  # fmt: skip
-    for word, blocks, seed, own in itertools.product(methods, numbers, seeds, itertools.product(*varied)):
+    for word, (blocks, names), seed, own in itertools.product(methods, cuts, seeds, itertools.product(*varied)):
         method, _, coupling = word.partition("+")
         changes: dict[str, Any] = {"coupling": coupling or "none", "method": method, "seed": seed, **dict(own)}
         if method != "bp":
-            changes["blocks"] = str(blocks)
+            changes["blocks"] = names or str(blocks)
         elif not coupling:
             del changes["coupling"]
         if "head" in shared:
             changes["head"] = shared["head"]
         recipe = settle(override(base, changes))
         effective = {name: value for name, value in own if name not in idle(recipe)}
+        if names and method != "bp":
+            effective["blocks"] = names
         cell = Cell(word, 1 if method == "bp" else blocks, recipe, effective)
         if cells.setdefault(cell.name, cell).recipe != recipe:
             raise UserError(f"two runs of the grid would both be called {cell.name}: run them as grids of their own")
@@ -203,6 +205,15 @@ def _words(text: str, flag: str) -> list[str]:
     if not words:
         raise UserError(f"{flag} takes names split by commas, not '{text}'")
     return words
+
+
+def _cuts(text: str) -> list[tuple[int, str]]:
+    """How many blocks, and where they are named the last unit of each but the last, as a recipe has them."""
+    cuts = []
+    for word in _words(text, "--blocks"):
+        names = ",".join(name for name in word.split("/") if name)
+        cuts.append((int(word), "") if word.lstrip("-").isdigit() else (names.count(",") + 2, names))
+    return cuts
 
 
 def _numbers(text: str, flag: str) -> list[int]:
