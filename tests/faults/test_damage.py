@@ -26,16 +26,7 @@ import torch
 
 from localgrad.core.errors import RunError
 from localgrad.run import checkpoint as checkpoints
-from localgrad.run.checkpoint import (
-    AUXILIARIES,
-    FORMAT,
-    MANIFEST,
-    MODEL,
-    STATE,
-    Checkpoint,
-    newest_checkpoint,
-    read_checkpoint,
-)  # fmt: skip
+from localgrad.run.checkpoint import AUXILIARIES, MANIFEST, MODEL, STATE, Checkpoint, newest_checkpoint, read_checkpoint
 from localgrad.run.recipe import Recipe, Saving
 from localgrad.run.signals import Stopped
 from localgrad.run.step import Done, Stepper

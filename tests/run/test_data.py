@@ -358,21 +358,6 @@ def test_image_folder_completes_what_is_known(tmp_path):
     assert "at least 1 pixel, not 0" in failure(UserError, "image-folder", tmp_path, image_size=0)
 
 
-@pytest.mark.parametrize("name", ["digits", "image-folder"])
-def test_shards_are_the_parts_of_each_batch_and_every_test_image_once(tmp_path, name):
-    data = D.load(name, data_dir=str(write_tree(tmp_path)))
-    batches = partial(D.train_batches, data, batch_size=4, seed=1, epoch=2)
-    for whole, *halves in zip(batches(), batches(shard=(0, 2)), batches(shard=(1, 2)), strict=True):
-        for k in range(2):
-            assert torch.equal(whole[k], torch.cat([half[k] for half in halves]))
-    tests = [[y for _, y in D.test_batches(data, batch_size=4, shard=(i, 3))] for i in range(3)]
-    whole = [y for _, y in D.test_batches(data, batch_size=4)]
-    assert sum(map(len, tests)) == len(whole)
-    assert all(torch.equal(labels, tests[i % 3][i // 3]) for i, labels in enumerate(whole))
-    with pytest.raises(UserError, match="3 ranks cannot share a batch of 4 images"):
-        next(iter(batches(shard=(0, 3))))
-
-
 def test_image_folder_limit_decodes_nothing(tmp_path):
     write_tree(tmp_path)
     for file in (tmp_path / "train").rglob("*.*"):
