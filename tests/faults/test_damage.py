@@ -301,7 +301,7 @@ def forge(path: Path, **changed: Any) -> None:
     """Makes the manifest agree with the files, but for what is changed."""
     files = {name: checkpoints._fingerprint(path / name) for name in (AUXILIARIES, MODEL, STATE)}
     content = {
-        "format": FORMAT,
+        "format": checkpoints.FORMAT,
         "step": int(path.name.removeprefix("step-")),
         "environment": {},
         "files": files,
