@@ -135,3 +135,12 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 def state(module: nn.Module) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+MOMENTUM = 0.9
+ALL = (lg.MAN, lg.MANPlusPlus, lg.DeepMAN)
+
+
+def build(coupling: lg.MAN, *, blocks: int | list[str] = 4, double: bool = True, depth: int = 20) -> lg.LocalModel:
+    backbone = resnet(depth).double() if double else resnet(depth)
+    return lg.localize(backbone, blocks=blocks, method=lg.dgl("0c1f"), coupling=coupling, example=batch()[0])

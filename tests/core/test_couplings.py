@@ -8,10 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 from small import (
+    ALL,
+    MOMENTUM,
     assert_same,
     auxiliaries,
     batch,
     branches_of,
+    build,
     coupling_of,
     links_of,
     resnet,
@@ -23,14 +26,6 @@ from torch import Tensor, nn
 import localgrad as lg
 from localgrad.core.blocks import trace_units
 from localgrad.core.errors import UserError
-
-MOMENTUM = 0.9
-ALL = (lg.MAN, lg.MANPlusPlus, lg.DeepMAN)
-
-
-def build(coupling: lg.MAN, *, blocks: int | list[str] = 4, double: bool = True, depth: int = 20) -> lg.LocalModel:
-    backbone = resnet(depth).double() if double else resnet(depth)
-    return lg.localize(backbone, blocks=blocks, method=lg.dgl("0c1f"), coupling=coupling, example=batch()[0])
 
 
 def crossing(model: lg.LocalModel) -> list[Tensor]:
@@ -185,28 +180,6 @@ def test_the_average_after_n_steps_is_the_naive_one(coupling: lg.MAN) -> None:
         got = [p.detach() for p in ema.parameters()]
         torch.testing.assert_close(got, average, rtol=1e-12, atol=1e-14)
         assert not torch.allclose(got[0], start[0], rtol=1e-3)
-
-
-@pytest.mark.parametrize("make", ALL)
-def test_the_distance_is_that_of_all_averaged_parameters(make: type[lg.MAN]) -> None:
-    model = build(make())
-    assert model.ema_distances() == [0, 0, 0]  # copies start at their sources
-    with torch.no_grad():
-        for p in model.backbone.parameters():
-            p.mul_(3).add_(0.1)
-    for auxiliary, found in zip(auxiliaries(model), model.ema_distances(), strict=True):
-        averages = [branches_of(link)[1] for link in links_of(auxiliary)]
-        sources = [unit.module for unit in coupling_of(auxiliary).sources]
-        a, s = (torch.cat([p.flatten() for m in side for p in m.parameters()]) for side in (averages, sources))
-        assert found == pytest.approx(float(((a - s).norm() / s.norm()).detach()), rel=1e-5)
-
-
-def test_without_an_average_there_is_no_distance() -> None:
-    assert build(lg.MAN(ema=False)).ema_distances() == [None] * 3
-    uncoupled = lg.localize(resnet(20), blocks=2, method=lg.dgl(), example=batch()[0])
-    assert uncoupled.ema_distances() == [None]
-    pulled = build(lg.MAN(form="pull"))
-    assert pulled.ema_distances() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("make", ALL)
@@ -373,6 +346,9 @@ def test_pull_does_not_move_within_a_step() -> None:
         ({"learnable": False, "ema": False}, "is coupling none"),
         ({"form": "push"}, "form must be branches or pull, not 'push'"),
         ({"form": "pull", "ema": False}, "has one branch"),
+        ({"lag": -1}, "is not -1"),
+        ({"lag": 1, "form": "pull"}, "is not 1"),
+        ({"lag": 1, "ema": False}, "is not 1"),
         ({"learnable_units": 0}, "takes 1 unit or more, not 0"),
         ({"learnable_units": 2, "learnable": False}, "takes 1 unit or more, not 2"),
     ],

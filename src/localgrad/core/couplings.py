@@ -6,6 +6,7 @@ code is followed, not the ECCV text, where they differ (`form="pull"` is the tex
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -29,7 +30,8 @@ class MAN:
     moved by the EMA towards its source after each of its own gradient steps. buffers: whether the EMA also averages
     the source's buffers (batch-norm statistics); the published code does not. learnable_units: how many units the
     learnable branch copies, one after the other; those behind the first stand alone, as the second layer of MAN++'s
-    published code for vision transformers does.
+    published code for vision transformers does. lag: how many steps old a source is when the EMA sees it, 0 for as it
+    is now: what a pipeline does, whose later blocks are some steps behind.
     """
 
     momentum: float = 0.995
@@ -38,6 +40,7 @@ class MAN:
     form: str = "branches"
     buffers: bool = False
     learnable_units: int = 1
+    lag: int = 0
     scaled: ClassVar[bool] = False
     head: ClassVar[str | None] = None  # of a classifier whose name nobody gave; None is the method's own
 
@@ -52,6 +55,8 @@ class MAN:
             raise UserError(
                 f"the learnable branch, where there is one, takes 1 unit or more, not {self.learnable_units}"
             )
+        if self.lag < 0 or (self.lag and (self.form == "pull" or not self.ema)):
+            raise UserError(f'lag counts steps by which the EMA of form="branches" is behind, so it is not {self.lag}')
         if self.form == "pull" and not (self.learnable and self.ema and not self.scaled and self.learnable_units == 1):
             raise UserError(
                 'form="pull" has one branch, both learnable and averaged: it takes MAN or deep MAN as they are'
@@ -142,6 +147,9 @@ class Momentum(nn.Module):
         self.links = nn.ModuleList(
             Link(spec, unit, alone=0 < i < spec.learnable_units) for i, unit in enumerate(sources)
         )
+        if spec.lag:
+            followed = [unit for unit, link in zip(sources, self.links, strict=True) if link.ema is not None]
+            self.past = nn.ModuleList(_Past(unit.module, spec.lag) for unit in followed)
 
     def forward(self, h: Tensor) -> Tensor:
         for link in self.links:
@@ -160,7 +168,9 @@ class Momentum(nn.Module):
 
     def update(self) -> None:
         """Moves the averaged branches once: `averaged <- momentum * averaged + (1 - momentum) * source`."""
-        for averaged, source in self._followed():
+        for i, (averaged, source) in enumerate(self._followed()):
+            if self.spec.lag:
+                source = self.past[i](source)
             update_ema(averaged, source, self.spec.momentum, buffers=self.spec.buffers)
 
     def _followed(self) -> list[tuple[nn.Module, nn.Module]]:
@@ -168,6 +178,24 @@ class Momentum(nn.Module):
         averaged = [link.learnable if self.spec.form == "pull" else link.ema for link in self.links]
         pairs = zip(averaged, self.sources, strict=True)
         return [(module, source.module) for module, source in pairs if isinstance(module, nn.Module)]
+
+
+class _Past(nn.Module):
+    """The last `lag` states of a source. forward: takes its present state, gives the one of `lag` calls ago, or the
+    first one while there is none."""
+
+    turn: Tensor
+
+    def __init__(self, source: nn.Module, lag: int) -> None:
+        super().__init__()
+        self.states = nn.ModuleList(copy.deepcopy(source).requires_grad_(False) for _ in range(lag + 1))
+        self.register_buffer("turn", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, source: nn.Module) -> nn.Module:
+        count, turn = len(self.states), int(self.turn)
+        update_ema(self.states[turn % count], source, 0.0, buffers=True)  # a momentum of 0 copies
+        self.turn += 1
+        return self.states[max(0, turn + 1 - count) % count]
 
 
 @torch.no_grad()
