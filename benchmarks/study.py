@@ -2,9 +2,9 @@
 
     python benchmarks/study.py
 
-A grid of `localgrad compare` after another, two runs at a time with a thread each. A run that is finished adds its row
-to results/accuracy_fashion_small_runs.csv at once; what has a row there is not run again, so a stopped study goes on
-where it was, on whatever machine. The means go to results/accuracy_fashion_small.csv, differences paired by seed to
+A grid of `localgrad compare` after another, two runs at a time. A run that is finished adds its row to
+results/accuracy_fashion_small_runs.csv at once; what has a row there is not run again, so a stopped study goes on where
+it was, on whatever machine. The means go to results/accuracy_fashion_small.csv, differences paired by seed to
 results/accuracy_fashion_small_pairs.csv.
 """
 

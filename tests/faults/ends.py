@@ -27,6 +27,8 @@ def differences(folder: Path, other: Path) -> list[str]:
     found += [] if a.name == b.name else [f"the last checkpoint is {a.name}"]
     found += [] if same(state(a), state(b)) else [STATE]
     found += [] if table(folder) == table(other) else ["summary.csv"]
+    mine, theirs = by_block(folder), by_block(other)  # a full disk may have cost a line
+    found += [] if all(mine[epoch] == theirs[epoch] for epoch in mine.keys() & theirs.keys()) else ["metrics.jsonl"]
     return [*found, *leftovers(folder), *faults_of_the_record(folder)]
 
 
@@ -67,6 +69,12 @@ def table(folder: Path) -> list[dict[str, str]]:
     with (folder / "summary.csv").open(newline="") as file:
         rows = [*csv.DictReader(file)]
     return [{name: row[name] for name in row if name not in ("seconds", "peak_rss_bytes")} for row in rows]
+
+
+def by_block(folder: Path) -> dict[int, Any]:
+    """What metrics.jsonl has of each block at the end of each epoch."""
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {entry["epoch"]: (entry["losses"], entry["ema_distance"]) for entry in entries if "eval_top1" in entry}
 
 
 def leftovers(folder: Path) -> list[str]:

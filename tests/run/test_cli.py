@@ -68,7 +68,17 @@ def test_the_flags_of_train_are_the_recipe_and_what_stays_out_of_it(capsys: pyte
         main(["train", "--help"])
     shown = set(re.findall(r"--((?!no-)[a-z][a-z-]*)", capsys.readouterr().out))
     fields = {f.name.replace("_", "-") for kind in (Recipe, Saving) for f in dataclasses.fields(kind)}
-    assert shown == fields | {"out", "tensorboard", "budget", "help", "recipe", "plan"}
+    assert shown == fields | {
+        "out",
+        "tensorboard",
+        "budget",
+        "nproc",
+        "restarts",
+        "rank-timeout",
+        "help",
+        "recipe",
+        "plan",
+    }
 
 
 def test_eval_agrees_with_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -185,38 +185,54 @@ def local_backward(
         images = model.method.images(x)
     first, last = (False, False) if micro_batch is None else (micro_batch[0] == 0, micro_batch[0] == micro_batch[1] - 1)
     losses, parts = [], []
-    h = x
-    for k, (block, auxiliary) in enumerate(model.isolated):
+    h, logits = x, x
+    for k in range(len(model.blocks)):
         if first:
-            auxiliary.move(pull=True)
-        with autocasting(h, autocast):
-            h = block(h)
-            outputs = auxiliary(h)
-        part = auxiliary.losses(outputs, y, images)
-        del outputs  # or they would live on through the backward pass
-        loss = auxiliary.total(part)
-        _backward(loss, scale)
-        h = h.detach()
-        losses.append(loss.detach())
-        parts.append({name: value.detach() for name, value in part.items()})
-        del part, loss  # or this block's tensors would live on into the next block
+            model.move_averages(k, pull=True)
+        h, loss, part, logits = block_backward(model, k, h, y, images=images, scale=scale, autocast=autocast)
+        losses.append(loss)
+        parts.append(part)
         if check is not None:
-            check(k, losses[k])
+            check(k, loss)
         if last:
-            auxiliary.move(pull=False)
+            model.move_averages(k)
         if after_block is not None:
             after_block(k)
+    return StepResult(losses, parts, logits)
+
+
+def block_backward(
+    model: LocalModel,
+    k: int,
+    h: Tensor,
+    y: Tensor,
+    *,
+    images: Tensor | None = None,
+    scale: float | Tensor = 1.0,
+    autocast: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, dict[str, Tensor], Any]:
+    """Block k's part of `local_backward`: its gradients, from what the block before hands on.
+
+    h: [B, *shape] without a graph. What the block hands on, its loss and its objectives' values, and on the last block
+    the network's logits (else None). All detached; the graph is freed.
+    """
+    block = model.blocks[k]
+    if k == len(model.blocks) - 1:
+        with autocasting(h, autocast):
+            logits = block(h)
+        loss = model.task.criterion(tree_map_only(Tensor, full_precision, logits), y)
+        if loss.requires_grad or k == 0:  # a frozen last block has nothing to learn
+            _backward(loss, scale)
+        return h, loss.detach(), {}, tree_map_only(Tensor, Tensor.detach, logits)
+    auxiliary = cast(Auxiliary, model.auxiliaries[k])
     with autocasting(h, autocast):
-        logits = model.blocks[-1](h)
-    loss = model.task.criterion(tree_map_only(Tensor, full_precision, logits), y)
-    if loss.requires_grad or not losses:  # a frozen last block has nothing to learn
-        _backward(loss, scale)
-    losses.append(loss.detach())
-    if check is not None:
-        check(len(model.blocks) - 1, losses[-1])
-    if after_block is not None:
-        after_block(len(model.blocks) - 1)
-    return StepResult(losses, [*parts, {}], tree_map_only(Tensor, Tensor.detach, logits))
+        h = block(h)
+        outputs = auxiliary(h)
+    part = auxiliary.losses(outputs, y, images)
+    del outputs  # or they would live on through the backward pass
+    loss = auxiliary.total(part)
+    _backward(loss, scale)
+    return h.detach(), loss.detach(), {name: value.detach() for name, value in part.items()}, None
 
 
 def param_groups(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from localgrad.core.errors import RunError, UserError
@@ -39,8 +39,7 @@ def launch(args: Sequence[str], count: int, restarts: int = 0) -> int:
     try:
         elastic_launch(config, entrypoint=sys.executable)("-m", "localgrad", *args)
     except ChildFailedError as error:
-        # A rank that was killed comes before those that lost it.
-        rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode > 0, item[1].timestamp))
+        rank, failure = min(error.failures.items(), key=lambda item: _first(item[1]))
         if failure.exitcode in CODES:
             return failure.exitcode
         how = signal.Signals(-failure.exitcode).name if failure.exitcode < 0 else f"exit code {failure.exitcode}"
@@ -50,3 +49,10 @@ def launch(args: Sequence[str], count: int, restarts: int = 0) -> int:
     except SignalException as stopped:
         raise Stopped(int(stopped.sigval), "stopped with all ranks") from None
     return 0
+
+
+def _first(failure: ProcessFailure) -> tuple[int, int]:
+    """Which end explains the others: a kill, then what a rank has said, then the ends that followed from it (the agent
+    ends the others by SIGTERM)."""
+    followed = failure.exitcode in (-signal.SIGTERM, 128 + signal.SIGTERM)
+    return (0 if failure.exitcode < 0 and not followed else 2 if followed else 1), failure.timestamp

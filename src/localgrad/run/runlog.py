@@ -52,16 +52,19 @@ def environment() -> dict[str, str]:
 
 def read_environment(folder: Path) -> dict[str, str]:
     """What a run recorded of its machine and versions."""
-    return _config(folder).get("environment", {})
+    return _section(folder, "environment")
 
 
 def read_sizes(folder: Path) -> dict[str, int]:
     """What a run recorded of its model: the backbone's `parameters`, and those of the auxiliaries, `added`."""
-    return _config(folder).get("model", {})
+    return _section(folder, "model")
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    return yaml.safe_load((folder / CONFIG).read_text())
+def _section(folder: Path, name: str) -> dict[str, Any]:
+    """Of config.yaml; empty where an older version, or somebody's hand, has left none."""
+    content = yaml.safe_load((folder / CONFIG).read_text())
+    found = content.get(name) if isinstance(content, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def commit() -> str:

@@ -1,0 +1,86 @@
+"""The study's book-keeping: each run has one row, and none that has one is trained again."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from localgrad.run.compare import Cell
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def study(monkeypatch: pytest.MonkeyPatch) -> Any:
+    spec = importlib.util.spec_from_file_location("study", ROOT / "benchmarks" / "study.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "study", module)  # where its dataclass looks for itself
+    spec.loader.exec_module(module)
+    return module
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_study_goes_on_where_its_rows_end(study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[str] = []
+
+    def run_all(cells: Sequence[Cell], out: Path, jobs: int, *, done: Callable[[Cell], None]) -> list[str]:
+        for cell in cells[:3]:
+            trained.append(cell.name)
+            done(cell)
+        return [cell.name for cell in cells[3:]]
+
+    def row_of(folder: Path, method: str, blocks: int, setting: str, seed: int) -> dict[str, Any]:
+        row = {"method": method, "blocks": blocks, "setting": setting, "seed": seed, "error": 10.0 + blocks + seed}
+        return {**row, "peak_bytes": 2**20, "seconds": 1.0, "added": 5, "machine": "one"}
+
+    monkeypatch.setattr(study, "run_all", run_all)
+    monkeypatch.setattr(study, "row_of", row_of)
+    monkeypatch.setattr(study, "PARTS", {
+        "a": [study._compare("bp,dgl", "2", "0,1"), study._compare("dgl", "layer1.0/layer2.0", "0,1", momentum="0.5")],
+        "b": [study._compare("dgl", "2", "1")],  # a run of another part too
+    })  # fmt: skip
+    settings = study.Settings(results=tmp_path, out=tmp_path / "runs", parts="a,b")
+    with (
+        pytest.warns(UserWarning, match="momentum has no effect"),
+        pytest.raises(SystemExit, match="these runs failed"),
+    ):
+        study.main(settings)
+    with pytest.warns(UserWarning, match="momentum has no effect"):
+        study.main(settings)
+    names = ["bp_k1_s0", "bp_k1_s1", "dgl_k2_s0", "dgl_k2_s1"]
+    assert sorted(trained) == sorted([*names, *(f"dgl_k3_s{s}_blocks-layer1.0-layer2.0" for s in (0, 1))])
+    assert len(read(tmp_path / "accuracy_fashion_small_runs.csv")) == 6
+    means = read(tmp_path / "accuracy_fashion_small.csv")
+    assert [(r["method"], r["blocks"], r["setting"], r["n"], r["error_mean"]) for r in means] == [
+        ("bp", "1", "", "2", "11.5"),
+        ("dgl", "2", "", "2", "12.5"),
+        ("dgl", "3", "blocks=layer1.0,layer2.0", "2", "13.5"),
+    ]
+    pairs = read(tmp_path / "accuracy_fashion_small_pairs.csv")
+    assert [(p["first"], p["second"], p["difference"]) for p in pairs] == [
+        ("bp", "dgl K=2", "1.0"),
+        ("bp", "dgl K=3 blocks=layer1.0,layer2.0", "2.0"),
+    ]
+
+
+def test_every_part_is_a_grid_of_its_own_runs(study: Any) -> None:
+    names = [cell.name for part in study.PARTS.values() for compare in part for cell in study.grid(compare)]
+    assert len(names) == len(set(names))
+    assert {f"dgl+man_k16_s{s}" for s in range(5)} <= set(names)
+
+
+def test_an_unknown_part_is_named(study: Any, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no part 'mian': take main, "):
+        study.main(study.Settings(results=tmp_path, out=tmp_path, parts="mian"))
