@@ -62,11 +62,13 @@ def test_the_scores_are_those_of_all_test_images_once(undisturbed: Path, capsys:
 def test_a_killed_rank_costs_nothing_with_restarts(tmp_path: Path, undisturbed: Path) -> None:
     folder = tmp_path / "run"
     start = Start(folder, *tiny(EPOCHS, *FLAGS, "--restarts", "5"), forked=False)
-    until_step(folder, 10)
-    os.kill(pids(folder)[1], signal.SIGKILL)
+    for step, rank in ((10, 1), (25, 0)):
+        until_step(folder, step)
+        os.kill(pids(folder)[rank], signal.SIGKILL)
+        time.sleep(2)  # the others are ended too, and all begin again
     assert start.end() == 0, start.err
     assert differences(folder, undisturbed) == []
-    assert start.out.count("going on from") >= 1
+    assert start.out.count("going on from") >= 2
     assert is_gone(folder)
 
 

@@ -36,8 +36,14 @@ def joined(device: str, timeout: float) -> Iterator[Ranks]:
         if local >= torch.cuda.device_count():
             raise RunError(f"rank {rank} has no device: there are {torch.cuda.device_count()} CUDA devices here")
         torch.cuda.set_device(local)
+    limit = timedelta(seconds=timeout)
     try:
-        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(seconds=timeout))
+        store, _, _ = next(dist.rendezvous("env://", rank, count, timeout=limit))  # pyright: ignore[reportPrivateImportUsage]
+        # The agent's store outlives a restart, and in it the addresses of ranks that have died.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt {attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
+        backend = "nccl" if on_cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=limit)
     except (RuntimeError, ValueError) as error:
         raise RunError(f"rank {rank} of {count} cannot meet the others: {str(error).splitlines()[0]}") from error
     try:
@@ -53,12 +59,11 @@ def joined(device: str, timeout: float) -> Iterator[Ranks]:
 
 def _lost(rank: int, count: int, timeout: float) -> str:
     """Which ranks do not answer: those that do say so in the store, which outlives them, and look who else has."""
-    turn = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
         store = dist.distributed_c10d._get_default_store()
-        store.set(f"localgrad/here/{turn}/{rank}", "1")
+        store.set(f"localgrad/here/{rank}", "1")
         time.sleep(PATIENCE)
-        silent = [r for r in range(count) if not store.check([f"localgrad/here/{turn}/{r}"])]
+        silent = [r for r in range(count) if not store.check([f"localgrad/here/{r}"])]
     except RuntimeError:
         silent = []
     who = " and ".join(f"rank {r}" for r in silent) if silent else "another rank"
