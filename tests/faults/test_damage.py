@@ -8,6 +8,7 @@ import contextlib
 import copy
 import io
 import json
+import mmap
 import os
 import pickle
 import random
@@ -333,8 +334,8 @@ def refusal(path: Path, kind: type[Exception] = RunError) -> str:
 def test_the_trap_is_set_and_memory_is_seen(tmp_path: Path) -> None:
     copy.copy(Trap(tmp_path / "sprung"))
     assert os.listdir(tmp_path) == ["sprung"]
-    with pytest.raises(AssertionError), little_memory():
-        bytearray(2**27)
+    with pytest.raises(AssertionError), little_memory(), mmap.mmap(-1, 2**27) as fresh:  # never what was freed before
+        fresh.write(bytes(2**27))
 
 
 def forge_file(folder: Path, name: str) -> Path:
