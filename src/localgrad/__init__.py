@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from localgrad.core.methods import auglocal, bp, dgl, infopro, infopro_weights, predsim
     from localgrad.core.task import Classification
     from localgrad.scale.memory import PeakBytes, measure_peak, predict_peak
+    from localgrad.scale.pipeline import Stage, block_seconds, least_lag, shares_of
     from localgrad.scale.plan import Plan, Planner, plan
     from localgrad.scale.recompute import recompute
     from localgrad.scale.replicas import Replicas, SyncBatchNorm, sync_batch_norm
@@ -39,6 +40,7 @@ _HOME = {
     "core.methods": ("auglocal", "bp", "dgl", "infopro", "infopro_weights", "predsim"),
     "core.task": ("Classification",),
     "scale.memory": ("PeakBytes", "measure_peak", "predict_peak"),
+    "scale.pipeline": ("Stage", "block_seconds", "least_lag", "shares_of"),
     "scale.plan": ("Plan", "Planner", "plan"),
     "scale.recompute": ("recompute",),
     "scale.replicas": ("Replicas", "SyncBatchNorm", "sync_batch_norm"),
@@ -50,8 +52,9 @@ __all__ = [  # noqa: RUF022 (in the order of the rooms)
     "Auxiliary", "Method", "Site", "Term", "CifarResNet", "build", "Block", "Boundary", "Unit", "units",
     "DeepMAN", "MAN", "MANPlusPlus", "update_ema", "LocalModel", "StepResult", "local_backward", "localize",
     "param_groups", "RunError", "UserError", "auglocal", "bp", "dgl", "infopro", "infopro_weights", "predsim",
-    "Classification", "PeakBytes", "measure_peak", "predict_peak", "Plan", "Planner", "plan",
-    "recompute", "Replicas", "SyncBatchNorm", "sync_batch_norm", "Speed", "calibrate",
+    "Classification", "PeakBytes", "measure_peak", "predict_peak", "Stage", "block_seconds", "least_lag",
+    "shares_of", "Plan", "Planner", "plan", "recompute", "Replicas", "SyncBatchNorm", "sync_batch_norm",
+    "Speed", "calibrate",
 ]  # fmt: skip
 
 

@@ -46,8 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv is None:  # the process is about to end: another signal must not change how
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)
-        if not rank_here():
-            print(f"localgrad: {stopped if isinstance(stopped, Stopped) else 'stopped'}", file=sys.stderr)
+        said = str(stopped) if isinstance(stopped, Stopped) else "stopped"
+        # A rank that has nothing to add was ended with the others: whoever started them says why.
+        if "RANK" not in os.environ or not (rank_here() or said == "stopped"):
+            print(f"localgrad: {said}", file=sys.stderr)
         return stopped.exit_code if isinstance(stopped, Stopped) else 130
     finally:
         try:
@@ -70,10 +72,10 @@ def _run(args: list[str]) -> int:
     if args[0] not in COMMANDS:
         raise unknown("command", args[0], COMMANDS)
     command = _parse(args[0], args[1:])
-    if isinstance(command, Train) and command.nproc != 1 and "RANK" not in os.environ:
+    if isinstance(command, Train) and (command.nproc, command.pipeline) != (1, 1) and "RANK" not in os.environ:
         from localgrad.run.launch import launch
 
-        return launch(args, command.nproc, command.restarts)
+        return launch(args, command)
     from localgrad.run import commands
 
     return getattr(commands, f"run_{args[0]}")(command)

@@ -10,21 +10,22 @@ import localgrad as lg
 
 
 @pytest.mark.parametrize("make", ALL)
-@pytest.mark.parametrize("lag", [1, 3])
-def test_a_lagging_average_follows_the_source_of_so_many_steps_ago(make: type[lg.MAN], lag: int) -> None:
-    model = build(make(momentum=MOMENTUM, lag=lag))
+@pytest.mark.parametrize(("lag", "every"), [(1, 1), (3, 1), (0, 2), (1, 3), (5, 2)])
+def test_a_lagging_average_follows_the_source_of_so_many_steps_ago(make: type[lg.MAN], lag: int, every: int) -> None:
+    coupling = make(momentum=MOMENTUM, lag=lag, ema_every=every)
+    model = build(coupling)
     auxiliary = auxiliaries(model)[0]
     source = coupling_of(auxiliary).sources[0].module
     history = [[p.detach().clone() for p in source.parameters()]]
     naive = history[0]
-    for n in range(7):
+    for n in range(9):
         if n == 4:  # what a run that goes on has loaded
-            restored = build(make(momentum=MOMENTUM, lag=lag))
+            restored = build(coupling)
             restored.load_state_dict(model.state_dict())
             model, auxiliary = restored, auxiliaries(restored)[0]
             source = coupling_of(auxiliary).sources[0].module
         coupling_of(auxiliary).update()
-        old = history[max(0, n - lag)]
+        old = history[max(0, n - lag) // every * every]
         naive = [MOMENTUM * a + (1 - MOMENTUM) * s for a, s in zip(naive, old, strict=True)]
         averaged = branches_of(links_of(auxiliary)[0])[1]
         torch.testing.assert_close([p.detach() for p in averaged.parameters()], naive, rtol=1e-12, atol=1e-14)

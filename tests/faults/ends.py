@@ -19,14 +19,19 @@ KNOWN = re.compile(
 )
 
 
-def differences(folder: Path, other: Path) -> list[str]:
-    """In what a finished run differs from one that nothing befell."""
+def differences(folder: Path, other: Path, *, memory: bool = True) -> list[str]:
+    """In what a finished run differs from one that nothing befell. memory: also in what a step has taken."""
     a, b = (last_checkpoint(place) for place in (folder, other))
     pairs = [(folder / MODEL, other / MODEL), (a / AUXILIARIES, b / AUXILIARIES)]
     found = [x.name for x, y in pairs if x.read_bytes() != y.read_bytes()]
     found += [] if a.name == b.name else [f"the last checkpoint is {a.name}"]
-    found += [] if same(state(a), state(b)) else [STATE]
-    found += [] if table(folder) == table(other) else ["summary.csv"]
+    mine, theirs = state(a), state(b)
+    if not memory:
+        del mine["stepper"]["peak"], theirs["stepper"]["peak"]
+    for both in zip(mine.pop("random"), theirs.pop("random"), strict=False):  # of the ranks that both have
+        found += [] if same(*both) else ["random"]
+    found += [] if same(mine, theirs) else [STATE]
+    found += [] if table(folder, memory) == table(other, memory) else ["summary.csv"]
     mine, theirs = by_block(folder), by_block(other)  # a full disk may have cost a line
     found += [] if all(mine[epoch] == theirs[epoch] for epoch in mine.keys() & theirs.keys()) else ["metrics.jsonl"]
     return [*found, *leftovers(folder), *faults_of_the_record(folder)]
@@ -64,11 +69,12 @@ def same(a: Any, b: Any) -> bool:
     return bits(a) == bits(b)
 
 
-def table(folder: Path) -> list[dict[str, str]]:
-    """summary.csv without what differs from run to run."""
+def table(folder: Path, memory: bool = True) -> list[dict[str, str]]:
+    """summary.csv without what differs from run to run, and, if asked, without memory."""
     with (folder / "summary.csv").open(newline="") as file:
         rows = [*csv.DictReader(file)]
-    return [{name: row[name] for name in row if name not in ("seconds", "peak_rss_bytes")} for row in rows]
+    left_out = ("seconds", "peak_rss_bytes") if memory else ("seconds", "peak_rss_bytes", "peak_bytes")
+    return [{name: row[name] for name in row if name not in left_out} for row in rows]
 
 
 def by_block(folder: Path) -> dict[int, Any]:

@@ -48,7 +48,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks") / "run"
     start = Start(folder, *tiny(EPOCHS, *FLAGS), forked=False)
     assert start.end() == 0, start.err
-    assert read_environment(folder)["ranks"] == "2"
+    assert read_environment(folder)["replicas"] == "2"
     assert start.out.count("epoch 12/12") == 1  # one rank speaks
     return folder
 
@@ -72,7 +72,7 @@ def test_a_killed_rank_costs_nothing_with_restarts(tmp_path: Path, undisturbed: 
     assert is_gone(folder)
 
 
-def test_a_killed_rank_ends_the_others_with_a_sentence(tmp_path: Path, undisturbed: Path) -> None:
+def test_a_killed_rank_ends_the_others_with_a_sentence(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     start = Start(folder, *tiny(EPOCHS, *FLAGS), forked=False)
     until_step(folder, 10)
@@ -81,10 +81,36 @@ def test_a_killed_rank_ends_the_others_with_a_sentence(tmp_path: Path, undisturb
     assert "localgrad: rank 1 of 2 ended with SIGKILL: the same command goes on from the last save" in start.err
     assert "Traceback" not in "".join(start.err)
     assert is_gone(folder)
-    # On one process it goes on too, and so it does on two again.
-    once = Start(folder, *tiny(EPOCHS, *FLAGS), forked=False)
-    assert once.end() == 0
-    assert differences(folder, undisturbed) == []
+
+
+def test_a_pipeline_that_is_killed_and_stopped_goes_on_as_one_process(tmp_path: Path) -> None:
+    """To the bits of a run that was on one process all the time."""
+    flags = tiny(EPOCHS, "--save-every", "5", "--step-as-you-go", "--lag", "2")
+    folder, alone = tmp_path / "run", tmp_path / "alone"
+    start = Start(folder, *flags, "--pipeline", "2", "--restarts", "1", forked=False)
+    until_step(folder, 10)
+    os.kill(pids(folder)[1], signal.SIGKILL)
+    time.sleep(2)  # the other is ended too, and both begin again
+    until_step(folder, 25)
+    start.send(signal.SIGTERM)
+    assert start.end() == 143, start.err
+    assert start.out.count("pipeline: ") == 2
+    assert start.out.count("going on from") == 1
+    assert is_gone(folder)
+    for place in (folder, alone):
+        once = Start(place, *flags)
+        assert once.end() == 0, once.err
+    assert differences(folder, alone, memory=False) == []
+
+
+def test_a_later_rank_says_what_it_alone_has_met(tmp_path: Path) -> None:
+    flags = tiny(EPOCHS, "--step-as-you-go", "--coupling", "none", "--block-lr", "1,1,1,1e38", "--pipeline", "2")
+    start = Start(tmp_path / "run", *flags, forked=False)
+    assert start.end() == 3
+    said = [line for line in start.err if line.startswith("localgrad: ")]
+    assert len(said) == 1, start.err
+    assert re.match(r"localgrad: the loss in block 3 \(layer3.2\) is (nan|inf) at step \d: ", said[0])
+    assert is_gone(tmp_path / "run")
 
 
 @pytest.mark.slow  # a rank that does not hear its SIGTERM is given half a minute
@@ -121,8 +147,7 @@ def test_a_run_moves_between_one_process_and_two(tmp_path: Path) -> None:
     synced = ("--sync-batch-norm", "--lr", "0.01")
     for name, nproc in (("one", ("1", "1")), ("moves", ("1", "2"))):
         for epochs, count in zip(("2", "4"), nproc, strict=True):
-            flags = (*tiny(int(epochs), *synced), "--nproc", count)
-            start = Start(tmp_path / name, *flags, forked=False)
+            start = Start(tmp_path / name, *tiny(int(epochs), *synced), "--nproc", count, forked=count == "1")
             assert start.end() == 0, start.err
     one, moves = (summary_rows(tmp_path / name) for name in ("one", "moves"))
     assert one[:2] == [
@@ -136,7 +161,7 @@ def test_a_run_moves_between_one_process_and_two(tmp_path: Path) -> None:
     ("flags", "says"),
     [
         (("--nproc", "3"), "localgrad: 3 ranks cannot share a batch of 16 images: take a multiple of 3"),
-        (("--nproc", "0"), "localgrad: --nproc takes 1 process or more and --restarts 0 or more, not 0 and 0"),
+        (("--pipeline", "2"), "localgrad: a pipeline steps each block as it goes: add --step-as-you-go"),
     ],
 )
 def test_what_cannot_be_shared_is_refused_once(flags: tuple[str, ...], says: str, tmp_path: Path) -> None:
@@ -144,3 +169,17 @@ def test_what_cannot_be_shared_is_refused_once(flags: tuple[str, ...], says: str
     assert start.end() == 2
     assert start.err == [says]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--nproc", "0"), "--nproc takes 1 or more, not 0"),
+        (("--pipeline", "-2"), "--pipeline takes 1 or more, not -2"),
+        (("--nproc", "2", "--restarts", "-1"), "--restarts takes 0 or more, not -1"),
+        (("--nproc", "2", "--pipeline", "2"), "processes share either batches (--nproc) or blocks (--pipeline): take "),
+    ],
+)
+def test_numbers_that_start_nothing(flags: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *flags]) == 2
+    assert capsys.readouterr().err.startswith(f"localgrad: {says}")

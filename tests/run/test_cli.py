@@ -73,6 +73,7 @@ def test_the_flags_of_train_are_the_recipe_and_what_stays_out_of_it(capsys: pyte
         "tensorboard",
         "budget",
         "nproc",
+        "pipeline",
         "restarts",
         "rank-timeout",
         "help",

@@ -24,7 +24,7 @@ CHANGED = {
     "model": "resnet32", "model_args": "stem_width=8",
     "data": "fashion-mnist", "data_dir": "elsewhere", "download": True, "image_size": 8,
     "limit_train": 80, "method": "predsim", "coupling": "man++", "blocks": "3", "head": "1c1f", "momentum": 0.5,
-    "branches": "ema", "form": "pull", "depth": 2, "learnable_units": 2,
+    "branches": "ema", "form": "pull", "depth": 2, "learnable_units": 2, "lag": 2, "ema_every": 3,
     "contrast": True, "epochs": 2, "batch_size": 32, "accumulate": 2,
     "optimizer": "adamw", "lr": 0.04, "block_lr": "1,1,0.5,0.5", "warmup": 0.5, "weight_decay": 0.1,
     "decay_norms": False,

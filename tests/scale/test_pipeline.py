@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import combinations, pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from spawned import on_ranks
-from torch import Tensor, nn
+from torch import Tensor
 
 import localgrad as lg
 from localgrad.core.errors import UserError
-from localgrad.scale.pipeline import Stage, least_lag
 
 LONG, SHORT = 50, 12  # steps
 LAG = 2
@@ -26,9 +29,14 @@ CASES: dict[str, tuple[int, Any, Any]] = {  # blocks, method, coupling
     "man 8": (8, partial(lg.dgl, "0c1f"), partial(lg.MAN, 0.9, lag=LAG)),
     "man++ 4": (4, partial(lg.dgl, "0c1f"), partial(lg.MANPlusPlus, 0.9, lag=LAG)),
     "man++ 4 without lag": (4, partial(lg.dgl, "0c1f"), partial(lg.MANPlusPlus, 0.9)),
+    "man 4 of two units": (4, partial(lg.dgl, "0c1f"), partial(lg.MAN, 0.9, learnable_units=2, buffers=True, lag=1)),
+    "man 4 every 3": (4, partial(lg.dgl, "0c1f"), partial(lg.MAN, 0.9, lag=LAG, ema_every=3)),
+    "man 4 every 2 without lag": (4, partial(lg.dgl, "0c1f"), partial(lg.MAN, 0.9, ema_every=2)),
     "deep-man 8": (8, lg.dgl, partial(lg.DeepMAN, 0.9, lag=3)),
+    "deep-man 8 every 2": (8, lg.dgl, partial(lg.DeepMAN, 0.9, lag=5, ema_every=2)),
 }
 SHARES = {4: (1, 3), 8: (5, 3)}
+STOPS = (1, 2, 7)  # steps after which a run moves
 
 
 def model_of(case: str) -> lg.LocalModel:
@@ -49,45 +57,60 @@ def batches(case: str) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-4)
+class Loop:
+    """Steps through a case's batches, on one process or, with `stage`, as a rank of a pipeline."""
+
+    def __init__(self, case: str, *, piped: bool = False) -> None:
+        self.case, self.model = case, model_of(case)
+        self.stage = lg.Stage(self.model, SHARES[CASES[case][0]]) if piped else None
+        blocks = self.stage.blocks if self.stage else range(len(self.model.blocks))
+        # Without momentum, as this has no checkpoint of optimizers.
+        self.optimizers = {k: torch.optim.SGD(self.model.members(k), lr=0.05, weight_decay=1e-4) for k in blocks}
+        self.losses: list[list[float]] = []
+
+    def run(self, first: int = 0, end: int | None = None) -> None:
+        for x, y in batches(self.case)[first:end]:
+            if self.stage is None:
+                out = lg.local_backward(self.model, x, y, after_block=self._after_block)
+            else:
+                out = self.stage.backward(x if self.stage.reads_images else None, y, after_block=self._after_block)
+                assert (out.logits is not None) == (out.handed is None) == (dist.get_rank() == 1)
+            self.losses.append([float(loss) for loss in out.losses])
+
+    def _after_block(self, k: int) -> None:
+        self.optimizers[k].step()
+        self.optimizers[k].zero_grad()
+
+    def state(self) -> dict[str, Tensor]:
+        """All that training changes, as one process has it."""
+        if self.stage is not None:
+            self.stage.gather()
+        return {name: t.clone() for name, t in self.model.state_dict().items()}
 
 
-def state_of(model: lg.LocalModel, k: int) -> dict[str, Tensor]:
-    """All that block k's training changes, without the past states that a pipeline does not keep."""
-    state = model.blocks[k].state_dict()
-    if k < len(model.auxiliaries):
-        own = model.auxiliaries[k].state_dict()
-        state |= {f"auxiliary.{name}": t for name, t in own.items() if ".past." not in name}
-    return {name: t.clone() for name, t in state.items()}
-
-
-def sequential(case: str) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
-    model, losses = model_of(case), []
-    optimizers = [optimizer(model.members(k)) for k in range(len(model.blocks))]
-
-    def after_block(k: int) -> None:
-        optimizers[k].step()
-        optimizers[k].zero_grad()
-
-    for x, y in batches(case):
-        losses.append(torch.stack(lg.local_backward(model, x, y, after_block=after_block).losses))
-    return [state_of(model, k) for k in range(len(model.blocks))], losses
+def refused() -> list[str]:
+    said = []
+    for shares in ((2, 1), (4, 0)):
+        with pytest.raises(UserError) as told:
+            lg.Stage(model_of("dgl 4"), shares)
+        said.append(str(told.value))
+    x = batches("dgl 4")[0][0]
+    pull = lg.localize(
+        lg.build("resnet20", classes=10), blocks=4, method=lg.dgl(), coupling=lg.MAN(form="pull"), example=x
+    )
+    with pytest.raises(UserError) as told:
+        lg.Stage(pull, (2, 2))
+    return [*said, str(told.value)]
 
 
 def piped() -> dict[str, Any]:
-    found = {}
-    for case, (blocks, _, _) in CASES.items():
-        model = model_of(case)
-        stage = Stage(model, SHARES[blocks], optimizer)
-        losses = []
-        for x, y in batches(case):
-            images = x.clamp(0, 1) if "infopro" in case else None
-            handed = stage.step(x, y, images)
-            losses.append([float(loss) for loss in handed.losses.values()])
-            assert (handed.logits is not None) == (dist.get_rank() == 1)
-        stage.finish()
-        found[case] = {"blocks": [state_of(model, k) for k in stage.blocks], "losses": torch.tensor(losses)}
+    found: dict[str, Any] = {"refused": refused()}
+    for case in CASES:
+        loop = Loop(case, piped=True)
+        loop.run()
+        found[case] = {"state": loop.state(), "losses": torch.tensor(loop.losses)}
+        assert loop.stage is not None
+        loop.stage.finish()
     return found
 
 
@@ -98,32 +121,106 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_pipeline_is_one_process_that_steps_as_it_goes(case: str, trained: list[dict[str, Any]]) -> None:
-    states, losses = sequential(case)
-    found = [state for rank in trained for state in rank[case]["blocks"]]
-    assert len(found) == len(states)
-    for mine, theirs in zip(found, states, strict=True):
-        assert mine.keys() == theirs.keys()
-        assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
-    assert torch.equal(torch.cat([rank[case]["losses"] for rank in trained], 1), torch.stack(losses))
-    if "man" in case:
-        assert any("ema" in name for name in states[0])
+    alone = Loop(case)
+    alone.run()
+    for rank in trained:
+        assert unlike(rank[case]["state"], alone.state()) == []
+    assert torch.equal(torch.cat([rank[case]["losses"] for rank in trained], 1), torch.tensor(alone.losses))
+    assert any("ema" in name for name in alone.state()) == ("man" in case)
+
+
+def unlike(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
+    assert mine.keys() == theirs.keys()
+    return [name for name in mine if not torch.equal(mine[name], theirs[name])]
+
+
+MOVED = ("man++ 4", "man++ 4 without lag", "deep-man 8 every 2")
+
+
+def there_and_back(place: Path) -> dict[str, Any]:
+    """A pipeline goes on from where one process was, and gives what one process goes on from."""
+    before = torch.load(place, weights_only=True)
+    found: dict[str, Any] = {}
+    for case in MOVED:
+        for stop in STOPS:
+            loop = Loop(case, piped=True)
+            assert loop.stage is not None
+            loop.model.load_state_dict(before[case][stop])
+            loop.stage.go_on(stop)
+            loop.run(stop, stop + 1)
+            loop.state()  # a checkpoint, after which it goes on
+            loop.run(stop + 1, stop + 3)
+            found[f"{case} {stop}"] = loop.state()
+            loop.stage.finish()
+    return found
+
+
+def test_a_run_moves_between_one_process_and_a_pipeline(tmp_path_factory: pytest.TempPathFactory) -> None:
+    before: dict[str, dict[int, dict[str, Tensor]]] = {}
+    for case in MOVED:
+        alone, before[case] = Loop(case), {}
+        for step in range(max(STOPS) + 4):
+            before[case][step] = alone.state()
+            alone.run(step, step + 1)
+    place = tmp_path_factory.mktemp("ranks")
+    torch.save(before, place / "before.pt")
+    after = on_ranks(there_and_back, place, place / "before.pt")
+    for rank in after:
+        for case in MOVED:
+            for stop in STOPS:
+                assert unlike(rank[f"{case} {stop}"], before[case][stop + 3]) == [], (case, stop)
 
 
 def test_the_lag_shows() -> None:
     """Else the cases with and without one would test the same."""
-    with_lag, without = (sequential(case)[0] for case in ("man++ 4", "man++ 4 without lag"))
-    assert any(not torch.equal(with_lag[0][name], without[0][name]) for name in without[0])
+    states = []
+    for case in ("man++ 4", "man++ 4 without lag"):
+        alone = Loop(case)
+        alone.run()
+        states.append(alone.state())
+    with_lag, without = states
+    assert any(not torch.equal(with_lag[name], without[name]) for name in without)
 
 
-def wrong_shares() -> str:
-    try:
-        Stage(model_of("dgl 4"), (2, 1), optimizer)
-    except UserError as error:
-        return str(error)
-    return ""
+def test_what_cannot_be_a_pipeline_is_refused(trained: list[dict[str, Any]]) -> None:
+    said = [
+        "shares [2, 1] do not deal 4 blocks out to 2 ranks",
+        "shares [4, 0] do not deal 4 blocks out to 2 ranks",
+        'form="pull" follows its sources at once, which lie on another rank: take branches',
+    ]
+    assert [rank["refused"] for rank in trained] == [said, said]
+    assert (lg.least_lag(1), lg.least_lag(2), lg.least_lag(4)) == (0, 2, 6)
 
 
-def test_shares_that_are_not_the_models_are_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
-    said = on_ranks(wrong_shares, tmp_path_factory.mktemp("ranks"))
-    assert said == ["shares [2, 1] do not deal 4 blocks out to 2 ranks"] * 2
-    assert (least_lag(1), least_lag(2), least_lag(4)) == (0, 2, 6)
+# Shares
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=9), st.data())
+def test_no_other_shares_are_faster(seconds: list[float], data: st.DataObject) -> None:
+    ranks = data.draw(st.integers(1, len(seconds)))
+
+    def slowest(shares: tuple[int, ...]) -> float:
+        ends = [sum(shares[:i]) for i in range(len(shares) + 1)]
+        return max(sum(seconds[a:b]) for a, b in pairwise(ends))
+
+    found = lg.shares_of(seconds, ranks)
+    cuts = combinations(range(1, len(seconds)), ranks - 1)
+    every = [tuple(b - a for a, b in pairwise((0, *cut, len(seconds)))) for cut in cuts]
+    assert found in every
+    assert slowest(found) == min(map(slowest, every))
+
+
+def test_more_ranks_than_blocks_are_refused() -> None:
+    with pytest.raises(UserError, match="2 blocks cannot be dealt out to 3 ranks"):
+        lg.shares_of([1, 1], 3)
+
+
+def test_timing_blocks_leaves_the_model_as_it_was() -> None:
+    model, (x, y) = model_of("man++ 4"), batches("man++ 4")[0]
+    before, random = {name: t.clone() for name, t in model.state_dict().items()}, torch.get_rng_state()
+    seconds = lg.block_seconds(model, x, y)
+    assert len(seconds) == 4
+    assert min(seconds) > 0
+    assert unlike(model.state_dict(), before) == []
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(p.grad is None for p in model.parameters())

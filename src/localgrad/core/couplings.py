@@ -31,7 +31,8 @@ class MAN:
     the source's buffers (batch-norm statistics); the published code does not. learnable_units: how many units the
     learnable branch copies, one after the other; those behind the first stand alone, as the second layer of MAN++'s
     published code for vision transformers does. lag: how many steps old a source is when the EMA sees it, 0 for as it
-    is now: what a pipeline does, whose later blocks are some steps behind.
+    is now; ema_every: it sees only the states after each so many steps, the last of those that are old enough. Both are
+    what a pipeline does, whose later blocks are some steps behind, and whose messages cost time.
     """
 
     momentum: float = 0.995
@@ -41,6 +42,7 @@ class MAN:
     buffers: bool = False
     learnable_units: int = 1
     lag: int = 0
+    ema_every: int = 1
     scaled: ClassVar[bool] = False
     head: ClassVar[str | None] = None  # of a classifier whose name nobody gave; None is the method's own
 
@@ -55,12 +57,19 @@ class MAN:
             raise UserError(
                 f"the learnable branch, where there is one, takes 1 unit or more, not {self.learnable_units}"
             )
-        if self.lag < 0 or (self.lag and (self.form == "pull" or not self.ema)):
-            raise UserError(f'lag counts steps by which the EMA of form="branches" is behind, so it is not {self.lag}')
+        if self.lag < 0 or self.ema_every < 1:
+            raise UserError(f"lag counts steps from 0 on, and ema_every from 1 on: not {self.lag} and {self.ema_every}")
+        if self.delayed and (self.form == "pull" or not self.ema):
+            raise UserError('only the EMA of form="branches" can be behind its source: leave lag and ema_every out')
         if self.form == "pull" and not (self.learnable and self.ema and not self.scaled and self.learnable_units == 1):
             raise UserError(
                 'form="pull" has one branch, both learnable and averaged: it takes MAN or deep MAN as they are'
             )
+
+    @property
+    def delayed(self) -> bool:
+        """Whether the EMA follows what its source was."""
+        return self.lag > 0 or self.ema_every > 1
 
     def select(self, downstream: Sequence[Unit]) -> list[Unit]:
         """The units to copy, in the order in which h passes them. downstream: every unit beyond the boundary."""
@@ -147,9 +156,9 @@ class Momentum(nn.Module):
         self.links = nn.ModuleList(
             Link(spec, unit, alone=0 < i < spec.learnable_units) for i, unit in enumerate(sources)
         )
-        if spec.lag:
+        if spec.delayed:
             followed = [unit for unit, link in zip(sources, self.links, strict=True) if link.ema is not None]
-            self.past = nn.ModuleList(_Past(unit.module, spec.lag) for unit in followed)
+            self.past = nn.ModuleList(Past(unit.module, spec.lag, spec.ema_every) for unit in followed)
 
     def forward(self, h: Tensor) -> Tensor:
         for link in self.links:
@@ -169,7 +178,7 @@ class Momentum(nn.Module):
     def update(self) -> None:
         """Moves the averaged branches once: `averaged <- momentum * averaged + (1 - momentum) * source`."""
         for i, (averaged, source) in enumerate(self._followed()):
-            if self.spec.lag:
+            if self.spec.delayed:
                 source = self.past[i](source)
             update_ema(averaged, source, self.spec.momentum, buffers=self.spec.buffers)
 
@@ -180,22 +189,37 @@ class Momentum(nn.Module):
         return [(module, source.module) for module, source in pairs if isinstance(module, nn.Module)]
 
 
-class _Past(nn.Module):
-    """The last `lag` states of a source. forward: takes its present state, gives the one of `lag` calls ago, or the
-    first one while there is none."""
+class Past(nn.Module):
+    """What a source was, after steps 0, `every`, 2 `every`, ...: as many states as a lag of `lag` steps asks for.
+
+    forward: takes the source as it is in this step, and gives the newest of those states that is at least `lag` steps
+    old, or the first while there is none. elsewhere: the source is trained by another process, and somebody else keeps
+    `states` (see `index`) as they come from there.
+    """
 
     turn: Tensor
 
-    def __init__(self, source: nn.Module, lag: int) -> None:
+    def __init__(self, source: nn.Module, lag: int, every: int = 1) -> None:
         super().__init__()
-        self.states = nn.ModuleList(copy.deepcopy(source).requires_grad_(False) for _ in range(lag + 1))
+        self.lag, self.every, self.elsewhere = lag, every, False
+        count = -(-lag // every) + 1
+        self.states = nn.ModuleList(copy.deepcopy(source).requires_grad_(False) for _ in range(count))
         self.register_buffer("turn", torch.zeros((), dtype=torch.int64))
 
     def forward(self, source: nn.Module) -> nn.Module:
-        count, turn = len(self.states), int(self.turn)
-        update_ema(self.states[turn % count], source, 0.0, buffers=True)  # a momentum of 0 copies
+        turn = int(self.turn)
+        if turn % self.every == 0 and not self.elsewhere:
+            update_ema(self.state(turn // self.every), source, 0.0, buffers=True)  # a momentum of 0 copies
         self.turn += 1
-        return self.states[max(0, turn + 1 - count) % count]
+        return self.state(self.index(turn))
+
+    def index(self, step: int) -> int:
+        """Which state the EMA follows in a step: that after so many times `every` steps."""
+        return max(0, step - self.lag) // self.every
+
+    def state(self, index: int) -> nn.Module:
+        """The place of a state; it was that of one which is no more needed."""
+        return self.states[index % len(self.states)]
 
 
 @torch.no_grad()

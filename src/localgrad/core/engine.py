@@ -22,11 +22,13 @@ from localgrad.core.task import Classification, Task
 @dataclass(frozen=True)
 class StepResult:
     """One step: `losses[k]` of each block (weighted, scalar), `parts[k]` its objectives by name (unweighted; empty
-    for the last block), and the network's logits [B, classes]. All detached."""
+    for the last block), and the network's logits [B, classes]. All detached. Of a step through some blocks only,
+    `losses` and `parts` are theirs; without the last one there are no logits, but what they hand on."""
 
     losses: list[Tensor]
     parts: list[dict[str, Tensor]]
     logits: Tensor
+    handed: Tensor | None = None
 
 
 class LocalModel(nn.Module):
@@ -75,6 +77,10 @@ class LocalModel(nn.Module):
     def statistics(self, k: int) -> list[Tensor]:
         """The buffers of block k and of its auxiliary: what a forward pass in training mode changes."""
         return [b for module in self._parts(k) for b in module.buffers()]
+
+    def needs_images(self, blocks: Sequence[int]) -> bool:
+        """Whether one of these blocks reconstructs images."""
+        return any(cast(Auxiliary, self.auxiliaries[k]).needs_images for k in blocks if k < len(self.auxiliaries))
 
     def move_averages(self, k: int, *, pull: bool = False) -> None:
         """Moves block k's averages once, before its optimizer steps; those of form="pull" once it has stepped."""
@@ -154,6 +160,7 @@ def local_backward(
     check: Callable[[int, Tensor], None] | None = None,
     after_block: Callable[[int], None] | None = None,
     micro_batch: tuple[int, int] | None = (0, 1),
+    blocks: Sequence[int] | None = None,
 ) -> StepResult:
     """K isolated backward passes: gradients of every block and auxiliary are added to `.grad`, none crosses.
 
@@ -173,20 +180,23 @@ def local_backward(
     after_block(k): is called when the coupling has moved; a step of the block's optimizer belongs there. micro_batch:
     (which, of how many) when gradients are accumulated: averages move once per optimizer step, and with `form="pull"`
     as the next step begins, when the copy has taken its gradient step. None leaves them to `model.move_averages`, for
-    a caller who may yet drop the step.
+    a caller who may yet drop the step. blocks: neighbours that shall be trained, instead of all; x is then what the
+    block before them hands on, and images have no default.
     """
+    blocks = blocks or range(len(model.blocks))
+    shape = tuple(model.blocks[blocks[0] - 1].boundary.shape) if blocks[0] else model.image
     model.task.check_targets(y)
-    if tuple(x.shape[1:]) != model.image or len(x) != len(y):
-        expected = " x ".join(map(str, ("batch", *model.image)))
+    if tuple(x.shape[1:]) != shape or len(x) != len(y):
+        expected = " x ".join(map(str, ("batch", *shape)))
         raise UserError(
             f"inputs of shape {tuple(x.shape)} for {len(y)} targets: this model was localized for {expected}"
         )
-    if images is None and any(auxiliary.needs_images for _, auxiliary in model.isolated):
+    if images is None and not blocks[0] and model.needs_images(blocks):
         images = model.method.images(x)
     first, last = (False, False) if micro_batch is None else (micro_batch[0] == 0, micro_batch[0] == micro_batch[1] - 1)
     losses, parts = [], []
     h, logits = x, x
-    for k in range(len(model.blocks)):
+    for k in blocks:
         if first:
             model.move_averages(k, pull=True)
         h, loss, part, logits = block_backward(model, k, h, y, images=images, scale=scale, autocast=autocast)
@@ -198,7 +208,7 @@ def local_backward(
             model.move_averages(k)
         if after_block is not None:
             after_block(k)
-    return StepResult(losses, parts, logits)
+    return StepResult(losses, parts, logits, h if logits is None else None)
 
 
 def block_backward(

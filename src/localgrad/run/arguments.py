@@ -30,8 +30,10 @@ class Train:
     """With --blocks auto: bytes that a step may take (8GiB, 500MiB); the fastest plan that fits is trained."""
     nproc: int = 1
     """Processes on this machine that share each batch; torchrun -m localgrad train does so on several machines."""
+    pipeline: int = 1
+    """Processes on this machine that share the blocks: each trains its own on what the one before hands on."""
     restarts: int = 0
-    """With --nproc: how often to start all processes again when one has died; they go on from the last save."""
+    """How often to start all these processes again when one has died; they go on from the last save."""
     rank_timeout: float = 600.0
     """Seconds that a process waits for the others before it ends the run."""
 

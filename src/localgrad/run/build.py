@@ -147,7 +147,8 @@ def coupling_of(recipe: Recipe) -> MAN | None:
     deep = recipe.coupling == "deep-man"
     units: dict[str, Any] = {"depth": recipe.depth} if deep else {"learnable_units": recipe.learnable_units}
     learnable, ema = recipe.branches != "ema", recipe.branches != "learnable"
-    return kind(momentum=recipe.momentum, learnable=learnable, ema=ema, form=recipe.form, **units)
+    lag = {"lag": recipe.lag, "ema_every": recipe.ema_every}
+    return kind(momentum=recipe.momentum, learnable=learnable, ema=ema, form=recipe.form, **lag, **units)
 
 
 def _fast_bf16(device: torch.device) -> tuple[bool, str]:

@@ -34,6 +34,10 @@ from localgrad.scale import plan as plans
 def run_train(args: Train) -> int:
     recipe = settle(_fitted(args))
     with joined(recipe.device, args.rank_timeout) as ranks:
+        if args.pipeline not in (1, ranks.count):
+            raise UserError(
+                f"--pipeline {args.pipeline} takes as many processes, but torchrun has started {ranks.count}"
+            )
         # The first rank looks at the folder and says what it found, before it begins to fill it.
         finished = ranks.given(ranks.first and claim(args.out, recipe, may_grow=True))
         if finished and args.saving.resume == "auto":
@@ -41,7 +45,9 @@ def run_train(args: Train) -> int:
                 row = summary_rows(args.out)[-1]
                 print(f"{args.out} holds this run, finished: top1 {row['eval_top1']:.2f}%")
             return 0
-        train(recipe, args.out, saving=args.saving, tensorboard=args.tensorboard, ranks=ranks)
+        train(
+            recipe, args.out, saving=args.saving, tensorboard=args.tensorboard, ranks=ranks, pipeline=args.pipeline > 1
+        )
         if ranks.first:
             print(f"wrote {args.out / 'model.safetensors'}")
     return 0

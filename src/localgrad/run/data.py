@@ -7,6 +7,7 @@ augmentation are pure functions of (seed, epoch, index): a resumed run needs no 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -155,13 +156,17 @@ def train_batches(
     and index determine takes its place.
     """
     _check_loading(batch_size, workers)
-    steps = steps_per_epoch(data, batch_size)
-    chunks = _chunks(permutation(len(data.train), seed, epoch)[: steps * batch_size], batch_size)[start:]
-    chunks = [_part(chunk, shard) for chunk in chunks]
+    chunks = [_part(chunk, shard) for chunk in _train_chunks(data, batch_size, seed, epoch)[start:]]
     if isinstance(data.train, Files):
         how = {"seed": seed, "epoch": epoch, "workers": workers, "on_bad": on_bad}
         return readers.decoded(data.train, data.info.size, chunks, **how)
     return _augmented(data.train, data.info, chunks, seed, epoch)
+
+
+def train_labels(data: Data, *, batch_size: int, seed: int, epoch: int, start: int = 0) -> Iterator[Tensor]:
+    """The labels int64 [B] of what `train_batches` gives, for who does not look at the images."""
+    for chunk in _train_chunks(data, batch_size, seed, epoch)[start:]:
+        yield data.train.labels[torch.from_numpy(chunk)]
 
 
 def test_batches(
@@ -269,6 +274,12 @@ def _check_loading(batch_size: int, workers: int = 0) -> None:
 
 def _chunks(order: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _train_chunks(data: Data, batch_size: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
+    """Which images are in each batch of an epoch."""
+    steps = steps_per_epoch(data, batch_size)
+    return _chunks(permutation(len(data.train), seed, epoch)[: steps * batch_size], batch_size)
 
 
 def _part(chunk: NDArray[np.int64], shard: tuple[int, int]) -> NDArray[np.int64]:

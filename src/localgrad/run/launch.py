@@ -1,4 +1,4 @@
-"""`localgrad train --nproc N`: torchrun's agent starts the ranks, and what becomes of them is told in a sentence."""
+"""`localgrad train --nproc N` or `--pipeline N`: torchrun's agent starts the ranks, a sentence tells how they end."""
 
 from __future__ import annotations
 
@@ -15,26 +15,33 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from localgrad.core.errors import RunError, UserError
+from localgrad.run.arguments import Train
 from localgrad.run.signals import Stopped
 
 CODES = (2, 3, 130, 143)  # of ranks that have said why they ended
 
 
-def launch(args: Sequence[str], count: int, restarts: int = 0) -> int:
-    """Runs `localgrad ARGS` as `count` ranks on this machine and returns their exit code.
+def launch(args: Sequence[str], command: Train) -> int:
+    """Runs `localgrad ARGS`, which were parsed as `command`, as several ranks on this machine and returns their exit
+    code.
 
-    args: of a rank; `--nproc` among them tells it nothing. restarts: how often all ranks are started again when one has
-    died; they go on from the last checkpoint. Raises RunError that names the rank which died, Stopped when a signal
-    ended them.
+    All ranks are started again as often as the command allows when one has died; they go on from the last checkpoint.
+    Raises RunError that names the rank which died, Stopped when a signal ended them, and UserError.
     """
-    if count < 1 or restarts < 0:
-        raise UserError(f"--nproc takes 1 process or more and --restarts 0 or more, not {count} and {restarts}")
+    for name, value, least in (
+        ("--nproc", command.nproc, 1), ("--pipeline", command.pipeline, 1), ("--restarts", command.restarts, 0)
+    ):  # fmt: skip
+        if value < least:
+            raise UserError(f"{name} takes {least} or more, not {value}")
+    if command.nproc > 1 and command.pipeline > 1:
+        raise UserError("processes share either batches (--nproc) or blocks (--pipeline): take one of the two")
+    count = max(command.nproc, command.pipeline)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its tables; the sentence comes from us
     # As many threads for all as one process would have.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // count)))
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0", max_restarts=restarts,
+        rdzv_endpoint="localhost:0", max_restarts=command.restarts,
     )  # fmt: skip
     try:
         elastic_launch(config, entrypoint=sys.executable)("-m", "localgrad", *args)

@@ -47,7 +47,7 @@ def joined(device: str, timeout: float) -> Iterator[Ranks]:
     except (RuntimeError, ValueError) as error:
         raise RunError(f"rank {rank} of {count} cannot meet the others: {str(error).splitlines()[0]}") from error
     try:
-        yield Ranks(rank, count)
+        yield Ranks(rank, count, limit)
     except RuntimeError as error:
         if isinstance(error, RunError) or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise

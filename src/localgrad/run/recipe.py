@@ -61,6 +61,10 @@ class Recipe:
     """Units that deep MAN or auglocal takes; each has a default."""
     learnable_units: int = 1
     """Units of man's and man++'s learnable branch; those behind the first stand alone."""
+    lag: int = 0
+    """Steps by which the coupling's EMA is behind what it follows: what a pipeline wants."""
+    ema_every: int = 1
+    """The coupling's EMA sees what it follows after each so many steps."""
     contrast: bool = False
     """InfoPro: supervised contrastive instead of cross-entropy."""
 
@@ -122,7 +126,7 @@ class Recipe:
             if name not in options:
                 raise unknown(kind, name, options)
         whole = (("epochs", 1), ("batch_size", 2), ("accumulate", 1), ("workers", 0), ("depth", 1), ("seed", 0),
-                 ("learnable_units", 1))  # fmt: skip
+                 ("learnable_units", 1), ("lag", 0), ("ema_every", 1))  # fmt: skip
         ranges = [(name, low, 2**63 - 1, f"at least {low}") for name, low in whole]
         ranges += [(name, 0, 1, "between 0 and 1") for name in ("momentum", "warmup", "label_smoothing")]
         ranges += [(name, SMALLEST, LARGEST, "above 0 and finite") for name in ("lr", "clip")]
@@ -207,6 +211,11 @@ class Saving:
         if self.keep_last < 2:
             raise UserError(f"keep-last must be at least 2, in case that one is damaged, not {self.keep_last}")
 
+    def steps_left(self, steps: int) -> int:
+        """At most so many more steps until it is due, so many steps after the last time."""
+        number = int(self.save_every.removesuffix("s"))
+        return sys.maxsize if self.save_every.endswith("s") else max(1, number - steps)
+
     def due(self, steps: int, seconds: float) -> bool:
         """Whether to save, so many steps and seconds after the last time."""
         number = int(self.save_every.removesuffix("s"))
@@ -218,7 +227,8 @@ PLANNED = ("method", "coupling", "head", "blocks", "recompute", "step_as_you_go"
 
 # Fields that belong to a method or coupling; the others are conditions, under which methods can be compared.
 OF_METHODS = frozenset({
-    "method", "coupling", "blocks", "head", "momentum", "branches", "form", "depth", "learnable_units", "contrast",
+    "method", "coupling", "blocks", "head", "momentum", "branches", "form", "depth", "learnable_units", "lag",
+    "ema_every", "contrast",
 })  # fmt: skip
 
 # Fields that say where things lie, how fast, or what shall not end the run, but not what comes out.
@@ -254,6 +264,8 @@ def idle(recipe: Recipe) -> dict[str, tuple[Any, str]]:
         ("depth", not deep and recipe.method != "auglocal", None, "only deep-man and auglocal count units"),
         ("learnable_units", uncoupled or deep or recipe.branches == "ema", 1, "only man and man++ have such a branch"),
         ("decay_norms", recipe.weight_decay == 0, True, "there is no weight decay"),
+        ("lag", uncoupled or recipe.branches == "learnable", 0, "there is no EMA"),
+        ("ema_every", uncoupled or recipe.branches == "learnable", 1, "there is no EMA"),
         ("contrast", recipe.method != "infopro", False, "only infopro has a contrastive objective"),
         ("workers", recipe.data != "image-folder", 0, "this data set lies in memory"),
         ("on_bad_image", recipe.data != "image-folder", "error", "this data set is checked as it is read"),

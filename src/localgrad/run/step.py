@@ -6,7 +6,8 @@ import contextlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,10 @@ from localgrad.run.build import Machine, optimizer_of
 from localgrad.run.recipe import Recipe
 from localgrad.run.runlog import Done, mib
 from localgrad.scale.memory import MemoryMeter, PeakBytes, is_out_of_memory, optimizers_for, peak_rss
+from localgrad.scale.pipeline import Stage
 from localgrad.scale.replicas import Replicas
 
-Batch = tuple[Tensor, Tensor]  # normalised inputs and targets, on the device
+Batch = tuple[Tensor | None, Tensor]  # normalised inputs, where they are read, and targets, on the device
 SKIPS = 10  # steps skipped one after another before a run is given up: no later one will be better
 
 
@@ -39,27 +41,35 @@ class Stepper:
     total: steps of the whole run. step: how many are done. skipped: how many of those changed nothing, because a loss
     or gradient was not finite. peak: memory of step `measured`, once it is done (on CUDA the most that any step took).
     replicas: other ranks that train the same model; a block's gradients are averaged over them before it steps, while
-    the next block computes.
+    the next block computes. stage: this rank's blocks, where others train the rest.
     """
 
     def __init__(
-        self, recipe: Recipe, model: LocalModel, machine: Machine, total: int, replicas: Replicas | None = None
+        self,
+        recipe: Recipe,
+        model: LocalModel,
+        machine: Machine,
+        total: int,
+        *,
+        replicas: Replicas | None = None,
+        stage: Stage | None = None,
     ) -> None:
         self.recipe, self.model, self.machine, self.total = recipe, model, machine, total
-        self.replicas = replicas
+        self.replicas, self.stage = replicas, stage
+        self._backward = partial(local_backward, model) if stage is None else stage.backward
         self.step, self.skipped, self.peak = 0, 0, PeakBytes(0)
         self.measured = min(1, total - 1)  # the second step, because the first makes the optimizer's state
         factors = recipe.block_factors
         rates = None if factors is None else [recipe.lr * f for f in factors]
         groups = param_groups(model, weight_decay=recipe.weight_decay, no_decay=not recipe.decay_norms, lr=rates)
-        self._blocks = range(len(model.blocks))
+        self._blocks = range(len(model.blocks)) if stage is None else stage.blocks
         self.optimizers = optimizers_for(groups, optimizer_of(recipe), as_you_go=recipe.step_as_you_go)
         for group in self._groups():
             group["peak_lr"] = group["lr"]
         self.scaler = torch.amp.GradScaler(enabled=machine.precision == "fp16")  # pyright: ignore[reportPrivateImportUsage]
-        self._members = [model.members(k) for k in self._blocks]
-        self._statistics = [model.statistics(k) for k in self._blocks]
-        self._before = [[torch.empty_like(b) for b in buffers] for buffers in self._statistics]
+        self._members = [model.members(k) for k in range(len(model.blocks))]
+        self._statistics = {k: model.statistics(k) for k in self._blocks}
+        self._before = {k: [torch.empty_like(b) for b in buffers] for k, buffers in self._statistics.items()}
         self._in_a_row = 0  # skipped
         self._where = ""  # what is being computed
 
@@ -69,11 +79,15 @@ class Stepper:
         return next(self._groups())["lr"]
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next step depends on beside the model, as tensors and plain values."""
+        """All that the next step depends on beside the model, as tensors and plain values. Each rank of a pipeline
+        calls it, and the first one gets the state of all."""
         counts = {"step": self.step, "skipped": self.skipped, "in_a_row": self._in_a_row}
         peak = {"total": self.peak.total, "reserved": self.peak.reserved}
-        return {**counts, "peak": peak, "optimizers": [o.state_dict() for o in self.optimizers],
-                "scaler": self.scaler.state_dict()}  # fmt: skip
+        optimizers = [o.state_dict() for o in self.optimizers]
+        if self.stage is not None:
+            own = [optimizers[k] for k in self._blocks]
+            optimizers = [state for part in self.stage.ranks.collected(own) for state in part]
+        return {**counts, "peak": peak, "optimizers": optimizers, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
@@ -81,6 +95,9 @@ class Stepper:
             for parameter, kept in optimizer.state.items():
                 if any(isinstance(t, Tensor) and t.ndim and t.shape != parameter.shape for t in kept.values()):
                     raise ValueError("the optimizer's state is that of other parameters")
+        if self.stage is not None:
+            for k in set(range(len(self.optimizers))) - set(self._blocks):
+                self.optimizers[k].state.clear()
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.skipped, self._in_a_row = state["step"], state["skipped"], state["in_a_row"]
         self.peak = PeakBytes(**state["peak"])
@@ -99,14 +116,15 @@ class Stepper:
         meter = MemoryMeter() if device.type == "cpu" and self.step == self.measured else None
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        for kept, buffers in zip(self._before, self._statistics, strict=True):
-            _copy(kept, buffers)
+        for k in self._blocks:
+            _copy(self._before[k], self._statistics[k])
         try:
             with meter or contextlib.nullcontext():
                 done = self._pass(batches, meter)
             self._in_a_row = 0
         except NotFinite as error:
             self._undo(error.block if self.recipe.step_as_you_go else 0)
+            error.shared = self.stage is None  # else it is this rank that knows of it
             self._in_a_row += 1
             if not self.recipe.skip_nonfinite or self._in_a_row == SKIPS:
                 raise
@@ -143,7 +161,7 @@ class Stepper:
                 waiting.append(k)
 
         def after_block(k: int) -> None:
-            end = k + 1 == len(self._blocks)
+            end = k == self._blocks[-1]
             # With other ranks a block steps after the next one has computed: meanwhile its gradients travel.
             while len(waiting) > (self.replicas is not None and not end):
                 block = waiting.pop(0)
@@ -159,14 +177,15 @@ class Stepper:
             self._where = "the next batch"
             with meter.pause() if meter is not None else contextlib.nullcontext():
                 x, y = next(batches)
-            self._where = self._name(0)
+            self._where = self._name(self._blocks[0])
             # The averages are left to _update: they may not move in a step that is dropped.
-            out = local_backward(
-                self.model, x, y, scale=scale, autocast=self.machine.autocast,
+            out = self._backward(
+                cast(Tensor, x), y, scale=scale, autocast=self.machine.autocast,
                 check=check, after_block=after_block, micro_batch=None,
             )  # fmt: skip
             parts = out.parts
-            hits += float(self.model.task.metrics(out.logits, y)["top1"])
+            if out.handed is None:
+                hits += float(self.model.task.metrics(out.logits, y)["top1"])
             images += len(y)
         if not go:
             found = self._settled(self._blocks, totals)
@@ -195,17 +214,19 @@ class Stepper:
         for k, loss, norm in zip(losses, found, values[len(losses) :] or found, strict=True):
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 what, value = ("loss", loss) if not math.isfinite(loss) else ("gradient's norm", norm)
+                skip = "" if self.recipe.step_as_you_go else "--skip-nonfinite leaves such steps out; "
                 raise NotFinite(
-                    f"the {what} in {self._name(k)} is {value} at step {self.step + 1}: --skip-nonfinite leaves such "
-                    "steps out; a lower lr, a warm-up or a clip, into another --out, may avoid them",
+                    f"the {what} in {self._name(k)} is {value} at step {self.step + 1}: {skip}a lower lr, a warm-up or "
+                    "a clip, into another --out, may avoid them",
                     k,
                 )
         return found
 
     def _undo(self, first: int) -> None:
         """Brings the statistics of block `first` and of those after it back, and drops all gradients."""
-        for buffers, kept in zip(self._statistics[first:], self._before[first:], strict=True):
-            _copy(buffers, kept)
+        for k in self._blocks:
+            if k >= first:
+                _copy(self._statistics[k], self._before[k])
         for optimizer in self.optimizers:
             optimizer.zero_grad()
 
@@ -230,7 +251,7 @@ class Stepper:
         asked = re.search(r"tried to allocate ([\d.]+) (\w+)", str(error), re.IGNORECASE)
         size = "" if asked is None else mib(float(asked[1])) if asked[2] == "bytes" else f"{asked[1]} {asked[2]}"
         more = f", {size} more were asked for" if size else ""
-        finer = "more --blocks" if len(self._blocks) > 1 else "--method dgl with --blocks 4 or more"
+        finer = "more --blocks" if len(self.model.blocks) > 1 else "--method dgl with --blocks 4 or more"
         return (
             f"out of memory in {self._where} at step {self.step + 1}: {mib(held)} were held{more}; "
             f"{finer}, --recompute all, or a smaller --batch-size with --accumulate, needs less"

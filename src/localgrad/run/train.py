@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,32 @@ from localgrad.run import data as data_room
 from localgrad.run.build import Machine, build_model, machine_for
 from localgrad.run.files import locked
 from localgrad.run.recipe import Recipe, Saving, shown
-from localgrad.run.runlog import SUMMARY, NoLog, RunLog, environment, read_environment
+from localgrad.run.runlog import SUMMARY, Done, NoLog, RunLog, environment, read_environment
 from localgrad.run.signals import Stopped, StopRequest
-from localgrad.run.step import Stepper
+from localgrad.run.stages import Meetings, advice, stage_of
+from localgrad.run.step import Batch, Stepper
 from localgrad.scale.memory import peak_rss
 from localgrad.scale.replicas import Ranks, Replicas
 
 
 def train(
-    recipe: Recipe, folder: Path, *, saving: Saving | None = None, tensorboard: bool = False, ranks: Ranks | None = None
+    recipe: Recipe,
+    folder: Path,
+    *,
+    saving: Saving | None = None,
+    tensorboard: bool = False,
+    ranks: Ranks | None = None,
+    pipeline: bool = False,
 ) -> dict[str, float]:
     """Trains after `recipe` into `folder` and returns the last epoch's row of its summary.
 
     A run of the same recipe that was stopped there goes on, to the very bits that it would have reached without the
-    stop. Nothing is written before data and model are there. ranks: the processes that share each batch, all of which
-    call this; the first one writes. Raises UserError and RunError; Stopped when a signal ended it, after a save.
+    stop. Nothing is written before data and model are there. ranks: the processes that share each batch, or with
+    `pipeline` the blocks; all of them call this, and the first one writes. Raises UserError and RunError; Stopped when
+    a signal ended it, after a save.
     """
     ranks = ranks or Ranks()
-    run = Run(recipe, folder, saving or Saving(), ranks)
+    run = Run(recipe, folder, saving or Saving(), ranks, pipeline=pipeline)
     with StopRequest() as stop, locked(folder) if ranks.first else contextlib.nullcontext():
         said = run.resume()
         used = read_environment(folder) if run.stepper.step and ranks.first else run.environment
@@ -47,6 +56,8 @@ def train(
             log.note(headline(recipe, run.data, run.model, run.machine))
             log.note(f"recipe: {shown(recipe)}")
             log.note(repr(run.model))
+            for sentence in advice(recipe, run.stage) if run.stage else ():
+                log.note(sentence)
             for sentence in said:
                 log.note(sentence)
                 log.record({"step": run.stepper.step, "note": sentence})
@@ -62,6 +73,8 @@ def train(
                 raise
             finally:
                 run.tell_bad_images(log)
+            if run.stage is not None:
+                run.stage.finish()
             if ranks.first:
                 checkpoints.save_weights(folder / checkpoints.MODEL, run.model.backbone.state_dict())
     return run.rows[-1]
@@ -71,7 +84,9 @@ class Run:
     """What a run is made of, and where it is: `stepper.step`, the `rows` of its whole epochs, and sums over the epoch
     that it is in."""
 
-    def __init__(self, recipe: Recipe, folder: Path, saving: Saving, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: Path, saving: Saving, ranks: Ranks | None = None, *, pipeline: bool = False
+    ) -> None:
         self.recipe, self.saving, self.place = recipe, saving, folder / "checkpoints"
         self.ranks = ranks = ranks or Ranks()
         self.machine = machine_for(recipe)
@@ -84,21 +99,25 @@ class Run:
             image_size=recipe.image_size,
         )
         batch = min(recipe.batch_size, len(self.data.train))
-        if batch % ranks.count:
+        pipeline = pipeline and ranks.count > 1
+        if batch % ranks.count and not pipeline:
             raise UserError(
                 f"{ranks.count} ranks cannot share a batch of {batch} images: take a multiple of {ranks.count}"
             )
         self.model = build_model(recipe, self.data, self.machine)
-        self.replicas = Replicas(self.model) if ranks.count > 1 else None
+        self.stage = stage_of(recipe, self.model, self.machine, ranks, batch) if pipeline else None
+        self.meetings = Meetings(self.stage, saving) if self.stage else None
+        self.replicas = Replicas(self.model) if ranks.count > 1 and not pipeline else None
         if ranks.rank:  # what a network draws while it trains, such as dropout, is another on each rank
             torch.manual_seed(recipe.seed + ranks.rank)
         self.per_epoch = data_room.steps_per_epoch(self.data, recipe.batch_size) // recipe.accumulate
         if self.per_epoch == 0:
             raise UserError(f"{recipe.accumulate} batches of {recipe.batch_size} are more than the training set holds")
-        self.stepper = Stepper(recipe, self.model, self.machine, self.per_epoch * recipe.epochs, self.replicas)
+        total, own = self.per_epoch * recipe.epochs, {"replicas": self.replicas, "stage": self.stage}
+        self.stepper = Stepper(recipe, self.model, self.machine, total, **own)
         layout = str(self.machine.memory_format).removeprefix("torch.")
         used = {"device": str(self.machine.device), "precision": self.machine.precision, "memory_format": layout}
-        self.environment = {**environment(), **used, "ranks": str(ranks.count)}
+        self.environment = {**environment(), **used, "replicas": str(1 if pipeline else ranks.count)}
         modules = {"parameters": self.model.backbone, "added": self.model.auxiliaries}
         self.sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
         self.rows: list[dict[str, float]] = []
@@ -132,6 +151,8 @@ class Run:
             if self.ranks.rank < max(1, len(state["random"])):
                 checkpoints.set_random_state(state["random"][self.ranks.rank])
             self._check_position()
+            if self.stage is not None:
+                self.stage.go_on(self.stepper.step)
         except (LookupError, ValueError, TypeError, ArithmeticError, AttributeError, RuntimeError) as error:
             raise RunError(f"{found.path} does not fit this run: remove it, or choose another --out") from error
         if images != len(self.data.train):
@@ -159,26 +180,31 @@ class Run:
         first, end = stepper.step - epoch * self.per_epoch, (epoch + 1) * self.per_epoch
         on_bad = self._on_bad if recipe.on_bad_image == "skip" else None
         self.model.train()
-        batches = data_room.train_batches(
-            self.data, batch_size=recipe.batch_size, seed=recipe.seed, epoch=epoch, start=first * recipe.accumulate,
-            shard=(self.ranks.rank, self.ranks.count), workers=recipe.workers, on_bad=on_bad,
-        )  # fmt: skip
-        with contextlib.closing(batches):
-            stream = (to_device(batch, self.data.info, self.machine) for batch in batches)
+        with self._batches(epoch, first * recipe.accumulate, on_bad) as stream:
+            dones: list[Done] = []
             while stepper.step < end:
-                done = stepper(stream)
+                dones.append(stepper(stream))
                 if stepper.peak.timeline and stepper.step == stepper.measured + 1:
                     log.timeline(stepper.peak)
-                if not done.skipped:
-                    self.losses = [total + loss for total, loss in zip(self.losses, done.losses, strict=True)]
-                    self.taken += 1
+                if self.meetings is not None:
+                    if not self.meetings.due(stepper.step) and stepper.step < end:
+                        continue
+                    dones = self.meetings.told(dones, stepper, self._tried[0])
+                for done in dones:
+                    if not done.skipped:
+                        self.losses = [total + loss for total, loss in zip(self.losses, done.losses, strict=True)]
+                        self.taken += 1
+                done = replace(dones[-1], images=sum(done.images for done in dones))
                 log.step(stepper.step, epoch, done, stepper.peak.total)
+                dones = []
                 self.tell_bad_images(log)
                 steps, seconds = stepper.step - self._tried[0], time.monotonic() - self._tried[1]
                 if self._agree(stop, self.saving.due(steps, seconds)) and stepper.step < end:
                     self.save(log)
-        # Each rank has followed statistics of its own; the first one's are those of the run.
-        self.ranks.spread([b for k in range(len(self.model.blocks)) for b in self.model.statistics(k)])
+        if self.stage is not None:
+            self.stage.gather()
+        else:  # each rank has followed statistics of its own; the first one's are those of the run
+            self.ranks.spread([b for k in range(len(self.model.blocks)) for b in self.model.statistics(k)])
         between = stop.check if self.ranks.count == 1 else lambda: None
         scores = evaluate(self.model, self.data, recipe, self.machine, on_bad=on_bad, between=between, ranks=self.ranks)
         self.bad_images = {path: why for found in self.ranks.gathered(self.bad_images) for path, why in found.items()}
@@ -200,13 +226,29 @@ class Run:
         log.epoch(self.rows, stepper.step, {"losses": losses, "ema_distance": self.model.ema_distances()})
         self.save(log)
 
+    @contextlib.contextmanager
+    def _batches(self, epoch: int, start: int, on_bad: data_room.OnBad | None) -> Iterator[Iterator[Batch]]:
+        """An epoch's batches from number `start` on, as far as this rank reads them."""
+        recipe = self.recipe
+        which = {"batch_size": recipe.batch_size, "seed": recipe.seed, "epoch": epoch, "start": start}
+        # Where an image that cannot be read is replaced, its label is too: then all ranks read.
+        if self.stage is not None and not self.stage.reads_images and on_bad is None:
+            yield ((None, y.to(self.machine.device)) for y in data_room.train_labels(self.data, **which))
+            return
+        shard = (0, 1) if self.stage is not None else (self.ranks.rank, self.ranks.count)
+        batches = data_room.train_batches(self.data, **which, shard=shard, workers=recipe.workers, on_bad=on_bad)
+        with contextlib.closing(batches):
+            yield (to_device(batch, self.data.info, self.machine) for batch in batches)
+
     def save(self, log: RunLog) -> bool:
         """Writes a checkpoint, unless this step has one. A disk that does not take it costs that checkpoint only.
 
         Every rank calls this at the same step, and the first one writes."""
         step = self.stepper.step
         self._tried = (step, time.monotonic())
-        random = self.ranks.gathered(checkpoints.random_state())
+        if self.stage is not None:
+            self.stage.gather()
+        state = self._state()
         if not self.ranks.first:
             return True
         if self._saved is not None and self._saved.name == f"step-{step}":
@@ -214,7 +256,7 @@ class Run:
         try:
             self._saved = checkpoints.save_checkpoint(
                 self.place, step, model=self.model.backbone.state_dict(),
-                auxiliaries=self.model.auxiliaries.state_dict(), state=self._state(random),
+                auxiliaries=self.model.auxiliaries.state_dict(), state=state,
                 environment=self.environment,
             )  # fmt: skip
         except RunError as error:
@@ -254,11 +296,12 @@ class Run:
             raise Stopped(int(number))
         return bool(some)
 
-    def _state(self, random: list[dict[str, Any]]) -> dict[str, Any]:
-        """All that a run depends on beside the model, as tensors and plain values. The position in the data is the
-        step: order and augmentation are functions of seed, epoch and index. random: the generators of each rank."""
+    def _state(self) -> dict[str, Any]:
+        """All that a run depends on beside the model, as tensors and plain values; every rank calls it. The position in
+        the data is the step: order and augmentation are functions of seed, epoch and index."""
         return {
-            "stepper": self.stepper.state_dict(), "random": random, "rows": self.rows,
+            "stepper": self.stepper.state_dict(), "random": self.ranks.gathered(checkpoints.random_state()),
+            "rows": self.rows,
             "losses": self.losses, "taken": self.taken, "bad_images": self.bad_images, "spent": self._seconds(),
             "images": len(self.data.train), "epochs": self.recipe.epochs,
         }  # fmt: skip

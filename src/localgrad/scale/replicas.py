@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
@@ -24,11 +25,12 @@ BUCKET = 25 * 2**20  # bytes that travel together, as many as DistributedDataPar
 class Ranks:
     """The processes that train together. Without others everything here does nothing, at no cost.
 
-    rank, count: which this is, of how many.
+    rank, count: which this is, of how many. timeout: that they wait for each other, by default PyTorch's.
     """
 
     rank: int = 0
     count: int = 1
+    timeout: timedelta | None = None
 
     @property
     def first(self) -> bool:
@@ -51,6 +53,14 @@ class Ranks:
         dist.all_gather_object(box, value)
         return box
 
+    def collected(self, value: Any) -> list[Any]:
+        """What every rank has, in their order, for the first rank; others get an empty list."""
+        if self.count == 1:
+            return [value]
+        box = [None] * self.count if self.first else []
+        dist.gather_object(value, box if self.first else None)
+        return box
+
     def summed(self, numbers: Sequence[float], device: torch.device | str = "cpu") -> list[float]:
         """The sums over the ranks, in float64. device: one that the process group's backend can read."""
         return self._reduced(numbers, device, dist.ReduceOp.SUM)
@@ -59,13 +69,13 @@ class Ranks:
         """The largest over the ranks of each."""
         return self._reduced(numbers, device, dist.ReduceOp.MAX)
 
-    def spread(self, tensors: Sequence[Tensor]) -> None:
-        """The first rank's values into every rank's tensors, in place."""
+    def spread(self, tensors: Sequence[Tensor], rank: int = 0) -> None:
+        """One rank's values into every rank's tensors, in place."""
         if self.count > 1:
             for tensor in tensors:
                 # Collectives want contiguous memory, which weights in channels_last have in another sense.
                 whole = tensor.detach().contiguous()
-                dist.broadcast(whole, src=0)
+                dist.broadcast(whole, src=rank)
                 tensor.detach().copy_(whole)
 
     def _reduced(self, numbers: Sequence[float], device: torch.device | str, how: Any) -> list[float]:
