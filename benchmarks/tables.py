@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/experiments.md", "docs/memory.md", "docs/networks.md")
+PAGES = ("README.md", "docs/experiments.md", "docs/memory.md", "docs/networks.md", "docs/scaling.md")
 NAMES = {"bp": "BP", "dgl": "DGL", "predsim": "PredSim", "infopro": "InfoPro", "auglocal": "AugLocal"}
 
 
@@ -176,10 +176,69 @@ def training() -> str:
     return table(["network", "method", "blocks", "test error in %", "n", "peak memory"], body)
 
 
+WAYS = {"bp": "BP", "bp, twice": "BP, twice", "1f1b": "BP, 1F1B", "gpipe": "BP, GPipe"}
+
+
+def way_of(row: dict[str, str]) -> list[str]:
+    micro = row["micro_batches"] if row["way"] in ("1f1b", "gpipe") else ""
+    return [WAYS.get(row["way"], row["way"]), row["blocks"] if "local" in row["way"] else "", micro]
+
+
+def scaling() -> str:
+    """Each way's speed and memory, without delays."""
+    body = []
+    for row in rows("scaling_resnet110.csv"):
+        if row["delay_ms"] == "0":
+            split = {"local": row["cut"], "bp": f"{row['cut']}, BP's halves"}[row["split"]]
+            numbers = [row["images_per_second"], row["times_bp"], row["times_local"], peak_of(row)]
+            body.append([*way_of(row), row["processes"], split if row["processes"] == "2" else "", *numbers])
+    head = ["way", "blocks", "micro-batches", "processes", "split after", "images/s", "times BP", "times local", "peak"]
+    return table(head, body)
+
+
+def delays() -> str:
+    """What is left of a way's speed when messages are late."""
+    found: dict[tuple[str, ...], dict[str, float]] = {}
+    for row in rows("scaling_resnet110.csv"):
+        if row["processes"] == "2" and row["split"] == "local" and not row["way"].endswith("twice"):
+            found.setdefault(tuple(way_of(row)), {})[row["delay_ms"]] = float(row["images_per_second"])
+    late = [delay for delay in next(iter(found.values())) if delay != "0"]
+    body = []
+    for way, speeds in found.items():
+        lost = [f"{speeds[delay]:.2f}, {speeds[delay] / speeds['0'] - 1:+.0%}" for delay in late]
+        body.append([*way, f"{speeds['0']:.2f}", *lost])
+    return table(["way", "blocks", "micro-batches", "images/s", *(f"{delay} ms late" for delay in late)], body)
+
+
+def check() -> str:
+    """The formulas beside the measurement."""
+    body = []
+    for row in rows("scaling_check.csv"):
+        if row["split"] == "local":
+            numbers = [row["expected"], row["measured"], row["measured_over_expected"]]
+            body.append([*way_of(row), row["delay_ms"], *numbers])
+    head = ["way", "blocks", "micro-batches", "ms late", "images/s expected", "measured", "measured / expected"]
+    return table(head, body)
+
+
+def devices() -> str:
+    """Many devices, on paper."""
+    body = []
+    for row in rows("scaling_devices.csv"):
+        sizes = [f"{int(row[name]) / 2**20:.1f} MiB" for name in ("activation_bytes", "source_bytes")]
+        times = [f"{1e3 * float(row[name]):.1f} ms" for name in ("local_seconds", "bp_seconds", "message_seconds")]
+        names = ("local_efficiency", "1f1b_efficiency_1p", "bubble_1p", "1f1b_efficiency_4p", "bubble_4p")
+        shares = [f"{float(row[name]):.0%}" if row[name] else "" for name in names]
+        body.append([row["devices"], {"man": "MAN", "none": "none"}[row["coupling"]], *sizes, *times, *shares])
+    head = ["devices", "coupling", "handed on", "EMA source", "slowest group, local", "slowest group, BP", "message",
+            "local, of ideal", "1F1B, m = P", "its bubble", "1F1B, m = 4P", "its bubble"]  # fmt: skip
+    return table(head, body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy, "pairs": pairs, "settings": settings, "deeper": deeper, "frontier": frontier,
     "imagenet": imagenet, "parts": parts, "coverage": coverage, "refused": refused, "families": families,
-    "training": training,
+    "training": training, "scaling": scaling, "delays": delays, "check": check, "devices": devices,
 }  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from localgrad.run.recipe import settle
 ROOT = Path(__file__).parents[1]
 PAGES = (
     "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/experiments.md", "docs/methods.md", "docs/memory.md",
-    "docs/networks.md", "docs/reliability.md",
+    "docs/networks.md", "docs/reliability.md", "docs/scaling.md",
 )  # fmt: skip
 
 
@@ -130,6 +130,7 @@ def test_tables_are_those_of_the_results() -> None:
         ("docs/experiments.md", "| bp | dgl K=16 | +4."),
         ("docs/memory.md", "| BP | 1 | 1.00 |"),
         ("docs/networks.md", "| regnet | `regnetx_002` | 14 |"),
+        ("docs/scaling.md", "| BP, 1F1B |  | 2 | 2 |"),
     ):
         assert known in read(page)
         assert filled(read(page)) == read(page), "run make results"

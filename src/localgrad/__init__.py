@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from localgrad.core.methods import auglocal, bp, dgl, infopro, infopro_weights, predsim
     from localgrad.core.task import Classification
     from localgrad.scale.memory import PeakBytes, measure_peak, predict_peak
-    from localgrad.scale.pipeline import Stage, block_seconds, least_lag, shares_of
+    from localgrad.scale.pipeline import Stage, least_lag
     from localgrad.scale.plan import Plan, Planner, plan
     from localgrad.scale.recompute import recompute
     from localgrad.scale.replicas import Replicas, SyncBatchNorm, sync_batch_norm
+    from localgrad.scale.shares import block_seconds, shares_of
     from localgrad.scale.speed import Speed, calibrate
 
 _HOME = {
@@ -40,10 +41,11 @@ _HOME = {
     "core.methods": ("auglocal", "bp", "dgl", "infopro", "infopro_weights", "predsim"),
     "core.task": ("Classification",),
     "scale.memory": ("PeakBytes", "measure_peak", "predict_peak"),
-    "scale.pipeline": ("Stage", "block_seconds", "least_lag", "shares_of"),
+    "scale.pipeline": ("Stage", "least_lag"),
     "scale.plan": ("Plan", "Planner", "plan"),
     "scale.recompute": ("recompute",),
     "scale.replicas": ("Replicas", "SyncBatchNorm", "sync_batch_norm"),
+    "scale.shares": ("block_seconds", "shares_of"),
     "scale.speed": ("Speed", "calibrate"),
 }
 _ROOM_OF = {name: room for room, names in _HOME.items() for name in names}

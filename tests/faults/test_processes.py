@@ -60,9 +60,9 @@ def disturb_often(
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("count", [10, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [6, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_run_killed_at_any_moment_ends_as_if_it_was_not(count: int, tmp_path: Path, figure: Figure) -> None:
-    draw, flags = random.Random(3), tiny(12 if count == 10 else 40, "--save-every", "1")
+    draw, flags = random.Random(3), tiny(12 if count == 6 else 40, "--save-every", "1")
     began, start = time.monotonic(), Start(tmp_path / "undisturbed", *flags, forked=False)
     assert wait_for((tmp_path / "undisturbed" / MODEL).exists)
     took, unsaved, in_a_save = time.monotonic() - began, 0, 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -113,20 +115,35 @@ def test_a_later_rank_says_what_it_alone_has_met(tmp_path: Path) -> None:
     assert is_gone(tmp_path / "run")
 
 
-@pytest.mark.slow  # a rank that does not hear its SIGTERM is given half a minute
-def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_torchrun_itself_starts_and_restarts_the_ranks(tmp_path: Path, undisturbed: Path) -> None:
     folder = tmp_path / "run"
-    start = Start(folder, *tiny(EPOCHS, *FLAGS, "--rank-timeout", "5"), forked=False)
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1", "-m", "localgrad"]
+    command = [sys.executable, *torchrun, "train", *tiny(EPOCHS, "--save-every", "5"), "--out", str(folder)]
+    with subprocess.Popen(command, start_new_session=True) as process:
+        until_step(folder, 10)
+        os.kill(pids(folder)[1], signal.SIGKILL)
+        assert process.wait(120) == 0
+    assert differences(folder, undisturbed) == []
+    assert is_gone(folder)
+
+
+@pytest.mark.slow  # a rank that does not hear its SIGTERM is given a minute and a half
+@pytest.mark.parametrize("share", [("--nproc", "2"), ("--pipeline", "2", "--step-as-you-go", "--lag", "2")])
+def test_a_rank_that_hangs_is_named(tmp_path: Path, share: tuple[str, ...]) -> None:
+    folder = tmp_path / "run"
+    start = Start(folder, *tiny(EPOCHS, "--save-every", "5", *share, "--rank-timeout", "5"), forked=False)
     until_step(folder, 10)
     began = time.monotonic()
     os.kill(pids(folder)[1], signal.SIGSTOP)
     assert start.end() == 3
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 120
     sentence = "localgrad: rank 1 of 2 died or did not answer for 5 s: the same command goes on from the last save"
     assert sentence in start.err
     assert is_gone(folder)
 
 
+@pytest.mark.slow  # that of a pipeline, below, is not
 def test_sigterm_saves_once_and_the_same_command_goes_on(tmp_path: Path, undisturbed: Path) -> None:
     folder = tmp_path / "run"
     start = Start(folder, *tiny(EPOCHS, *FLAGS), forked=False)

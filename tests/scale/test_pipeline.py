@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
-from hypothesis import strategies as st
 from spawned import on_ranks
-from torch import Tensor
+from torch import Tensor, nn
 
 import localgrad as lg
 from localgrad.core.errors import UserError
@@ -39,7 +36,63 @@ SHARES = {4: (1, 3), 8: (5, 3)}
 STOPS = (1, 2, 7)  # steps after which a run moves
 
 
+class Follows(nn.Module):
+    """Keeps a statistic of its own, behind the cut."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(12, 12) for _ in range(4))
+        self.register_buffer("mean", torch.zeros(12))
+        self.head = nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        if self.training:
+            with torch.no_grad():
+                self.mean.mul_(0.9).add_(x.mean(0) * 0.1)
+        return self.head(x)
+
+
+class Shares(Follows):
+    """Reads one parameter everywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.ones(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.relu(layer(x)) * torch.tanh(self.table)
+        return self.head(x)
+
+
+class Tokens(nn.Module):
+    """Hands on tokens whose channels lie first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 2, 2)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return self.head(x.mean(1))
+
+
+NETWORKS = {"follows": (Follows, (12,)), "tokens": (Tokens, (3, 8, 8))}  # with the shape of an image
+
+
 def model_of(case: str) -> lg.LocalModel:
+    torch.manual_seed(0)
+    if case in NETWORKS:
+        make, shape = NETWORKS[case]
+        return lg.localize(make(), blocks=4, method=lg.dgl("0c1f"), example=torch.zeros(2, *shape))
     blocks, method, coupling = CASES[case]
     torch.manual_seed(0)
     backbone = lg.build("resnet20", classes=10).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -50,6 +103,8 @@ def model_of(case: str) -> lg.LocalModel:
 
 def batches(case: str) -> list[tuple[Tensor, Tensor]]:
     torch.manual_seed(1)
+    if case in NETWORKS:
+        return [(torch.randn(4, *NETWORKS[case][1]), torch.randint(10, (4,))) for _ in range(SHORT)]
     steps = LONG if case in ("dgl 4", "dgl 8", "man 4", "man 8") else SHORT
     return [
         (torch.randn(4, 3, 8, 8).contiguous(memory_format=torch.channels_last), torch.randint(10, (4,)))
@@ -58,11 +113,13 @@ def batches(case: str) -> list[tuple[Tensor, Tensor]]:
 
 
 class Loop:
-    """Steps through a case's batches, on one process or, with `stage`, as a rank of a pipeline."""
+    """Steps through a case's batches, on one process or, with `shares`, as a rank of a pipeline."""
 
-    def __init__(self, case: str, *, piped: bool = False) -> None:
+    def __init__(self, case: str, shares: tuple[int, ...] = ()) -> None:
         self.case, self.model = case, model_of(case)
-        self.stage = lg.Stage(self.model, SHARES[CASES[case][0]]) if piped else None
+        with torch.no_grad():  # a first state that is not that of `localize`
+            next(self.model.blocks[-1].parameters()).mul_(1.1)
+        self.stage = lg.Stage(self.model, shares) if shares else None
         blocks = self.stage.blocks if self.stage else range(len(self.model.blocks))
         # Without momentum, as this has no checkpoint of optimizers.
         self.optimizers = {k: torch.optim.SGD(self.model.members(k), lr=0.05, weight_decay=1e-4) for k in blocks}
@@ -74,7 +131,9 @@ class Loop:
                 out = lg.local_backward(self.model, x, y, after_block=self._after_block)
             else:
                 out = self.stage.backward(x if self.stage.reads_images else None, y, after_block=self._after_block)
-                assert (out.logits is not None) == (out.handed is None) == (dist.get_rank() == 1)
+                assert (
+                    (out.logits is not None) == (out.handed is None) == (dist.get_rank() == dist.get_world_size() - 1)
+                )
             self.losses.append([float(loss) for loss in out.losses])
 
     def _after_block(self, k: int) -> None:
@@ -98,15 +157,18 @@ def refused() -> list[str]:
     pull = lg.localize(
         lg.build("resnet20", classes=10), blocks=4, method=lg.dgl(), coupling=lg.MAN(form="pull"), example=x
     )
-    with pytest.raises(UserError) as told:
-        lg.Stage(pull, (2, 2))
-    return [*said, str(told.value)]
+    shared = lg.localize(Shares(), blocks=4, method=lg.dgl("0c1f"), example=torch.zeros(2, 12))
+    for model in (pull, shared):
+        with pytest.raises(UserError) as told:
+            lg.Stage(model, (2, 2))
+        said.append(str(told.value))
+    return said
 
 
 def piped() -> dict[str, Any]:
     found: dict[str, Any] = {"refused": refused()}
-    for case in CASES:
-        loop = Loop(case, piped=True)
+    for case in [*CASES, *NETWORKS]:
+        loop = Loop(case, SHARES[len(model_of(case).blocks)])
         loop.run()
         found[case] = {"state": loop.state(), "losses": torch.tensor(loop.losses)}
         assert loop.stage is not None
@@ -119,7 +181,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return on_ranks(piped, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *NETWORKS])
 def test_a_pipeline_is_one_process_that_steps_as_it_goes(case: str, trained: list[dict[str, Any]]) -> None:
     alone = Loop(case)
     alone.run()
@@ -143,7 +205,7 @@ def there_and_back(place: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for case in MOVED:
         for stop in STOPS:
-            loop = Loop(case, piped=True)
+            loop = Loop(case, SHARES[len(model_of(case).blocks)])
             assert loop.stage is not None
             loop.model.load_state_dict(before[case][stop])
             loop.stage.go_on(stop)
@@ -171,6 +233,22 @@ def test_a_run_moves_between_one_process_and_a_pipeline(tmp_path_factory: pytest
                 assert unlike(rank[f"{case} {stop}"], before[case][stop + 3]) == [], (case, stop)
 
 
+def three() -> dict[str, Tensor]:
+    loop = Loop("deep-man 8", shares=(2, 3, 3))
+    loop.run()
+    state = loop.state()
+    assert loop.stage is not None
+    loop.stage.finish()
+    return state
+
+
+def test_averages_follow_units_of_all_later_ranks(tmp_path_factory: pytest.TempPathFactory) -> None:
+    alone = Loop("deep-man 8")
+    alone.run()
+    for state in on_ranks(three, tmp_path_factory.mktemp("ranks"), count=3):
+        assert unlike(state, alone.state()) == []
+
+
 def test_the_lag_shows() -> None:
     """Else the cases with and without one would test the same."""
     states = []
@@ -187,40 +265,8 @@ def test_what_cannot_be_a_pipeline_is_refused(trained: list[dict[str, Any]]) -> 
         "shares [2, 1] do not deal 4 blocks out to 2 ranks",
         "shares [4, 0] do not deal 4 blocks out to 2 ranks",
         'form="pull" follows its sources at once, which lie on another rank: take branches',
+        "blocks 0 and 2 read the same parameters, which ranks of a pipeline cannot share: put them on one rank, with "
+        "fewer blocks or ranks",
     ]
     assert [rank["refused"] for rank in trained] == [said, said]
-    assert (lg.least_lag(1), lg.least_lag(2), lg.least_lag(4)) == (0, 2, 6)
-
-
-# Shares
-
-
-@given(st.lists(st.floats(0, 100), min_size=1, max_size=9), st.data())
-def test_no_other_shares_are_faster(seconds: list[float], data: st.DataObject) -> None:
-    ranks = data.draw(st.integers(1, len(seconds)))
-
-    def slowest(shares: tuple[int, ...]) -> float:
-        ends = [sum(shares[:i]) for i in range(len(shares) + 1)]
-        return max(sum(seconds[a:b]) for a, b in pairwise(ends))
-
-    found = lg.shares_of(seconds, ranks)
-    cuts = combinations(range(1, len(seconds)), ranks - 1)
-    every = [tuple(b - a for a, b in pairwise((0, *cut, len(seconds)))) for cut in cuts]
-    assert found in every
-    assert slowest(found) == min(map(slowest, every))
-
-
-def test_more_ranks_than_blocks_are_refused() -> None:
-    with pytest.raises(UserError, match="2 blocks cannot be dealt out to 3 ranks"):
-        lg.shares_of([1, 1], 3)
-
-
-def test_timing_blocks_leaves_the_model_as_it_was() -> None:
-    model, (x, y) = model_of("man++ 4"), batches("man++ 4")[0]
-    before, random = {name: t.clone() for name, t in model.state_dict().items()}, torch.get_rng_state()
-    seconds = lg.block_seconds(model, x, y)
-    assert len(seconds) == 4
-    assert min(seconds) > 0
-    assert unlike(model.state_dict(), before) == []
-    assert torch.equal(torch.get_rng_state(), random)
-    assert all(p.grad is None for p in model.parameters())
+    assert (lg.least_lag(), lg.least_lag(0), lg.least_lag(3)) == (2, 0, 6)

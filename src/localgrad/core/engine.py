@@ -16,6 +16,7 @@ from localgrad.core.auxiliary import Auxiliary, Method, Site, full_precision
 from localgrad.core.blocks import Block, Traced, split, trace_units
 from localgrad.core.couplings import MAN
 from localgrad.core.errors import UserError
+from localgrad.core.rebuild import Reads
 from localgrad.core.task import Classification, Task
 
 
@@ -72,11 +73,17 @@ class LocalModel(nn.Module):
 
     def members(self, k: int) -> list[nn.Parameter]:
         """The trainable parameters of block k and of its auxiliary."""
-        return [p for module in self._parts(k) for p in module.parameters() if p.requires_grad]
+        return [p for module in self.parts(k) for p in module.parameters() if p.requires_grad]
 
     def statistics(self, k: int) -> list[Tensor]:
-        """The buffers of block k and of its auxiliary: what a forward pass in training mode changes."""
-        return [b for module in self._parts(k) for b in module.buffers()]
+        """The buffers of block k and of its auxiliary, and those of the network that it reads: what a forward pass in
+        training mode may change."""
+        found = {id(b): b for module in self.parts(k) for b in module.buffers()}
+        beside = {id(b) for b in self.backbone.buffers()}
+        for read in (m() for module in self.parts(k) for m in module.modules() if isinstance(m, Reads)):
+            if id(read) in beside:
+                found[id(read)] = read
+        return list(found.values())
 
     def needs_images(self, blocks: Sequence[int]) -> bool:
         """Whether one of these blocks reconstructs images."""
@@ -91,7 +98,8 @@ class LocalModel(nn.Module):
         """How far each auxiliary's averages are from their sources, relative to those; None where there are none."""
         return [auxiliary.coupling and auxiliary.coupling.distance() for _, auxiliary in self.isolated]
 
-    def _parts(self, k: int) -> list[nn.Module]:
+    def parts(self, k: int) -> list[nn.Module]:
+        """Block k, and its auxiliary where it has one."""
         return [self.blocks[k], *self.auxiliaries[k : k + 1]]
 
     def __repr__(self) -> str:

@@ -32,12 +32,12 @@ from localgrad.scale import plan as plans
 
 
 def run_train(args: Train) -> int:
-    recipe = settle(_fitted(args))
-    with joined(recipe.device, args.rank_timeout) as ranks:
-        if args.pipeline not in (1, ranks.count):
-            raise UserError(
-                f"--pipeline {args.pipeline} takes as many processes, but torchrun has started {ranks.count}"
-            )
+    with joined(args.recipe.device, args.rank_timeout) as ranks:
+        for name, count in (("--nproc", args.nproc), ("--pipeline", args.pipeline)):
+            if count not in (1, ranks.count):
+                raise UserError(f"{name} {count} takes as many processes, but torchrun has started {ranks.count}")
+        # One plans for all: by the times that each finds, they might cut differently.
+        recipe = settle(ranks.given(_fitted(args) if ranks.first else None))
         # The first rank looks at the folder and says what it found, before it begins to fill it.
         finished = ranks.given(ranks.first and claim(args.out, recipe, may_grow=True))
         if finished and args.saving.resume == "auto":
@@ -109,7 +109,8 @@ def _fitted(args: Train) -> Recipe:
     chosen = planner.fastest(budget, as_you_go=may_step_as_it_goes(recipe))
     times = chosen.seconds / planner.bp.seconds
     print(f"fits {args.budget}: blocks {len(chosen.blocks)}, {mib(chosen.peak)} and {times:.2f} x BP's time predicted")
-    return replace(recipe, **planned_fields(recipe, chosen))
+    fields = planned_fields(recipe, chosen)
+    return replace(recipe, **fields | {"step_as_you_go": fields["step_as_you_go"] or args.pipeline > 1})
 
 
 def show_plans(rows: list[tuple[str, plans.Plan]], bp: float) -> None:

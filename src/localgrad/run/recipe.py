@@ -211,10 +211,11 @@ class Saving:
         if self.keep_last < 2:
             raise UserError(f"keep-last must be at least 2, in case that one is damaged, not {self.keep_last}")
 
-    def steps_left(self, steps: int) -> int:
-        """At most so many more steps until it is due, so many steps after the last time."""
+    def steps_left(self, steps: int, each: float) -> int:
+        """About how many more steps until it is due, so many steps after the last time, of so many seconds each."""
         number = int(self.save_every.removesuffix("s"))
-        return sys.maxsize if self.save_every.endswith("s") else max(1, number - steps)
+        every = max(1, int(number / each)) if self.save_every.endswith("s") else number
+        return every - steps % every
 
     def due(self, steps: int, seconds: float) -> bool:
         """Whether to save, so many steps and seconds after the last time."""

@@ -9,39 +9,59 @@ from dataclasses import replace
 import torch
 
 from localgrad.core.engine import LocalModel
-from localgrad.core.errors import UserError
+from localgrad.core.errors import RunError, UserError
 from localgrad.run.build import Machine
 from localgrad.run.recipe import Recipe, Saving
 from localgrad.run.runlog import Done
 from localgrad.run.step import Stepper
-from localgrad.scale.pipeline import Stage, block_seconds, least_lag, shares_of
+from localgrad.scale.memory import is_out_of_memory
+from localgrad.scale.pipeline import Stage, least_lag
 from localgrad.scale.replicas import Ranks
+from localgrad.scale.shares import block_seconds, shares_of
 
-APART, STEPS_APART = 10.0, 20  # seconds, and at least steps, between two meetings of all ranks
+APART = 10.0  # seconds between two meetings of all ranks, but at least
+STEPS_APART = 20  # steps, because ranks wait where they meet, unless these take
+TOO_LATE = 60.0  # seconds, as a rank answers signals there
+
+
+def refuse(recipe: Recipe) -> None:
+    """Raises UserError for a recipe that no pipeline can follow."""
+    for wrong, text in (
+        (recipe.method == "bp" or recipe.cut == 1, "a pipeline needs a block for each process: take another --method"
+         " than bp, and more --blocks"),
+        (not recipe.step_as_you_go, "a pipeline steps each block as it goes: add --step-as-you-go"),
+        (recipe.precision == "fp16", "a pipeline has no common gradient scaler for fp16: take bf16 or float32"),
+    ):  # fmt: skip
+        if wrong:
+            raise UserError(text)
 
 
 def stage_of(recipe: Recipe, model: LocalModel, machine: Machine, ranks: Ranks, batch: int) -> Stage:
     """This rank's blocks: as many for each as make the slowest rank fast, by the time that each block takes here.
-    Raises UserError for a recipe that no pipeline can follow."""
-    for wrong, text in (
-        (not recipe.step_as_you_go, "a pipeline steps each block as it goes: add --step-as-you-go"),
-        (machine.precision == "fp16", "a pipeline has no common gradient scaler for fp16: take bf16 or float32"),
-    ):
-        if wrong:
-            raise UserError(text)
+    Raises UserError for a recipe that no pipeline can follow, RunError if memory runs out."""
+    refuse(recipe)
     shares_of([1.0] * len(model.blocks), ranks.count)  # before seconds are spent: are there blocks for each?
     noise = torch.Generator().manual_seed(0)  # one that nothing else draws from
     x = torch.randn(batch, *model.image, generator=noise).to(machine.device, memory_format=machine.memory_format)
     y = torch.zeros(batch, dtype=torch.int64, device=machine.device)
-    seconds = ranks.summed(block_seconds(model, x, y, autocast=machine.autocast), machine.device)
+    try:
+        mine = block_seconds(model, x, y, autocast=machine.autocast)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        text = (
+            f"out of memory as rank {ranks.rank} timed the blocks: more --blocks or a smaller --batch-size needs less"
+        )
+        raise RunError(text) from error
+    seconds = ranks.summed(mine, machine.device)
     return Stage(model, shares_of(seconds, ranks.count), timeout=ranks.timeout)
 
 
 def advice(recipe: Recipe, stage: Stage) -> list[str]:
     """What a person should know of a pipeline's blocks."""
     said = [f"pipeline: {' + '.join(map(str, stage.shares))} blocks"]
-    lag = least_lag(stage.ranks.count)
-    if recipe.coupling != "none" and recipe.branches != "learnable" and recipe.lag < lag:
+    lag = least_lag(stage.hops)
+    if recipe.lag < lag:
         said.append(f"with --lag {recipe.lag} ranks wait for the EMA's sources; they need not with --lag {lag}")
     return said
 
@@ -62,7 +82,9 @@ class Meetings:
         the step of the last save."""
         now = time.monotonic()
         each = (now - self._since) / max(1, stepper.step - self._step)
-        steps = min(max(STEPS_APART, int(APART / max(each, 1e-6))), self.saving.steps_left(stepper.step - saved))
+        each = max(each, 1e-6)
+        apart = max(min(STEPS_APART, int(TOO_LATE / each)), int(APART / each), 1)
+        steps = min(apart, self.saving.steps_left(stepper.step - saved, each))
         mine = [(d.losses, [{n: float(v) for n, v in p.items()} for p in d.parts], d.top1, d.images) for d in dones]
         by_rank = self.ranks.gathered((mine, stepper.peak.total, stepper.step + steps))
         stepper.peak = replace(stepper.peak, total=max(peak for _, peak, _ in by_rank))

@@ -7,80 +7,33 @@ then has the lag of `MAN(lag=n)`, and equals it bit for bit.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cache
-from itertools import pairwise
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from localgrad.core.couplings import Momentum, Past
+from localgrad.core.couplings import Momentum, Past, update_ema
 from localgrad.core.engine import LocalModel, StepResult, local_backward
 from localgrad.core.errors import UserError
-from localgrad.scale.replicas import Ranks
+from localgrad.core.rebuild import Held
+from localgrad.scale.replicas import Ranks, SyncBatchNorm
 
 AHEAD = 2  # batches that a rank may hand on before the next rank has taken the first of them
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-REPEATS = 3  # timed passes, after a warm-up
+DIMENSIONS = 8  # that what is handed on has at most
 
 
-def least_lag(ranks: int) -> int:
-    """The least `lag` of a coupling with which no rank of so many waits for one behind it: so many steps the first can
-    be ahead of the last."""
-    return AHEAD * (ranks - 1)
-
-
-def shares_of(seconds: Sequence[float], ranks: int) -> tuple[int, ...]:
-    """How many blocks each rank trains, so that the slowest rank is as fast as can be. seconds: of each block.
-
-    >>> shares_of([3, 1, 1, 1], 2)
-    (1, 3)
-    """
-    if not 1 <= ranks <= len(seconds):
-        raise UserError(f"{len(seconds)} blocks cannot be dealt out to {ranks} ranks: take as many blocks, or more")
-
-    @cache
-    def best(first: int, left: int) -> tuple[float, tuple[int, ...]]:
-        if left == 1:
-            return sum(seconds[first:]), (len(seconds) - first,)
-        options = []
-        for share in range(1, len(seconds) - first - left + 2):
-            slowest, rest = best(first + share, left - 1)
-            options.append((max(sum(seconds[first : first + share]), slowest), (share, *rest)))
-        return min(options)
-
-    return best(0, ranks)[1]
-
-
-def block_seconds(model: LocalModel, x: Tensor, y: Tensor, *, autocast: torch.dtype | None = None) -> list[float]:
-    """How long each block takes for a batch, median of a few passes, which leave the model and PyTorch's random
-    generator as they were."""
-    devices = [x.device] if x.device.type == "cuda" else []
-    kept = [b.clone() for b in model.buffers()]
-    passes: list[list[float]] = []
-
-    def after_block(k: int) -> None:
-        for parameter in model.members(k):
-            parameter.grad = None
-        if devices:
-            torch.cuda.synchronize(x.device)
-        passes[-1].append(time.perf_counter())
-
-    with torch.random.fork_rng(devices):
-        for _ in range(1 + REPEATS):
-            passes.append([time.perf_counter()])
-            local_backward(model, x, y, autocast=autocast, after_block=after_block, micro_batch=None)
-    for buffer, old in zip(model.buffers(), kept, strict=True):
-        buffer.copy_(old)
-    spent = [[b - a for a, b in pairwise(times)] for times in passes[1:]]
-    return [statistics.median(times) for times in zip(*spent, strict=True)]
+def least_lag(hops: int = 1) -> int:
+    """The least `lag` of a coupling with which ranks do not wait for what averages follow, in a full pipeline whose
+    messages take less than half a step. hops: over how many ranks they follow it: 1 for MAN, whose source is the next
+    unit, and for deep MAN as many as its path passes."""
+    return AHEAD * hops
 
 
 class Stage:
@@ -101,11 +54,12 @@ class Stage:
         stage.finish()
 
     shares: how many blocks each rank trains, in order. timeout: that a rank waits for what another sends, by default
-    PyTorch's. Raises UserError for shares that are not the model's, and for a coupling of form="pull" across ranks.
+    PyTorch's. Raises UserError for shares that are not the model's, for a coupling of form="pull" across ranks, and for
+    parameters that blocks of two ranks read.
 
     Without a coupling, and with one of any lag, the result is that of one process that steps as it goes with the same
-    model; a lag of less than `least_lag` makes ranks wait. What a network draws while it trains, such as dropout, is
-    drawn on each rank.
+    model; a lag of less than `least_lag(stage.hops)` makes ranks wait. What a network draws while it trains, such as
+    dropout, is drawn on each rank.
     """
 
     def __init__(self, model: LocalModel, shares: Sequence[int], *, timeout: timedelta | None = None) -> None:
@@ -118,9 +72,14 @@ class Stage:
         self.blocks = range(first, first + shares[rank])
         self.reads_images = rank == 0 or model.needs_images(self.blocks)
         self.owners = [rank for rank, share in enumerate(shares) for _ in range(share)]
+        self._refuse_shared()
+        for module in model.modules():
+            if isinstance(module, SyncBatchNorm):
+                module.alone = True  # each rank has the whole batch
         self._sent: deque[tuple[Any, Tensor]] = deque()
         self._coming: tuple[Any, Tensor] | None = None
-        self._layout: tuple[list[int], torch.dtype, bool] | None = None
+        self._comes: _Layout | None = None
+        self._goes: _Layout | None = None
         self._sources = _Sources(model, self.owners, timeout)
 
     def backward(
@@ -139,15 +98,16 @@ class Stage:
         the copies of other ranks get is what it leaves.
 
         x: only ranks with `reads_images` look at it; if they reconstruct, images is what they reconstruct, by default x
-        un-normalised. micro_batch: as there; also what travels for averages travels once per optimizer step.
+        un-normalised. micro_batch: None leaves averages to `model.move_averages`. Raises UserError for batches of
+        another size than the first, and for gradients that are accumulated: each batch is a step here.
         """
+        if micro_batch not in (None, (0, 1)):
+            raise UserError("a pipeline steps after each batch: gradients are not accumulated")
         if x is not None and images is None and self.model.needs_images(self.blocks):
             images = self.model.method.images(x)
-        last = micro_batch is None or micro_batch[0] == micro_batch[1] - 1
 
         def arrive(k: int, loss: Tensor) -> None:
-            if last:
-                self._sources.arrive(k)
+            self._sources.arrive()
             if check is not None:
                 check(k, loss)
 
@@ -158,16 +118,21 @@ class Stage:
         )  # fmt: skip
         if out.handed is not None:
             self._send(out.handed)
-        if last:
-            self._sources.send()
+        self._sources.send()
         return out
+
+    @property
+    def hops(self) -> int:
+        """Over how many ranks averages follow their sources; 0 if none follows one of another rank."""
+        return max((route.owner - route.user for route in self._sources.routes.values()), default=0)
 
     def gather(self) -> None:
         """Makes the model whole on each rank, as one process would have it: weights, statistics, averages, and what
         lagging averages will follow. Every rank calls it, after as many steps; more steps may follow."""
         self._sources.settle()
         for k, owner in enumerate(self.owners):
-            self.ranks.spread(self._tensors(k), owner)
+            parameters = [p for module in self.model.parts(k) for p in module.parameters()]
+            self.ranks.spread([*parameters, *self.model.statistics(k)], owner)
 
     def go_on(self, step: int) -> None:
         """After so many steps of an earlier start, whose whole model was loaded on each rank: before the first step."""
@@ -175,7 +140,7 @@ class Stage:
 
     def finish(self) -> None:
         """Ends the pipeline: waits until all that this rank has handed on was taken. Every rank calls it, after as many
-        steps."""
+        steps; the next step may follow it."""
         self._sources.finish()
         if self._sent:
             self._hand_on(self._sent[-1][1])  # the next rank expects another batch, which is none
@@ -185,44 +150,77 @@ class Stage:
             self._coming[0].wait()
             self._coming = None
 
-    def _tensors(self, k: int) -> list[Tensor]:
-        modules = [self.model.blocks[k], *self.model.auxiliaries[k : k + 1]]
-        return [t for module in modules for t in _tensors(module)]
+    def _refuse_shared(self) -> None:
+        """Parameters that a block only reads, as it reads those of another rank, would be out of date."""
+        trained = {id(p): k for k, block in enumerate(self.model.blocks) for p in block.parameters()}
+        for k, owner in enumerate(self.owners):
+            held = (m.held[0] for part in self.model.parts(k) for m in part.modules() if isinstance(m, Held))
+            for parameter in (p for module in held for p in module.parameters()):
+                other = trained.get(id(parameter), k)
+                if self.owners[other] != owner:
+                    raise UserError(
+                        f"blocks {other} and {k} read the same parameters, which ranks of a pipeline cannot share: put "
+                        "them on one rank, with fewer blocks or ranks"
+                    )
 
     def _send(self, h: Tensor) -> None:
-        last = h.ndim == 4 and h.is_contiguous(memory_format=torch.channels_last) and not h.is_contiguous()
-        if self._layout is None:  # the next rank must know what comes
-            self._layout = list(h.shape), h.dtype, last
-            head = [h.ndim, DTYPES.index(h.dtype), int(last), *h.shape, *[0] * (8 - h.ndim)]
-            dist.send(torch.tensor(head, device=h.device), self.ranks.rank + 1)
-        elif self._layout[0] != list(h.shape):
-            raise UserError(f"a pipeline's batches are all of one size: {self._layout[0][0]}, then {len(h)}")
+        layout = _Layout.of(h)
+        if self._goes is None:  # the next rank must know what comes
+            self._goes = layout
+            dist.send(layout.head().to(h.device), self.ranks.rank + 1)
+        elif self._goes != layout:
+            raise UserError(
+                f"a pipeline's batches are all alike: {self._goes.shape} was handed on, then {layout.shape}"
+            )
         while len(self._sent) >= AHEAD:
             self._sent.popleft()[0].wait()
-        self._hand_on(h.permute(0, 2, 3, 1) if last else h.contiguous())
+        self._hand_on(h.permute(layout.order).contiguous())
 
     def _hand_on(self, packed: Tensor) -> None:
         self._sent.append((dist.isend(packed, self.ranks.rank + 1), packed))
 
     def _receive(self) -> Tensor:
-        device = next(self.model.parameters()).device
-        if self._layout is None:
-            head = torch.empty(11, dtype=torch.int64, device=device)
+        if self._comes is None:
+            head = _Layout.head_for(next(self.model.parameters()).device)
             dist.recv(head, self.ranks.rank - 1)
-            ndim, dtype, last, *shape = head.tolist()
-            self._layout = shape[:ndim], DTYPES[dtype], bool(last)
-        work, buffer = self._coming or self._expect(device)
+            self._comes = _Layout.told(head)
+        work, packed = self._coming or self._expect(self._comes)
         work.wait()
-        self._coming = self._expect(device)
-        return buffer.permute(0, 3, 1, 2) if self._layout[2] else buffer
+        self._coming = self._expect(self._comes)
+        return packed.permute(np.argsort(self._comes.order).tolist())
 
-    def _expect(self, device: torch.device) -> tuple[Any, Tensor]:
+    def _expect(self, layout: _Layout) -> tuple[Any, Tensor]:
         """The next batch travels here while this one is trained on."""
-        assert self._layout is not None
-        shape, dtype, last = self._layout
-        b, *rest = shape
-        buffer = torch.empty([b, *rest[1:], rest[0]] if last else shape, dtype=dtype, device=device)
-        return dist.irecv(buffer, self.ranks.rank - 1), buffer
+        device = next(self.model.parameters()).device
+        packed = torch.empty([layout.shape[d] for d in layout.order], dtype=layout.dtype, device=device)
+        return dist.irecv(packed, self.ranks.rank - 1), packed
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Of what is handed on. order: the dimensions as they lie in memory, which must be the same at the next rank, as
+    kernels round differently for each."""
+
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, h: Tensor) -> _Layout:
+        return cls(tuple(h.shape), tuple(sorted(range(h.ndim), key=lambda d: -h.stride(d))), h.dtype)
+
+    def head(self) -> Tensor:
+        told = [len(self.shape), DTYPES.index(self.dtype), *self.shape, *self.order]
+        return torch.tensor(told + [0] * (2 + 2 * DIMENSIONS - len(told)))
+
+    @staticmethod
+    def head_for(device: torch.device) -> Tensor:
+        return torch.empty(2 + 2 * DIMENSIONS, dtype=torch.int64, device=device)
+
+    @classmethod
+    def told(cls, head: Tensor) -> _Layout:
+        ndim, dtype, *rest = head.tolist()
+        return cls(tuple(rest[:ndim]), tuple(rest[ndim : 2 * ndim]), DTYPES[dtype])
 
 
 @dataclass
@@ -243,6 +241,11 @@ class _Route:
 
     def pack(self) -> Tensor:
         return torch.cat([t.reshape(-1).view(torch.uint8) for t in _tensors(self.module)])
+
+    def begin(self) -> None:
+        """Before the first step: what the source is now, as one process would find it then."""
+        for past in self.into:
+            update_ema(past.state(0), self.module, 0.0, buffers=True)
 
     def take(self, step: int) -> None:
         """The state that is followed in a step, and those before it."""
@@ -292,12 +295,14 @@ class _Sources:
         """Those that end here."""
         return [route for route in self.routes.values() if route.user == self.rank]
 
-    def arrive(self, k: int) -> None:
-        """Before the averages of block k move: what they follow in this step is there."""
+    def arrive(self) -> None:
+        """Before the averages of a block move: what they follow in this step is there."""
         if self._awaited > self.steps:
             return  # for an earlier block of this step
         self._awaited += 1
         for route in self.mine:
+            if not self.steps:
+                route.begin()
             if self._awaited % route.every == 0:  # this step's state, which is needed later
                 tensors = _tensors(route.module)
                 size = sum(t.nbytes for t in tensors)
@@ -330,10 +335,13 @@ class _Sources:
                 route.travelling.append((None, route.pack()))  # which the owner has sent before
 
     def finish(self) -> None:
+        """Waits for what is on its way; what has come, and is followed later, stays."""
         for route in self.routes.values():
             for work, _ in route.travelling:
                 if work is not None:
                     work.wait()
+            came = deque((None, packed) for _, packed in route.travelling)
+            route.travelling = came if route.user == self.rank else deque()
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

@@ -142,12 +142,14 @@ class SyncBatchNorm(_BatchNorm):
     that of one process with all images, up to rounding.
     """
 
+    alone = False  # where ranks share no batch
+
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim < 2:
             raise ValueError(f"expected at least 2 dimensions, got {input.ndim}")
 
     def forward(self, input: Tensor) -> Tensor:
-        alone = not dist.is_initialized() or dist.get_world_size() == 1
+        alone = self.alone or not dist.is_initialized() or dist.get_world_size() == 1
         if alone or not self.training or input.device.type == "meta":
             return super().forward(input)
         x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input

@@ -1,0 +1,259 @@
+"""Two processes against one: images a second and peak memory of BP, local learning, and pipelines.
+
+    python benchmarks/scaling.py
+
+One process with one thread (BP, and local learning that steps as it goes) against two processes with one thread each:
+local data parallel, the local pipeline, and PyTorch's pipelines of BP, GPipe and 1F1B, with ever more micro-batches.
+All in the same two processes, in turn, so that a noisy machine is as noisy for each; messages are real ones, by gloo.
+With a delay, each message arrives so much later: what slower links would cost.
+
+Writes results/scaling_resnet110.csv, one row for each way and delay: the median over the repeats of the slowest
+process, and the peak bytes of the fattest. `local` is DGL with MAN's coupling; two blocks are cut where the pipeline is
+fastest on trial, and BP's pipelines there too and, if that is elsewhere, where BP's halves take equally long
+(`split` is bp).
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import tyro
+from delays import delayed
+from torch import nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+
+import localgrad as lg
+from localgrad.run.runlog import environment
+from localgrad.scale.memory import MemoryMeter
+
+FILL = 3  # steps that are not timed, in which a pipeline fills
+SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Time each way of training."""
+
+    model: str = "resnet110"
+    batch_size: int = 32
+    repeats: int = 5
+    steps: int = 4
+    """Timed steps of a repeat."""
+    micro_batches: tuple[int, ...] = (2, 4, 8, 16)
+    delays: tuple[int, ...] = (0, 10, 100)
+    """Milliseconds by which messages are late."""
+    out: Path = Path("results/scaling_resnet110.csv")
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of training: its step, on the processes that have one, and what ends a run of steps. batches: that a step
+    of all of them trains on."""
+
+    name: str
+    processes: int
+    blocks: int
+    cut: str
+    step: Callable[[], object]
+    micro_batches: int = 1
+    batches: int = 1
+    split: str = "local"
+    close: Callable[[], None] = lambda: None
+
+
+class Bench:
+    """Builds the ways, on each of the two processes."""
+
+    def __init__(self, settings: Settings, rank: int) -> None:
+        self.settings, self.rank = settings, rank
+        torch.manual_seed(0)
+        self.x, self.y = torch.randn(settings.batch_size, 3, 32, 32), torch.randint(10, (settings.batch_size,))
+
+    def model(self, blocks: int | list[str], coupling: lg.MAN | None = None, *, bp: bool = False) -> lg.LocalModel:
+        torch.manual_seed(0)
+        backbone = lg.build(self.settings.model, classes=10)
+        method = lg.bp() if bp else lg.dgl("0c1f")
+        return lg.localize(backbone, blocks=blocks, method=method, coupling=coupling, example=self.x)
+
+    def ways(self) -> list[Way]:
+        names = lg.units(self.model(1, bp=True).backbone, self.x)
+        # A linear head on each unit takes next to no time, so these are the units' own seconds.
+        seconds = self.seconds(self.model(names[:-1]))
+        middle = lg.shares_of(seconds, 2)[0] - 1
+        trial: dict[str, float] = {}  # seconds
+        for name in names[middle - 1 : middle + 3]:
+            way = self.pipeline(self.model([name], lg.MAN(lag=lg.least_lag())), (1, 1))
+            trial[name] = min(slowest([timed(way, self.rank, self.settings.steps) for _ in range(3)]))
+        cut = min(trial, key=lambda name: trial[name])
+        found = self.alone("bp", self.model(1, bp=True))
+        for blocks in ([cut], 4):
+            found += self.alone("local", self.model(blocks, lg.MAN()))
+            found.append(self.replicas(self.model(blocks, lg.MAN())))
+            piped = self.model(blocks, lg.MAN(lag=lg.least_lag()))
+            found.append(self.pipeline(piped, lg.shares_of(self.seconds(piped), 2)))
+        splits = {cut: "local", names[middle]: "bp"} if cut != names[middle] else {cut: "local"}
+        for at, split in splits.items():
+            for name in SCHEDULES:
+                found += [self.rival(name, at, split, m) for m in self.settings.micro_batches]
+        return found
+
+    def seconds(self, model: lg.LocalModel) -> list[float]:
+        """Of each block, as the two processes find it while both compute."""
+        mine = torch.tensor(lg.block_seconds(model, self.x, self.y))
+        dist.all_reduce(mine)
+        return mine.tolist()
+
+    def alone(self, name: str, model: lg.LocalModel) -> list[Way]:
+        """One process; and both at once with a batch each, as if there were nothing to exchange: no way of sharing the
+        work can be faster here, unless each process needs less of the caches."""
+        step = partial(lg.local_backward, model, self.x, self.y, after_block=updates(model))
+        one = Way(name, 1, len(model.blocks), model.blocks[0].names[-1], step)
+        return [one, replace(one, name=f"{name}, twice", processes=2, batches=2)]
+
+    def replicas(self, model: lg.LocalModel) -> Way:
+        replicas, update = lg.Replicas(model), updates(model)
+        x, y = (t.chunk(2)[self.rank] for t in (self.x, self.y))
+        last, waiting = len(model.blocks) - 1, list[int]()
+
+        def after_block(k: int) -> None:  # its gradients travel while the next block computes
+            waiting.append(k)
+            while len(waiting) > (k < last):
+                replicas.finish(waiting[0])
+                update(waiting.pop(0))
+
+        step = partial(lg.local_backward, model, x, y, check=replicas.start, after_block=after_block)
+        return Way("local data parallel", 2, last + 1, "", step)
+
+    def pipeline(self, model: lg.LocalModel, shares: tuple[int, ...]) -> Way:
+        stage = lg.Stage(model, shares)
+        cut = model.blocks[shares[0] - 1].names[-1]
+        step = partial(stage.backward, self.x, self.y, after_block=updates(model))
+        return Way("local pipeline", 2, len(model.blocks), cut, step, close=stage.finish)
+
+    def rival(self, name: str, cut: str, split: str, micro: int) -> Way:
+        module = nn.Sequential(self.model([cut]).blocks[self.rank])
+        stage = PipelineStage(module, self.rank, 2, torch.device("cpu"))
+        schedule = SCHEDULES[name](stage, n_microbatches=micro, loss_fn=nn.CrossEntropyLoss())
+        optimizer = sgd(list(module.parameters()))
+
+        def step() -> None:
+            if self.rank == 0:
+                schedule.step(self.x)
+            else:
+                schedule.step(target=self.y, return_outputs=False)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return Way(name, 2, 1, cut, step, micro, split=split)
+
+
+def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, nesterov=True)
+
+
+def updates(model: lg.LocalModel) -> Callable[[int], None]:
+    """Steps block k."""
+    optimizers = [sgd(model.members(k)) for k in range(len(model.blocks))]
+
+    def update(k: int) -> None:
+        optimizers[k].step()
+        optimizers[k].zero_grad()
+
+    return update
+
+
+def timed(way: Way, rank: int, steps: int) -> float:
+    """Seconds a step on this process, once the pipeline is full; 0 where it has none."""
+    dist.barrier()
+    if rank >= way.processes:
+        return 0.0
+    ends = []
+    for _ in range(FILL + steps):
+        way.step()
+        ends.append(time.perf_counter())
+    way.close()
+    return statistics.mean(b - a for a, b in pairwise(ends[FILL - 1 :]))
+
+
+def peak(way: Way, rank: int) -> int:
+    """Bytes that a step takes on this process."""
+    dist.barrier()
+    if rank >= way.processes:
+        return 0
+    for _ in range(FILL):
+        way.step()
+    with MemoryMeter() as meter:
+        way.step()
+    way.close()
+    return meter.result().total
+
+
+def slowest(values: list[float]) -> list[float]:
+    """The largest over the processes of each."""
+    most = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return most.tolist()
+
+
+def work(rank: int, place: str, settings: Settings) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{place}/group", rank=rank, world_size=2)
+    ways = Bench(settings, rank).ways()
+    peaks = slowest([peak(way, rank) for way in ways])
+    table: list[dict[str, Any]] = []
+    rate: dict[str, float] = {}
+    for delay in settings.delays:
+        seconds: list[list[float]] = [[] for _ in ways]
+        chosen = [
+            i for i, way in enumerate(ways) if not delay or (way.processes > way.batches and way.split == "local")
+        ]
+        for _ in range(1 + settings.repeats):  # of which the first warms up
+            for i in chosen:
+                with delayed(delay / 1000):
+                    seconds[i] += slowest([timed(ways[i], rank, settings.steps)])
+        for i in chosen:
+            way, median = ways[i], statistics.median(seconds[i][1:])
+            speed = way.batches * settings.batch_size / median
+            rate.setdefault(f"{way.name} {way.blocks}", speed)
+            row = {
+                "way": way.name, "processes": way.processes, "blocks": way.blocks, "split": way.split, "cut": way.cut,
+                "micro_batches": way.micro_batches, "delay_ms": delay, "images_per_second": f"{speed:.2f}",
+                "times_bp": f"{speed / rate['bp 1']:.3f}",
+                "times_local": f"{speed / rate[f'local {max(way.blocks, 2)}']:.3f}" if way.name[:2] != "bp" else "",
+                "peak_bytes": int(peaks[i]), "repeats": settings.repeats, "steps": settings.steps,
+                "model": settings.model, "batch_size": settings.batch_size,
+            }  # fmt: skip
+            table.append(row)
+            if not rank:
+                print(
+                    *(f"{name}={value}" for name, value in row.items() if name not in ("model", "repeats")), flush=True
+                )
+    if not rank:
+        settings.out.parent.mkdir(parents=True, exist_ok=True)
+        with settings.out.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*table[0], *environment()], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({**row, **environment()} for row in table)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main(settings: Settings) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        mp.start_processes(work, (place, settings), nprocs=2, start_method="spawn")  # pyright: ignore[reportPrivateImportUsage]
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))
