@@ -17,6 +17,7 @@ from starts import Start, tiny, wait_for
 from localgrad.cli import main
 from localgrad.run.runlog import read_environment, scores, summary_rows
 
+pytestmark = pytest.mark.xdist_group("ranks")  # one process, or each makes what they share
 FLAGS = ("--save-every", "5", "--nproc", "2")
 EPOCHS = 12  # seconds of training: time for what befalls it
 
@@ -61,16 +62,19 @@ def test_the_scores_are_those_of_all_test_images_once(undisturbed: Path, capsys:
     assert f"360 images of digits, float32: {scores(row)}" in capsys.readouterr().out
 
 
-def test_a_killed_rank_costs_nothing_with_restarts(tmp_path: Path, undisturbed: Path) -> None:
+@pytest.mark.parametrize("kills", [[(15, 0)], pytest.param([(10, 1), (25, 0)], marks=pytest.mark.slow)])
+def test_a_killed_rank_costs_nothing_with_restarts(
+    kills: list[tuple[int, int]], tmp_path: Path, undisturbed: Path
+) -> None:
     folder = tmp_path / "run"
     start = Start(folder, *tiny(EPOCHS, *FLAGS, "--restarts", "5"), forked=False)
-    for step, rank in ((10, 1), (25, 0)):
+    for step, rank in kills:
         until_step(folder, step)
         os.kill(pids(folder)[rank], signal.SIGKILL)
         time.sleep(2)  # the others are ended too, and all begin again
     assert start.end() == 0, start.err
     assert differences(folder, undisturbed) == []
-    assert start.out.count("going on from") >= 2
+    assert start.out.count("going on from") >= len(kills)
     assert is_gone(folder)
 
 
@@ -105,6 +109,7 @@ def test_a_pipeline_that_is_killed_and_stopped_goes_on_as_one_process(tmp_path: 
     assert differences(folder, alone, memory=False) == []
 
 
+@pytest.mark.slow
 def test_a_later_rank_says_what_it_alone_has_met(tmp_path: Path) -> None:
     flags = tiny(EPOCHS, "--step-as-you-go", "--coupling", "none", "--block-lr", "1,1,1,1e38", "--pipeline", "2")
     start = Start(tmp_path / "run", *flags, forked=False)
