@@ -62,6 +62,16 @@ def test_the_first_rank_says_when_to_meet_next() -> None:
         assert meeting.due(then)
 
 
+def test_a_run_that_goes_on_knows_how_long_its_steps_take() -> None:
+    """From those of this start: of the many before them it has not seen the time."""
+    meeting, stepper = meetings()
+    meeting._since -= 2.0
+    stepper.step = 10**6
+    meeting.told([Done([1.0], [{}], 0.0, 16)], stepper, 10**6)
+    assert not meeting.due(10**6 + 19)
+    assert meeting.due(10**6 + 20)
+
+
 def test_advice_is_given_where_ranks_would_wait() -> None:
     stage = cast(lg.Stage, SimpleNamespace(shares=(3, 1), hops=1))
     alone = cast(lg.Stage, SimpleNamespace(shares=(3, 1), hops=0))  # what averages follow is on the same rank

@@ -72,7 +72,7 @@ class Meetings:
 
     def __init__(self, stage: Stage, saving: Saving) -> None:
         self.ranks, self.saving = stage.ranks, saving
-        self._next, self._since, self._step = 1, time.monotonic(), 0
+        self._next, self._since = 1, time.monotonic()
 
     def due(self, step: int) -> bool:
         return step >= self._next
@@ -81,14 +81,13 @@ class Meetings:
         """These steps of all ranks' blocks, on every rank; and the memory of the fattest rank becomes the run's. saved:
         the step of the last save."""
         now = time.monotonic()
-        each = (now - self._since) / max(1, stepper.step - self._step)
-        each = max(each, 1e-6)
+        each = max((now - self._since) / max(1, len(dones)), 1e-6)
         apart = max(min(STEPS_APART, int(TOO_LATE / each)), int(APART / each), 1)
         steps = min(apart, self.saving.steps_left(stepper.step - saved, each))
         mine = [(d.losses, [{n: float(v) for n, v in p.items()} for p in d.parts], d.top1, d.images) for d in dones]
         by_rank = self.ranks.gathered((mine, stepper.peak.total, stepper.step + steps))
         stepper.peak = replace(stepper.peak, total=max(peak for _, peak, _ in by_rank))
-        self._next, self._since, self._step = by_rank[0][2], now, stepper.step
+        self._next, self._since = by_rank[0][2], now
         merged = []
         for parts in zip(*(steps for steps, _, _ in by_rank), strict=True):
             losses, values = ([one for part in parts for one in part[i]] for i in (0, 1))
