@@ -13,7 +13,7 @@ demo: $(READY)
 	$(BIN)/localgrad report runs/demo --out runs/demo/report.html
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY_DEV)
 	$(BIN)/python -m pytest -m slow

@@ -21,6 +21,9 @@ from localgrad.run.compare import Cell, grid, run_all
 from localgrad.run.tables import SAME, paired, read_runs, row_of, show, summarize, write_csv
 
 EARLY = "layer1.0/layer1.2/layer1.4"  # small blocks where maps are large, and all else in the last block
+FIRST = "stem/layer1.0/layer1.1/layer1.2/layer1.3/layer1.4"  # of 16 blocks, the cuts of the first stage alone
+LAST = "/".join(["layer1.4"] + [f"layer2.{i}" for i in range(5)] + [f"layer3.{i}" for i in range(4)])  # the others
+DEEP = "dgl+deep-man"
 METHODS = "bp,dgl,dgl+man,dgl+man++,dgl+deep-man"
 
 
@@ -58,16 +61,20 @@ PARTS: dict[str, list[Compare]] = {
         _compare("dgl+man", "16", momentum="0,0.9,0.99,0.999"),
         _compare("dgl+man", "16", form="pull"),
     ],
-    # Towards BP: where to cut, which branches, which units.
+    # Towards BP: where to cut, which branches, which units, how fast; and where the errors of 16 blocks come from.
     "gap": [
-        _compare("dgl+deep-man", EARLY, "0,1,2", branches="learnable"),
-        _compare("dgl,dgl+man", EARLY),
-        _compare("dgl+deep-man", EARLY),
-        _compare("dgl+deep-man", EARLY, form="pull"),
-        _compare("dgl+deep-man", EARLY, branches="ema", momentum="0.9", depth="2"),
-        _compare("dgl+deep-man", "layer1.0/layer1.1/layer1.3", "0,1,2", branches="learnable"),
-        _compare("dgl+deep-man", "layer1.0/layer1.1/layer1.2", branches="learnable", depth="2"),
-        _compare("dgl+deep-man", "16", branches="learnable"),
+        _compare(DEEP, EARLY, "0,1,2", branches="learnable"),
+        _compare(DEEP, "16", "0,1,2", branches="learnable"),
+        _compare(DEEP, "layer1.2", branches="learnable"),
+        _compare(DEEP, FIRST, branches="learnable"),
+        _compare(DEEP, LAST, branches="learnable"),
+        _compare(DEEP, EARLY, branches="learnable", lr="0.05,0.2"),
+        _compare("bp", "1", lr="0.05,0.2"),
+        _compare("dgl,dgl+man,dgl+deep-man", EARLY),
+        _compare(DEEP, EARLY, form="pull"),
+        _compare(DEEP, EARLY, branches="ema", momentum="0.9", depth="2"),
+        _compare(DEEP, "layer1.0/layer1.1/layer1.3", branches="learnable"),
+        _compare(DEEP, "layer1.0/layer1.1/layer1.2", branches="learnable", depth="2"),
     ],
     "long": [_compare("bp,dgl,dgl+man,dgl+deep-man", "4", limit_train=60000, epochs=15)],
 }

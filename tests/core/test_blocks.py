@@ -78,7 +78,7 @@ def test_boundaries_say_shape_layout_and_stage() -> None:
 # Cuts
 
 
-@pytest.mark.parametrize(("depth", "count", "step"), [(32, 16, 1), (110, 55, 6)])
+@pytest.mark.parametrize(("depth", "count", "step"), [(32, 16, 3), (110, 55, 18)])
 def test_every_number_of_blocks_gives_exactly_that_many(depth: int, count: int, step: int) -> None:
     backbone, x = resnet(depth), torch.zeros(1, 3, 8, 8)
     names = lg.units(backbone, x)

@@ -17,7 +17,6 @@ from starts import Start, tiny, wait_for
 from localgrad.cli import main
 from localgrad.run.runlog import read_environment, scores, summary_rows
 
-pytestmark = pytest.mark.xdist_group("ranks")  # one process, or each makes what they share
 FLAGS = ("--save-every", "5", "--nproc", "2")
 EPOCHS = 12  # seconds of training: time for what befalls it
 
@@ -49,7 +48,7 @@ def is_gone(folder: Path) -> bool:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks") / "run"
-    start = Start(folder, *tiny(EPOCHS, *FLAGS), forked=False)
+    start = Start(folder, *tiny(EPOCHS, *FLAGS))
     assert start.end() == 0, start.err
     assert read_environment(folder)["replicas"] == "2"
     assert start.out.count("epoch 12/12") == 1  # one rank speaks
@@ -67,7 +66,7 @@ def test_a_killed_rank_costs_nothing_with_restarts(
     kills: list[tuple[int, int]], tmp_path: Path, undisturbed: Path
 ) -> None:
     folder = tmp_path / "run"
-    start = Start(folder, *tiny(EPOCHS, *FLAGS, "--restarts", "5"), forked=False)
+    start = Start(folder, *tiny(EPOCHS, *FLAGS, "--restarts", "5"))
     for step, rank in kills:
         until_step(folder, step)
         os.kill(pids(folder)[rank], signal.SIGKILL)
@@ -80,7 +79,7 @@ def test_a_killed_rank_costs_nothing_with_restarts(
 
 def test_a_killed_rank_ends_the_others_with_a_sentence(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    start = Start(folder, *tiny(EPOCHS, *FLAGS), forked=False)
+    start = Start(folder, *tiny(EPOCHS, *FLAGS))
     until_step(folder, 10)
     os.kill(pids(folder)[1], signal.SIGKILL)
     assert start.end() == 3
@@ -93,7 +92,7 @@ def test_a_pipeline_that_is_killed_and_stopped_goes_on_as_one_process(tmp_path: 
     """To the bits of a run that was on one process all the time."""
     flags = tiny(EPOCHS, "--save-every", "5", "--step-as-you-go", "--lag", "2")
     folder, alone = tmp_path / "run", tmp_path / "alone"
-    start = Start(folder, *flags, "--pipeline", "2", "--restarts", "1", forked=False)
+    start = Start(folder, *flags, "--pipeline", "2", "--restarts", "1")
     until_step(folder, 10)
     os.kill(pids(folder)[1], signal.SIGKILL)
     time.sleep(2)  # the other is ended too, and both begin again
@@ -112,7 +111,7 @@ def test_a_pipeline_that_is_killed_and_stopped_goes_on_as_one_process(tmp_path: 
 @pytest.mark.slow
 def test_a_later_rank_says_what_it_alone_has_met(tmp_path: Path) -> None:
     flags = tiny(EPOCHS, "--step-as-you-go", "--coupling", "none", "--block-lr", "1,1,1,1e38", "--pipeline", "2")
-    start = Start(tmp_path / "run", *flags, forked=False)
+    start = Start(tmp_path / "run", *flags)
     assert start.end() == 3
     said = [line for line in start.err if line.startswith("localgrad: ")]
     assert len(said) == 1, start.err
@@ -137,7 +136,7 @@ def test_torchrun_itself_starts_and_restarts_the_ranks(tmp_path: Path, undisturb
 @pytest.mark.parametrize("share", [("--nproc", "2"), ("--pipeline", "2", "--step-as-you-go", "--lag", "2")])
 def test_a_rank_that_hangs_is_named(tmp_path: Path, share: tuple[str, ...]) -> None:
     folder = tmp_path / "run"
-    start = Start(folder, *tiny(EPOCHS, "--save-every", "5", *share, "--rank-timeout", "5"), forked=False)
+    start = Start(folder, *tiny(EPOCHS, "--save-every", "5", *share, "--rank-timeout", "5"))
     until_step(folder, 10)
     began = time.monotonic()
     os.kill(pids(folder)[1], signal.SIGSTOP)
@@ -151,7 +150,7 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path, share: tuple[str, ...]) -> N
 @pytest.mark.slow  # that of a pipeline, below, is not
 def test_sigterm_saves_once_and_the_same_command_goes_on(tmp_path: Path, undisturbed: Path) -> None:
     folder = tmp_path / "run"
-    start = Start(folder, *tiny(EPOCHS, *FLAGS), forked=False)
+    start = Start(folder, *tiny(EPOCHS, *FLAGS))
     until_step(folder, 10)
     start.send(signal.SIGTERM)
     assert start.end() == 143, start.err
@@ -159,7 +158,7 @@ def test_sigterm_saves_once_and_the_same_command_goes_on(tmp_path: Path, undistu
     assert len(stopped) == 1
     assert last_checkpoint(folder).name in stopped[0]
     assert is_gone(folder)
-    again = Start(folder, *tiny(EPOCHS, *FLAGS), forked=False)
+    again = Start(folder, *tiny(EPOCHS, *FLAGS))
     assert again.end() == 0, again.err
     assert differences(folder, undisturbed) == []
 
@@ -169,7 +168,7 @@ def test_a_run_moves_between_one_process_and_two(tmp_path: Path) -> None:
     synced = ("--sync-batch-norm", "--lr", "0.01")
     for name, nproc in (("one", ("1", "1")), ("moves", ("1", "2"))):
         for epochs, count in zip(("2", "4"), nproc, strict=True):
-            start = Start(tmp_path / name, *tiny(int(epochs), *synced), "--nproc", count, forked=count == "1")
+            start = Start(tmp_path / name, *tiny(int(epochs), *synced), "--nproc", count)
             assert start.end() == 0, start.err
     one, moves = (summary_rows(tmp_path / name) for name in ("one", "moves"))
     assert one[:2] == [
@@ -187,7 +186,7 @@ def test_a_run_moves_between_one_process_and_two(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_shared_is_refused_once(flags: tuple[str, ...], says: str, tmp_path: Path) -> None:
-    start = Start(tmp_path / "run", *tiny(1, *flags), forked=False)
+    start = Start(tmp_path / "run", *tiny(1, *flags))
     assert start.end() == 2
     assert start.err == [says]
     assert not (tmp_path / "run").exists()

@@ -16,7 +16,7 @@ LIMIT = timedelta(seconds=120)  # for a collective: a rank that fails must not l
 
 def on_ranks(function: Callable[..., Any], place: Path, *args: Any, count: int = 2) -> list[Any]:
     """`function(*args)` on each of `count` ranks. function: of a module's top level."""
-    mp.start_processes(_rank, (count, str(place), function, args), nprocs=count, start_method="spawn")  # pyright: ignore[reportPrivateImportUsage]
+    mp.start_processes(_rank, (count, str(place), function, args), nprocs=count, start_method="forkserver")  # pyright: ignore[reportPrivateImportUsage]
     return [torch.load(place / f"rank{r}.pt", weights_only=True) for r in range(count)]
 
 

@@ -15,7 +15,6 @@ from localgrad.core.methods import METHODS
 from localgrad.scale.replicas import Ranks, Replicas, SyncBatchNorm, _buckets, sync_batch_norm
 
 STEPS, HALF = 3, 4
-pytestmark = pytest.mark.xdist_group("replicas")  # one process, or each makes what they share
 CASES: dict[str, tuple[Any, Any]] = {
     "bp": (lg.bp, None),
     "dgl": (lambda: lg.dgl("1c2f"), None),

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.linear_model import LinearRegression
 from torch import Tensor, nn
 
 from localgrad.core.blocks import Unit, trace_units
@@ -36,6 +35,8 @@ def calibrate(backbone: nn.Module, example: Tensor, *, autocast: torch.dtype | N
     """The speed at which this device trains `backbone`: a copy of each unit that looks different is run forward and
     backward on as many samples of `example` [B, C, H, W] as give the device enough to do, and two speeds are fitted to
     the times. Seconds."""
+    from sklearn.linear_model import LinearRegression  # a second, which only those who plan shall wait
+
     units = trace_units(copy.deepcopy(backbone).train(), example).units
     different = {f"{looks(unit.module)} {unit.input.shape}": unit for unit in units}
     runs = [_timed(unit, example, autocast) for unit in different.values()]
