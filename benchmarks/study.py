@@ -63,12 +63,12 @@ PARTS: dict[str, list[Compare]] = {
     ],
     # Towards BP: where to cut, which branches, which units, how fast; and where the errors of 16 blocks come from.
     "gap": [
-        _compare(DEEP, EARLY, "0,1,2", branches="learnable"),
-        _compare(DEEP, "16", "0,1,2", branches="learnable"),
-        _compare(DEEP, "layer1.2", branches="learnable"),
         _compare(DEEP, FIRST, branches="learnable"),
         _compare(DEEP, LAST, branches="learnable"),
         _compare(DEEP, EARLY, branches="learnable", lr="0.05,0.2"),
+        _compare(DEEP, EARLY, "0,1,2", branches="learnable"),
+        _compare(DEEP, "layer1.2", branches="learnable"),
+        _compare(DEEP, "16", "0,1,2", branches="learnable"),
         _compare("bp", "1", lr="0.05,0.2"),
         _compare("dgl,dgl+man,dgl+deep-man", EARLY),
         _compare(DEEP, EARLY, form="pull"),
