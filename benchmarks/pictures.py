@@ -1,4 +1,4 @@
-"""Draws docs/accuracy.svg, docs/frontier.svg and docs/depth.svg from results/.
+"""Draws docs/accuracy.svg, docs/probes.svg, docs/frontier.svg and docs/depth.svg from results/.
 
 python benchmarks/pictures.py     (or make results, which writes the tables too)
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 from hashlib import sha256
 from pathlib import Path
+from statistics import mean
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -19,8 +20,10 @@ ROOT = Path(__file__).parents[1]
 METHODS = {
     "bp": "BP", "dgl": "DGL", "dgl+man": "DGL + MAN", "dgl+man++": "DGL + MAN++", "dgl+deep-man": "DGL + deep MAN",
 }  # fmt: skip
+MARKERS = "ovs^D"
 SOURCES = {
     "accuracy": ["accuracy_fashion_small.csv"],
+    "probes": ["probes_fashion_small.csv"],
     "frontier": ["frontier_resnet110_float32.csv", "frontier_resnet110_bf16.csv"],
     "depth": ["depth.csv"],
 }
@@ -42,7 +45,7 @@ def accuracy() -> Figure:
     """Test error against memory, of the study's main part."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for (method, label), marker in zip(METHODS.items(), "ovs^D", strict=True):
+    for (method, label), marker in zip(METHODS.items(), MARKERS, strict=True):
         rows = [r for r in read("accuracy_fashion_small.csv") if r["method"] == method and not r["setting"]]
         rows.sort(key=lambda r: int(r["blocks"]))
         places = [int(r["peak_bytes"]) / MIB for r in rows], [float(r["error_mean"]) for r in rows]
@@ -53,6 +56,24 @@ def accuracy() -> Figure:
     axes.set(xlabel="peak memory of a step, MiB", ylabel="test error, %, mean and deviation over seeds", xlim=(0, None))
     axes.legend()
     axes.grid(alpha=0.3)
+    return figure
+
+
+def probes() -> Figure:
+    """What each unit has learned, of BP and of 16 blocks; the mean over seeds."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    every = read("probes_fashion_small.csv")
+    units = list(dict.fromkeys(r["unit"] for r in every))
+    ways = ("top1", "accuracy of a linear classifier, %"), ("cka", "CKA with the same unit of BP")
+    for axes, (column, what) in zip(figure.subplots(1, 2), ways, strict=True):
+        for (method, label), marker in zip(METHODS.items(), MARKERS, strict=True):
+            mine = [r for r in every if r["method"] == method and r["blocks"] in ("1", "16")]
+            means = [mean(float(r[column]) for r in mine if r["unit"] == unit) for unit in units]
+            axes.plot(means, marker=marker, label=label, linestyle=":", markersize=5)
+        axes.set_xticks(range(len(units)), units, rotation=90)
+        axes.set_ylabel(what)
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend()
     return figure
 
 
@@ -107,6 +128,6 @@ def depth() -> Figure:
 
 if __name__ == "__main__":
     mpl.rcParams["svg.hashsalt"] = "localgrad"  # or each drawing would have other names in it
-    for draw in (accuracy, frontier, depth):
+    for draw in (accuracy, probes, frontier, depth):
         place = ROOT / "docs" / f"{draw.__name__}.svg"
         draw().savefig(place, metadata={"Date": None, "Source": stamp(draw.__name__)})

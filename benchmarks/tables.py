@@ -9,6 +9,7 @@ import csv
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import mean
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/experiments.md", "docs/memory.md", "docs/networks.md", "docs/scaling.md")
@@ -77,6 +78,26 @@ def settings() -> str:
             body.append([*cells, peak_of(row), f"{int(row['added']):,}"])
     head = ["method", "blocks", "setting", "test error, %", "n", "peak memory", "parameters added"]
     return table(head, body)
+
+
+PROBED = ("stem", "layer1.4", "layer2.4", "layer3.4")  # the ends of the stages
+
+
+def probes() -> str:
+    """What each stage's last unit has learned, the mean over seeds."""
+    groups: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in rows("probes_fashion_small.csv"):
+        groups.setdefault((row["method"], row["blocks"]), []).append(row)
+    body = []
+    for (method, blocks), mine in sorted(groups.items(), key=lambda item: (int(item[0][1]), item[0][0])):
+        cells = [
+            f"{mean([float(row[name]) for row in mine if row['unit'] == unit]):.{digits}f}"
+            for name, digits in (("top1", 1), ("cka", 2))
+            for unit in PROBED
+        ]
+        body.append([name_of(method), blocks, str(len({row["seed"] for row in mine})), *cells])
+    heads = [f"{what} {unit}" for what in ("linear, %:", "CKA:") for unit in PROBED]
+    return table(["method", "blocks", "n", *heads], body)
 
 
 def deeper() -> str:
@@ -236,9 +257,10 @@ def devices() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "accuracy": accuracy, "pairs": pairs, "settings": settings, "deeper": deeper, "frontier": frontier,
-    "imagenet": imagenet, "parts": parts, "coverage": coverage, "refused": refused, "families": families,
-    "training": training, "scaling": scaling, "delays": delays, "check": check, "devices": devices,
+    "accuracy": accuracy, "pairs": pairs, "settings": settings, "probes": probes, "deeper": deeper,
+    "frontier": frontier, "imagenet": imagenet, "parts": parts, "coverage": coverage, "refused": refused,
+    "families": families, "training": training, "scaling": scaling, "delays": delays, "check": check,
+    "devices": devices,
 }  # fmt: skip
 
 

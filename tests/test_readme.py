@@ -138,7 +138,7 @@ def test_tables_are_those_of_the_results() -> None:
 
 def test_pictures_are_drawn_from_the_results() -> None:
     names = runpy.run_path(str(ROOT / "benchmarks" / "pictures.py"))
-    assert set(names["SOURCES"]) == {"accuracy", "frontier", "depth"}
+    assert set(names["SOURCES"]) == {"accuracy", "probes", "frontier", "depth"}
     for picture in names["SOURCES"]:
         assert names["stamp"](picture) in read(f"docs/{picture}.svg"), "run make results"
 

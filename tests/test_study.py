@@ -11,20 +11,32 @@ from typing import Any
 
 import pytest
 
+from localgrad.run.checkpoint import MODEL
 from localgrad.run.compare import Cell
+from localgrad.run.tables import write_csv
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def study(monkeypatch: pytest.MonkeyPatch) -> Any:
-    spec = importlib.util.spec_from_file_location("study", ROOT / "benchmarks" / "study.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "study", module)  # where its dataclass looks for itself
-    spec.loader.exec_module(module)
-    return module
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """A script of benchmarks/ as a module."""
+
+    def load(name: str) -> Any:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)  # where its dataclass looks for itself
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture
+def study(script: Callable[[str], Any]) -> Any:
+    return script("study")
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -84,3 +96,33 @@ def test_every_part_is_a_grid_of_its_own_runs(study: Any) -> None:
 def test_an_unknown_part_is_named(study: Any, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no part 'mian': take main, "):
         study.main(study.Settings(results=tmp_path, out=tmp_path, parts="mian"))
+
+
+def test_each_finished_run_is_probed_once_against_bp(
+    script: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probes, probed, units = script("probes"), [], ("stem", "layer1.0")
+
+    def localgrad(words: list[str]) -> int:
+        run, against = Path(words[1]), Path(words[3]).name
+        probed.append((run.name, against))
+        write_csv(run / "probe" / "separability.csv", [{"unit": unit, "top1": 50.0} for unit in units])
+        pairs = [{"unit": a, "against": against, "against_unit": b, "cka": 0.5} for a in units for b in units]
+        write_csv(run / "probe" / "cka.csv", pairs)
+        return 0
+
+    monkeypatch.setattr(probes, "localgrad", localgrad)
+    monkeypatch.setattr(probes, "read_environment", lambda run: {"commit": "abc", "threads": 1})
+    runs = tmp_path / "runs"
+    names = ("bp_k1_s0", "bp_k1_s1", "dgl+man++_k16_s1", "dgl_k16_s2", "dgl_k4_s1_depth-2", "dgl_k4_s0")
+    for name in names:
+        (runs / name / "probe").mkdir(parents=True)
+        if name != "dgl_k4_s0":  # which still trains
+            (runs / name / MODEL).touch()
+    for _ in range(2):
+        probes.main(probes.Settings(tmp_path, runs))
+    assert probed == [("bp_k1_s0", "bp_k1_s1"), ("bp_k1_s1", "bp_k1_s0"), ("dgl+man++_k16_s1", "bp_k1_s1")]
+    rows = read(tmp_path / "probes_fashion_small.csv")
+    assert [tuple(row.values()) for row in rows[-2:]] == [
+        ("dgl+man++", "16", "1", unit, "50.0", "0.5", "bp_k1_s1", "abc") for unit in units
+    ]
