@@ -17,6 +17,7 @@ from typing import Any
 import tyro
 
 from localgrad.run.arguments import Compare
+from localgrad.run.checkpoint import MODEL
 from localgrad.run.compare import Cell, grid, run_all
 from localgrad.run.tables import SAME, paired, read_runs, row_of, show, summarize, write_csv
 
@@ -35,7 +36,7 @@ class Settings:
     out: Path = Path("runs/study")
     """Where the run folders lie, which `localgrad probe` and `localgrad report` read."""
     jobs: int = 2
-    parts: str = "main,gap,others,ablation,long"
+    parts: str = "main,gap,local,exact,others,ablation,long"
     """Which of the parts to train, in this order."""
 
 
@@ -43,6 +44,15 @@ def _compare(methods: str, blocks: str, seeds: str = "0", **changes: Any) -> Com
     vary = tuple(f"{name}={value}" for name, value in changes.items())
     return Compare(methods=methods, blocks=blocks, seeds=seeds, recipe="fashion_small", vary=vary)
 
+
+def _weights(compare: Compare) -> str:
+    """Where the weights of a grid's only run are, as seen from the repository."""
+    (cell,) = grid(compare)
+    return str(Settings.out / cell.name / MODEL)
+
+
+# A late phase with fewer blocks, here one: the weights after four epochs, from which BP goes on for two.
+LOCAL = [_compare(DEEP, blocks, branches="learnable", epochs="4") for blocks in (EARLY, "16")]
 
 # The seeds of the main part one after the other, so that what is there at any time is balanced.
 PARTS: dict[str, list[Compare]] = {
@@ -77,6 +87,8 @@ PARTS: dict[str, list[Compare]] = {
         _compare(DEEP, "layer1.0/layer1.1/layer1.3", branches="learnable"),
         _compare(DEEP, "layer1.0/layer1.1/layer1.2", branches="learnable", depth="2"),
     ],
+    "local": LOCAL,
+    "exact": [_compare("bp", "1", epochs="2", lr="0.05", warmup="0", init=_weights(run)) for run in LOCAL],
     "long": [_compare("bp,dgl,dgl+man,dgl+deep-man", "4", limit_train=60000, epochs=15)],
 }
 

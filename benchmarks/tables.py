@@ -74,7 +74,8 @@ def settings() -> str:
     body = []
     for row in rows("accuracy_fashion_small.csv"):
         if row["setting"] or row["method"].partition("+")[0] not in ("bp", "dgl"):
-            cells = [name_of(row["method"]), row["blocks"], row["setting"].replace("_", "-"), error_of(row), row["n"]]
+            setting = re.sub(r"init=\S+/(\S+)/model.safetensors", r"init=\1", row["setting"].replace("_", "-"))
+            cells = [name_of(row["method"]), row["blocks"], setting, error_of(row), row["n"]]
             body.append([*cells, peak_of(row), f"{int(row['added']):,}"])
     head = ["method", "blocks", "setting", "test error, %", "n", "peak memory", "parameters added"]
     return table(head, body)
