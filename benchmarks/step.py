@@ -17,15 +17,22 @@ from pathlib import Path
 import tyro
 
 from localgrad.run import data as data_room
+from localgrad.run.arguments import Compare
 from localgrad.run.build import build_model, machine_for
-from localgrad.run.recipe import Recipe, override
+from localgrad.run.compare import grid
+from localgrad.run.recipe import Recipe
 from localgrad.run.recipes import RECIPES
-from localgrad.run.runlog import environment
+from localgrad.run.runlog import environment, mib
 from localgrad.run.step import Stepper
 from localgrad.run.train import to_device
 
-ROWS = [("bp", "none", "1"), *(("dgl", c, k) for k in ("4", "16") for c in ("none", "man", "man++", "deep-man"))]
-WARM_UP = 2
+ROWS = (
+    Compare("bp,dgl,dgl+man,dgl+man++,dgl+deep-man", "4,16", recipe="fashion_small"),
+    Compare("dgl+deep-man", "layer1.0/layer1.2/layer1.4,layer1.1/layer1.4/layer2.4,16", recipe="fashion_small",
+            vary=("branches=learnable",)),
+    Compare("bp", recipe="fashion_small", set=("recompute=all",)),
+)  # fmt: skip
+WARM_UP = 2  # of which the second runs under the memory meter
 
 
 @dataclass(frozen=True)
@@ -38,18 +45,16 @@ class Settings:
 
 def stepper_of(recipe: Recipe, data: data_room.Data) -> Stepper:
     machine = machine_for(recipe)
-    stepper = Stepper(recipe, build_model(recipe, data, machine), machine, total=1000)
-    stepper.measured = -1  # no step runs under the memory meter, which would slow it
-    return stepper
+    return Stepper(recipe, build_model(recipe, data, machine), machine, total=1000)
 
 
 def main(settings: Settings) -> None:
     small = RECIPES["fashion_small"]()
-    recipes = [override(small, {"method": m, "coupling": c, "blocks": k}) for m, c, k in ROWS]
+    cells = [(cell, " ".join((*compare.set, cell.setting)).strip()) for compare in ROWS for cell in grid(compare)]
     data = data_room.load(small.data, limit_train=small.limit_train)
-    steppers = [stepper_of(recipe, data) for recipe in recipes]
+    steppers = [stepper_of(cell.recipe, data) for cell, _ in cells]
     stream = data_room.train_batches(data, batch_size=small.batch_size, seed=0, epoch=0)
-    seconds: list[list[float]] = [[] for _ in ROWS]
+    seconds: list[list[float]] = [[] for _ in cells]
     for batch in islice(stream, WARM_UP + settings.repeats):
         for times, stepper in zip(seconds, steppers, strict=True):
             ready = to_device(batch, data.info, stepper.machine)
@@ -61,12 +66,16 @@ def main(settings: Settings) -> None:
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     with settings.out.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["method", "blocks", "times_bp", "milliseconds", "repeats", "precision", *env])
-        for recipe, median, stepper in zip(recipes, medians, steppers, strict=True):
+        writer.writerow(
+            ["method", "blocks", "setting", "times_bp", "milliseconds", "peak_bytes", "repeats", "precision", *env]
+        )
+        for (cell, setting), median, stepper in zip(cells, medians, steppers, strict=True):
             ratio, milliseconds = f"{median / medians[0]:.2f}", f"{1000 * median:.0f}"
-            row = [recipe.label, recipe.blocks, ratio, milliseconds, settings.repeats, stepper.machine.precision]
-            writer.writerow([*row, *env.values()])
-            print(f"{recipe.label:13} {recipe.blocks:>2} blocks: {ratio} times BP, {milliseconds} ms")
+            row = [cell.method, cell.blocks, setting, ratio, milliseconds, stepper.peak.total]
+            writer.writerow([*row, settings.repeats, stepper.machine.precision, *env.values()])
+            print(
+                f"{cell.method} K={cell.blocks} {setting}: {ratio} times BP, {milliseconds} ms, {mib(stepper.peak.total)}"
+            )
 
 
 if __name__ == "__main__":

@@ -44,14 +44,19 @@ def peak_of(row: dict[str, str]) -> str:
     return f"{int(row['peak_bytes']) / 2**20:.0f} MiB"
 
 
+def seconds() -> dict[tuple[str, str, str], str]:
+    """The time of a step over BP's, of each method, number of blocks and setting that was timed."""
+    return {(r["method"], r["blocks"], r.get("setting", "")): r["times_bp"] for r in rows("time_fashion_small.csv")}
+
+
 def accuracy() -> str:
     """The main part of the study: error, memory and time of a step."""
-    times = {(r["method"], r["blocks"]): r["times_bp"] for r in rows("time_fashion_small.csv")}
+    times = seconds()
     body = []
     order = ["bp", "dgl", "dgl+man", "dgl+man++", "dgl+deep-man"]
     main = [r for r in rows("accuracy_fashion_small.csv") if not r["setting"] and r["method"] in order]
     for row in sorted(main, key=lambda r: (int(r["blocks"]), order.index(r["method"]))):
-        time = times.get((row["method"], row["blocks"]), "")
+        time = times.get((row["method"], row["blocks"], ""), "")
         cells = [name_of(row["method"]), row["blocks"], error_of(row), row["n"], peak_of(row), time]
         body.append([*cells, f"{int(row['added']):,}"])
     head = ["method", "blocks", "test error, %", "n", "peak memory", "time of a step", "parameters added"]
@@ -71,13 +76,14 @@ def pairs() -> str:
 
 def settings() -> str:
     """The rows of the study that are no plain DGL, with or without a coupling, or have a setting of their own."""
-    body = []
+    times, body = seconds(), []
     for row in rows("accuracy_fashion_small.csv"):
         if row["setting"] or row["method"].partition("+")[0] not in ("bp", "dgl"):
             setting = re.sub(r"init=\S+/(\S+)/model.safetensors", r"init=\1", row["setting"].replace("_", "-"))
             cells = [name_of(row["method"]), row["blocks"], setting, error_of(row), row["n"]]
-            body.append([*cells, peak_of(row), f"{int(row['added']):,}"])
-    head = ["method", "blocks", "setting", "test error, %", "n", "peak memory", "parameters added"]
+            time = times.get((row["method"], row["blocks"], row["setting"]), "")
+            body.append([*cells, peak_of(row), time, f"{int(row['added']):,}"])
+    head = ["method", "blocks", "setting", "test error, %", "n", "peak memory", "time of a step", "parameters added"]
     return table(head, body)
 
 
