@@ -7,7 +7,6 @@ All rows in one process, in turn, so that a noisy machine is as noisy for each; 
 
 from __future__ import annotations
 
-import csv
 import statistics
 import time
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from localgrad.run.recipe import Recipe
 from localgrad.run.recipes import RECIPES
 from localgrad.run.runlog import environment, mib
 from localgrad.run.step import Stepper
+from localgrad.run.tables import label_of, write_csv
 from localgrad.run.train import to_device
 
 ROWS = (
@@ -62,20 +62,14 @@ def main(settings: Settings) -> None:
             stepper(iter([ready]))
             times.append(time.perf_counter() - start)
     medians = [statistics.median(times[WARM_UP:]) for times in seconds]
-    env = environment()
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    with settings.out.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(
-            ["method", "blocks", "setting", "times_bp", "milliseconds", "peak_bytes", "repeats", "precision", *env]
-        )
-        for (cell, setting), median, stepper in zip(cells, medians, steppers, strict=True):
-            ratio, milliseconds = f"{median / medians[0]:.2f}", f"{1000 * median:.0f}"
-            row = [cell.method, cell.blocks, setting, ratio, milliseconds, stepper.peak.total]
-            writer.writerow([*row, settings.repeats, stepper.machine.precision, *env.values()])
-            print(
-                f"{cell.method} K={cell.blocks} {setting}: {ratio} times BP, {milliseconds} ms, {mib(stepper.peak.total)}"
-            )
+    rows = []
+    for (cell, setting), median, stepper in zip(cells, medians, steppers, strict=True):
+        row = {"method": cell.method, "blocks": cell.blocks, "setting": setting}
+        row |= {"times_bp": f"{median / medians[0]:.2f}", "milliseconds": f"{1000 * median:.0f}"}
+        row |= {"peak_bytes": stepper.peak.total, "repeats": settings.repeats}
+        print(f"{label_of(row)}: {row['times_bp']} times BP, {row['milliseconds']} ms, {mib(stepper.peak.total)}")
+        rows.append(row | {"precision": stepper.machine.precision} | environment())
+    write_csv(settings.out, rows)
 
 
 if __name__ == "__main__":
