@@ -59,17 +59,17 @@ def test_the_plan_fits_and_its_peak_is_the_real_steps(share: float, coupling: lg
 @pytest.mark.parametrize(
     ("name", "size", "how"),
     [
-        ("resnet56", 32, {}),
-        ("resnet56", 32, {"coupling": lg.DeepMAN(), "autocast": torch.bfloat16}),
+        ("resnet32", 32, {}),
+        ("resnet32", 32, {"coupling": lg.DeepMAN(), "autocast": torch.bfloat16}),
         ("resnet32", 32, {"method": lg.infopro(), "optimizer": torch.optim.AdamW}),
         ("torchvision:resnet18", 64, {"coupling": lg.MANPlusPlus()}),
         ("timm:resnet50", 64, {"coupling": None}),
     ],
 )
-def test_peaks_put_together_from_pieces_are_near_the_exact_ones(name: str, size: int, how: Any) -> None:
+def test_peaks_put_together_from_pieces_are_the_exact_ones(name: str, size: int, how: Any) -> None:
     made = planner(name, size, **how)
-    for plan in (made.bp, made.checkpointing, *made.frontier()[1::10]):
-        assert plan.peak == pytest.approx(made.exactly(plan).peak, rel=0.02)
+    for plan in (made.bp, made.checkpointing, *made.frontier()[1::3]):
+        assert plan.peak == pytest.approx(made.exactly(plan).peak, rel=0.001)
 
 
 def test_the_frontier_trades_time_for_memory() -> None:

@@ -36,7 +36,8 @@ class Cost:
 
     output: bytes of what it hands on. kept: bytes that the forward pass leaves for the backward pass, output included.
     forward_peak, backward_peak: the most bytes above what lived before the forward pass began. gradients: bytes of its
-    parameters' gradients. state: bytes that it adds to the model, parameters and all.
+    parameters' gradients. state: bytes that it adds to the model, parameters and all. casts: bytes of weights in
+    another precision that autocast keeps, though no backward pass needs them, until the block's forward pass is over.
     """
 
     output: int
@@ -47,6 +48,7 @@ class Cost:
     state: int
     forward: Work
     backward: Work
+    casts: int = 0
 
 
 class WorkMeter(TorchDispatchMode):
@@ -146,6 +148,7 @@ def _traced(what: nn.Module, run: Callable[[Tensor], Tensor], h: Tensor, autocas
         meter.mark("forward")
         with forward, autocasting(h, autocast):
             out = run(h)
+            meter.mark("end of autocast")
         output = out.untyped_storage().nbytes()
         meter.mark("backward")
         end = _End.apply(out)
@@ -154,19 +157,22 @@ def _traced(what: nn.Module, run: Callable[[Tensor], Tensor], h: Tensor, autocas
             end.backward()
     timeline = meter.result().timeline
     base = timeline[0][1]
-    during = {label: [live - base for mark, live in timeline if mark == label] for label in ("forward", "backward")}
+    labels = ("forward", "end of autocast", "backward")
+    during = {label: [live - base for mark, live in timeline if mark == label] for label in labels}
+    kept = (during["end of autocast"] or during["forward"])[-1]
     trained = [p for p in what.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.grad = None
     return Cost(
         output=output,
-        kept=during["forward"][-1],
+        kept=kept,
         forward_peak=max(during["forward"]),
         backward_peak=max(during["backward"]),
         gradients=_bytes(trained),
         state=_bytes([*what.parameters(), *what.buffers()]),
         forward=forward.work,
         backward=backward.work,
+        casts=during["forward"][-1] - kept,
     )
 
 

@@ -53,13 +53,16 @@ def all_forms(costs: Costs, speed: Speed, *, coupled: bool) -> Forms:
 
 def peak(own: Sequence[Cost], end: Cost | None) -> int:
     """The most bytes above a block's input and what lives anyway: forward through the units, through the auxiliary and
-    back, and back through the units, whose gradients stay; what the block hands on lives until the end."""
-    kept = most = gradients = held = 0
+    back, and back through the units, whose gradients stay; what the block hands on lives until the end, beside the
+    same made again where the last unit has kept nothing else."""
+    kept = most = gradients = casts = 0
+    held = own[-1].output if own[-1].kept == own[-1].output else 0
     for unit in own:
-        most = max(most, kept + unit.forward_peak)
+        most = max(most, kept + casts + unit.forward_peak)
         kept += unit.kept
+        casts += unit.casts
     if end is not None:
-        most = max(most, kept + end.forward_peak, kept + end.backward_peak)
+        most = max(most, kept + casts + end.forward_peak, kept + end.backward_peak)
         gradients = end.gradients
     for unit in reversed(own):
         kept -= unit.kept
