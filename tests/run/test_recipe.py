@@ -189,6 +189,12 @@ def test_the_papers_rows() -> None:
     assert RECIPES["imagenet_resnet152_k4"]().cut == ["layer2.6", "layer3.13", "layer3.25"]
 
 
+def test_the_recipes_near_bp_are_rows_of_the_study() -> None:
+    deep = override(RECIPES["fashion_small"](), {"coupling": "deep-man", "branches": "learnable"})
+    assert RECIPES["fashion_small_k16"]() == deep
+    assert RECIPES["fashion_small_k4"]() == override(deep, {"blocks": "layer1.0,layer1.2,layer1.4"})
+
+
 def test_differences_leave_places_out() -> None:
     assert differences(Recipe(), Recipe(data_dir="x", workers=3)) == []
     assert differences(Recipe(), Recipe(lr=0.2)) == ["lr 0.1 against 0.2"]
