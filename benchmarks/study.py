@@ -78,6 +78,7 @@ PARTS: dict[str, list[Compare]] = {
         _compare(DEEP, EARLY, branches="learnable", lr="0.05,0.2"),
         _compare(DEEP, EARLY, "0,1,2", branches="learnable"),
         _compare("infopro+deep-man,predsim+deep-man", FIRST, branches="learnable"),
+        _compare("infopro+deep-man", EARLY, branches="learnable"),
         _compare(DEEP, "layer1.1/layer1.4/layer2.4,layer1.2/layer1.4/layer2.4,layer1.2", branches="learnable"),
         _compare(DEEP, "16", "0,1,2", branches="learnable"),
         _compare("bp", "1", lr="0.05,0.2"),
