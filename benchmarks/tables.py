@@ -49,15 +49,21 @@ def seconds() -> dict[tuple[str, str, str], str]:
     return {(r["method"], r["blocks"], r.get("setting", "")): r["times_bp"] for r in rows("time_fashion_small.csv")}
 
 
+RECIPES = {  # by the setting of their rows
+    "branches=learnable blocks=layer1.0,layer1.2,layer1.4": "fashion_small_k4",
+    "branches=learnable": "fashion_small_k16",
+}
+
+
 def accuracy() -> str:
-    """The main part of the study: error, memory and time of a step."""
-    times = seconds()
-    body = []
+    """The main part of the study, and the recipes that came of it: error, memory and time of a step."""
+    times, body = seconds(), []
     order = ["bp", "dgl", "dgl+man", "dgl+man++", "dgl+deep-man"]
-    main = [r for r in rows("accuracy_fashion_small.csv") if not r["setting"] and r["method"] in order]
-    for row in sorted(main, key=lambda r: (int(r["blocks"]), order.index(r["method"]))):
-        time = times.get((row["method"], row["blocks"], ""), "")
-        cells = [name_of(row["method"]), row["blocks"], error_of(row), row["n"], peak_of(row), time]
+    main = [r for r in rows("accuracy_fashion_small.csv") if r["method"] in order and r["setting"] in ("", *RECIPES)]
+    for row in sorted(main, key=lambda r: (int(r["blocks"]), order.index(r["method"]), r["setting"])):
+        name = name_of(row["method"]) + (f" (`{RECIPES[row['setting']]}`)" if row["setting"] else "")
+        time = times.get((row["method"], row["blocks"], row["setting"]), "")
+        cells = [name, row["blocks"], error_of(row), row["n"], peak_of(row), time]
         body.append([*cells, f"{int(row['added']):,}"])
     head = ["method", "blocks", "test error, %", "n", "peak memory", "time of a step", "parameters added"]
     return table(head, body)
