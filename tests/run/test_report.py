@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from localgrad.cli import main
+from localgrad.run import figures
 from localgrad.run.recipe import Recipe
 from localgrad.run.report import find, report
 from localgrad.run.runlog import summary_rows
@@ -247,6 +248,22 @@ def test_without_a_majority_every_value_is_told(runs: Path, tmp_path: Path) -> N
     assert labels == ["dgl+man K=4", "dgl+man K=4 blocks=layer1.0", "dgl+man K=4 momentum=0.2"]
     labels = [ran.label for ran in find([tmp_path / "a", tmp_path / "b"])]
     assert labels == ["dgl+man K=4 momentum=0.1", "dgl+man K=4 momentum=0.2"]
+
+
+def test_a_methods_own_default_goes_without_saying_however_rare(runs: Path, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        with_recipe(runs, tmp_path / f"{seed}", momentum=0.5, seed=seed)
+    labels = {ran.label: ran.recipe.momentum for ran in find([runs / "man_s0", tmp_path])}
+    assert labels == {"dgl+man K=4": 0.995, "dgl+man K=4 momentum=0.5": 0.5}
+
+
+def test_a_long_legend_leaves_the_picture_its_half() -> None:
+    row = {"method": "dgl", "blocks": 4, "peak_bytes": 1, "error_mean": 1.0, "error_std": ""}
+    rows = [row | {"setting": f"blocks=layer1.0,layer1.1,layer1.2,layer1.3,layer1.4 seed={i}"} for i in range(30)]
+    made = [figures.with_room(figures.error_against_memory(rows[:n])).to_dict() for n in (3, 30)]
+    few, many = (figure["layout"]["height"] for figure in made)
+    assert few == 420
+    assert many >= 2 * 30 * 19  # pixels of a line
 
 
 def test_an_older_and_a_damaged_run_are_shown_as_far_as_they_go(runs: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
@@ -20,6 +21,7 @@ MIB = 2**20
 # Okabe and Ito's colours, which people who confuse red and green tell apart; markers for those who see none.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 MARKERS = ("circle", "square", "diamond", "cross", "triangle-up", "x", "star")
+LINE = 75  # characters of a legend's line, on a narrow page
 BINS = 600  # points of a timeline, each the most of what it stands for
 
 
@@ -156,6 +158,13 @@ def data_of(figure: Any) -> list[dict[str, Any]]:
             point = {"point": html.unescape(text)} if text else {}
             rows.append({"series": html.unescape(trace.name), "x": x, "y": y, **point, **spread})
     return rows
+
+
+def with_room(figure: Any) -> go.Figure:
+    """The figure, so high that its legend needs no more than the half that plotly gives one."""
+    names = [trace.name for trace in figure.data if trace.name and trace.showlegend is not False]
+    lines = math.ceil(sum(len(name) + 8 for name in names) / LINE)
+    return figure.update_layout(height=max(figure.layout.height, 40 * lines))
 
 
 def _text(name: str) -> str:

@@ -68,7 +68,7 @@ class Page:
         buttons = [["toImage", "zoom2d", "pan2d", "resetScale2d"]]
         config = {"responsive": True, "displaylogo": False, "showSendToCloud": False, "modeBarButtons": buttons}
         place = f"figure-{self.figures}"
-        drawn = picture.to_html(full_html=False, include_plotlyjs=False, div_id=place, config=config)
+        drawn = figures.with_room(picture).to_html(full_html=False, include_plotlyjs=False, div_id=place, config=config)
         data = _download(f"{place}.csv", csv_text(figures.data_of(picture)))
         caption = f"<figcaption>{html.escape(alt)} {data}</figcaption>"
         self.add(section, f'<figure aria-label="{html.escape(alt)}">{drawn}{caption}</figure>')
@@ -149,9 +149,9 @@ def find(places: Sequence[Path]) -> list[Ran]:
 
 
 def _setting(ran: Ran, runs: Sequence[Ran]) -> str:
-    """In which fields a run is not as most runs are: of its study, or of its method where the field is a method's. A
-    cut by names is always told, and where no value is that of most, each is."""
-    own = as_dict(ran.recipe)
+    """In which fields a run is not as most runs of its study are; where the field is a method's, of its method, unless
+    some have the field's default. A cut by names is always told, and where no value is that of most, each is."""
+    own, plain = as_dict(ran.recipe), as_dict(Recipe())
     words = []
     for name, value in own.items():
         if name in (*TOLD, *PLACES) or (name == "blocks" and isinstance(ran.recipe.cut, int)):
@@ -159,7 +159,10 @@ def _setting(ran: Ran, runs: Sequence[Ran]) -> str:
         alike = [r.recipe for r in runs if r.study == ran.study]
         if name in OF_METHODS:
             alike = [recipe for recipe in alike if recipe.label == ran.recipe.label]
-        usual, count = Counter(as_dict(recipe)[name] for recipe in alike).most_common(1)[0]
+        seen = Counter(as_dict(recipe)[name] for recipe in alike)
+        usual, count = seen.most_common(1)[0]
+        if name in OF_METHODS and plain[name] in seen:
+            usual, count = plain[name], len(alike)
         if name == "blocks" or value != usual or 2 * count <= len(alike) != count:
             words.append(f"{name}={value}")
     return " ".join(words)
