@@ -62,13 +62,13 @@ def main(settings: Settings) -> None:
             stepper(iter([ready]))
             times.append(time.perf_counter() - start)
     medians = [statistics.median(times[WARM_UP:]) for times in seconds]
-    rows = []
+    env, rows = environment(), []
     for (cell, setting), median, stepper in zip(cells, medians, steppers, strict=True):
         row = {"method": cell.method, "blocks": cell.blocks, "setting": setting}
         row |= {"times_bp": f"{median / medians[0]:.2f}", "milliseconds": f"{1000 * median:.0f}"}
         row |= {"peak_bytes": stepper.peak.total, "repeats": settings.repeats}
         print(f"{label_of(row)}: {row['times_bp']} times BP, {row['milliseconds']} ms, {mib(stepper.peak.total)}")
-        rows.append(row | {"precision": stepper.machine.precision} | environment())
+        rows.append(row | {"precision": stepper.machine.precision} | env)
     write_csv(settings.out, rows)
 
 

@@ -74,7 +74,10 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_was_not(
     def kill(folder: Path) -> list[str] | None:
         nonlocal unsaved, in_a_save
         start = Start(folder, *flags, forked=forked)
-        time.sleep(draw.uniform(0, took))
+        if forked and not unsaved:
+            start.until_it_trains()  # a fork is too quick for one of six moments to be surely before the first save
+        else:
+            time.sleep(draw.uniform(0, took))
         finished = (folder / MODEL).exists()
         if not finished:
             start.send(SIGKILL, group=True)
@@ -91,7 +94,8 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_was_not(
     figure("of these within a save", in_a_save, in_a_save if well == count else 0)
     assert wrong == []
     assert well == count
-    assert forked or (unsaved and in_a_save)
+    assert unsaved
+    assert in_a_save or count < 50
 
 
 @pytest.mark.parametrize(
