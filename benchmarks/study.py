@@ -2,7 +2,7 @@
 
     python benchmarks/study.py
 
-A grid of `localgrad compare` after another, two runs at a time. A run that is finished adds its row to
+Grids of `localgrad compare`, two runs at a time. A run that is finished adds its row to
 results/accuracy_fashion_small_runs.csv at once; what has a row there is not run again, so a stopped study goes on where
 it was, on whatever machine. The means go to results/accuracy_fashion_small.csv, differences paired by seed to
 results/accuracy_fashion_small_pairs.csv.
@@ -36,8 +36,8 @@ class Settings:
     out: Path = Path("runs/study")
     """Where the run folders lie, which `localgrad probe` and `localgrad report` read."""
     jobs: int = 2
-    parts: str = "main,gap,local,exact,others,ablation,long"
-    """Which of the parts to train, in this order."""
+    parts: str = "main,others,ablation,gap,long,local,exact"
+    """Which of the parts to train, in this order, but for `exact`, which starts from weights of `local`."""
 
 
 def _compare(methods: str, blocks: str, seeds: str = "0", **changes: Any) -> Compare:
@@ -119,14 +119,16 @@ def main(settings: Settings) -> None:
             raise SystemExit(f"the study has no part '{name}': take {', '.join(PARTS)}")
     settings.out.mkdir(parents=True, exist_ok=True)
     failed = []
-    for part in names:
+    # One queue, so that no core waits at the end of a part, but for the runs that start from another part's weights.
+    for wave in ([name for name in names if name != "exact"], ["exact"] if "exact" in names else []):
+        cells = {cell.name: cell for name in wave for compare in PARTS[name] for cell in grid(compare)}
         there = {key(run) for run in runs()}
-        cells = [cell for compare in PARTS[part] for cell in grid(compare)]
-        missing = [c for c in cells if (c.method, c.blocks, c.setting, c.recipe.seed) not in there]
-        print(f"{part}: {len(cells)} runs, {len(missing)} to train", flush=True)
+        missing = [c for c in cells.values() if (c.method, c.blocks, c.setting, c.recipe.seed) not in there]
+        print(f"{', '.join(wave)}: {len(cells)} runs, {len(missing)} to train", flush=True)
         failed += run_all(missing, settings.out, settings.jobs, done=add)
-    summed_up()
-    show(summarize(runs()), paired(runs()))
+    if rows := runs():
+        summed_up()
+        show(summarize(rows), paired(rows))
     if failed:
         raise SystemExit(f"these runs failed: {', '.join(failed)}")
 

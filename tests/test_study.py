@@ -87,6 +87,23 @@ def test_a_study_goes_on_where_its_rows_end(study: Any, tmp_path: Path, monkeypa
     ]
 
 
+def test_what_starts_from_trained_weights_waits_for_them(
+    study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queues: list[list[str]] = []
+
+    def run_all(cells: Sequence[Cell], out: Path, jobs: int, *, done: Callable[[Cell], None]) -> list[str]:
+        queues.append([cell.name for cell in cells])
+        return queues[-1]
+
+    monkeypatch.setattr(study, "run_all", run_all)
+    parts = {name: [study._compare("bp", "1", str(seed))] for seed, name in enumerate(("exact", "main", "local"))}
+    monkeypatch.setattr(study, "PARTS", parts)
+    with pytest.raises(SystemExit, match="bp_k1_s1, bp_k1_s2, bp_k1_s0"):
+        study.main(study.Settings(results=tmp_path, out=tmp_path, parts="exact,main,local"))
+    assert queues == [["bp_k1_s1", "bp_k1_s2"], ["bp_k1_s0"]]
+
+
 def test_every_part_is_a_grid_of_its_own_runs(study: Any) -> None:
     names = [cell.name for part in study.PARTS.values() for compare in part for cell in study.grid(compare)]
     assert len(names) == len(set(names))
