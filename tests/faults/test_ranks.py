@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 from ends import MODEL, differences, last_checkpoint
 from starts import Start, tiny, wait_for
 
 from localgrad.cli import main
+from localgrad.core.errors import RunError
+from localgrad.run.ranks import joined
 from localgrad.run.runlog import read_environment, scores, summary_rows
+from localgrad.run.signals import Stopped
 
 FLAGS = ("--save-every", "5", "--nproc", "2")
 EPOCHS = 12  # seconds of training: time for what befalls it
@@ -117,6 +124,33 @@ def test_a_later_rank_says_what_it_alone_has_met(tmp_path: Path) -> None:
     assert len(said) == 1, start.err
     assert re.match(r"localgrad: the loss in block 3 \(layer3.2\) is (nan|inf) at step \d: ", said[0])
     assert is_gone(tmp_path / "run")
+
+
+def end_of(rank: int, port: int, place: Path) -> None:
+    """Ends as the ranks of a run do whose second meets a fault, and then takes long to go away."""
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ.update(address, RANK=str(rank), WORLD_SIZE="2")
+    try:
+        with joined("cpu", 30) as ranks:
+            if ranks.rank == 1:
+                raise RunError("the loss is nan")
+            dist.all_reduce(torch.ones(1))
+    except (RunError, Stopped) as error:
+        (place / str(rank)).write_text(f"{type(error).__name__}: {error}")
+    wait_for(lambda: (place / "0").exists(), 20)
+
+
+def test_a_rank_is_silent_where_another_has_said_why(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    method = multiprocessing.get_context("forkserver")
+    ranks = [method.Process(target=end_of, args=(rank, port, tmp_path)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    assert [(tmp_path / str(r)).read_text() for r in range(2)] == ["Stopped: stopped", "RunError: the loss is nan"]
 
 
 @pytest.mark.slow

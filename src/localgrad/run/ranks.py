@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -11,11 +12,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from localgrad.core.errors import RunError
-from localgrad.run.signals import rank_here
+from localgrad.core.errors import RunError, UserError
+from localgrad.run.signals import Stopped, rank_here
 from localgrad.scale.replicas import Ranks
 
 PATIENCE = 3.0  # seconds in which every rank that lives has noticed that another does not
+SAID = "localgrad/said"  # is in the store once a rank has ended with a sentence of its own
 
 
 @contextlib.contextmanager
@@ -24,7 +26,7 @@ def joined(device: str, timeout: float) -> Iterator[Ranks]:
 
     device: of the recipe; each rank takes the CUDA device of its number on the machine. timeout: seconds that a rank
     waits for the others. Raises RunError if there are not as many devices, if the others cannot be met, and if one of
-    them is lost.
+    them is lost; Stopped if that one has said why.
     """
     rank, count = rank_here(), int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
@@ -48,8 +50,13 @@ def joined(device: str, timeout: float) -> Iterator[Ranks]:
         raise RunError(f"rank {rank} of {count} cannot meet the others: {str(error).splitlines()[0]}") from error
     try:
         yield Ranks(rank, count, limit)
+    except (UserError, RunError) as error:
+        if not error.shared:
+            with contextlib.suppress(RuntimeError):  # of a store that is gone
+                _store().set(SAID, str(rank))
+        raise
     except RuntimeError as error:
-        if isinstance(error, RunError) or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         raise RunError(_lost(rank, count, timeout)) from error
     finally:
@@ -60,11 +67,17 @@ def joined(device: str, timeout: float) -> Iterator[Ranks]:
 def _lost(rank: int, count: int, timeout: float) -> str:
     """Which ranks do not answer: those that do say so in the store, which outlives them, and look who else has."""
     try:
-        store = dist.distributed_c10d._get_default_store()
+        store = _store()
         store.set(f"localgrad/here/{rank}", "1")
         time.sleep(PATIENCE)
+        if store.check([SAID]):
+            raise Stopped(signal.SIGTERM)  # as whoever started the ranks ends those that live
         silent = [r for r in range(count) if not store.check([f"localgrad/here/{r}"])]
     except RuntimeError:
         silent = []
     who = " and ".join(f"rank {r}" for r in silent) if silent else "another rank"
     return f"{who} of {count} died or did not answer for {timeout:.0f} s: the same command goes on from the last save"
+
+
+def _store() -> dist.Store:  # pyright: ignore[reportPrivateImportUsage]
+    return dist.distributed_c10d._get_default_store()
