@@ -36,7 +36,7 @@ class Settings:
     out: Path = Path("runs/study")
     """Where the run folders lie, which `localgrad probe` and `localgrad report` read."""
     jobs: int = 2
-    parts: str = "main,others,ablation,gap,long,local,exact"
+    parts: str = "main,gap,others,ablation,long,variants,local,exact"
     """Which of the parts to train, in this order, but for `exact`, which starts from weights of `local`."""
 
 
@@ -51,8 +51,12 @@ def _weights(compare: Compare) -> str:
     return str(Settings.out / cell.name / MODEL)
 
 
-# A late phase with fewer blocks, here one: the weights after four epochs, from which BP goes on for two.
-LOCAL = [_compare(DEEP, blocks, branches="learnable", epochs="4") for blocks in (EARLY, "16")]
+# A late phase with fewer blocks, here one: the weights after some epochs, and how BP goes on from them to the sixth.
+LATE = [
+    (_compare(DEEP, EARLY, branches="learnable", epochs="4"), {"epochs": "2", "lr": "0.05"}),
+    (_compare(DEEP, "16", branches="learnable", epochs="4"), {"epochs": "2", "lr": "0.05"}),
+    (_compare(DEEP, "16", branches="learnable", epochs="2"), {"epochs": "4"}),
+]
 
 # The seeds of the main part one after the other, so that what is there at any time is balanced.
 PARTS: dict[str, list[Compare]] = {
@@ -71,7 +75,7 @@ PARTS: dict[str, list[Compare]] = {
         _compare("dgl+man", "16", momentum="0,0.9,0.99,0.999"),
         _compare("dgl+man", "16", form="pull"),
     ],
-    # Towards BP: where to cut, which branches, which units, how fast; and where the errors of 16 blocks come from.
+    # Towards BP: where to cut and with which objective, and where the errors of 16 blocks come from.
     "gap": [
         _compare(DEEP, FIRST, branches="learnable"),
         _compare(DEEP, LAST, branches="learnable"),
@@ -81,6 +85,11 @@ PARTS: dict[str, list[Compare]] = {
         _compare("infopro+deep-man", EARLY, branches="learnable"),
         _compare(DEEP, "layer1.1/layer1.4/layer2.4,layer1.2/layer1.4/layer2.4,layer1.2", branches="learnable"),
         _compare(DEEP, "16", "0,1,2", branches="learnable"),
+        _compare(DEEP, "layer3.1/layer3.2/layer3.3,layer2.0/layer3.1/layer3.3", branches="learnable"),
+        _compare(DEEP, "layer2.0,layer2.4", branches="learnable"),  # what the planner takes in 80 and in 41 MiB
+    ],
+    # Which branches, which units, how fast.
+    "variants": [
         _compare("bp", "1", lr="0.05,0.2"),
         _compare("dgl,dgl+man,dgl+deep-man", EARLY),
         _compare(DEEP, EARLY, form="pull"),
@@ -88,8 +97,9 @@ PARTS: dict[str, list[Compare]] = {
         _compare(DEEP, "layer1.0/layer1.1/layer1.3", branches="learnable"),
         _compare(DEEP, "layer1.0/layer1.1/layer1.2", branches="learnable", depth="2"),
     ],
-    "local": LOCAL,
-    "exact": [_compare("bp", "1", epochs="2", lr="0.05", warmup="0", init=_weights(run)) for run in LOCAL],
+    "local": [local for local, _ in LATE],
+    "exact": [_compare("bp", "1", **then, warmup="0", init=_weights(local)) for local, then in LATE]
+    + [_compare("bp", "1", epochs="2,4")],  # and without what came before
     "long": [_compare("bp,dgl,dgl+man,dgl+deep-man", "4", limit_train=60000, epochs=15)],
 }
 
