@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import html
-import math
-from collections.abc import Mapping, Sequence
+import re
+import textwrap
+from collections.abc import Collection, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -21,7 +22,8 @@ MIB = 2**20
 # Okabe and Ito's colours, which people who confuse red and green tell apart; markers for those who see none.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 MARKERS = ("circle", "square", "diamond", "cross", "triangle-up", "x", "star")
-LINE = 75  # characters of a legend's line, on a narrow page
+DASHES = ("solid", "dash", "dot", "dashdot")
+LINE = 40  # characters of a legend's line
 BINS = 600  # points of a timeline, each the most of what it stands for
 
 
@@ -32,7 +34,7 @@ def error_against_memory(rows: Rows) -> go.Figure:
         spread = {"error_y": {"type": "data", "array": [row["error_std"]]}} if row["error_std"] != "" else {}
         point = {"x": [row["peak_bytes"] / MIB], "y": [row["error_mean"]]}
         figure.add_scatter(**point, **spread, mode="markers", name=_text(label_of(dict(row))), marker=_marker(i, 10))
-    return figure.update_xaxes(rangemode="tozero").update_yaxes(rangemode="tozero")
+    return figure.update_xaxes(rangemode="tozero")
 
 
 def time_against_memory(rows: Rows) -> go.Figure:
@@ -82,7 +84,8 @@ def timeline(steps: Mapping[str, Sequence[int]]) -> go.Figure:
         size = max(1, len(live) // BINS)
         most = [max(live[j : j + size]) / MIB for j in range(0, len(live), size)]
         places = [round(100 * j / max(1, len(most) - 1), 2) for j in range(len(most))]
-        line = {"color": COLOURS[i % len(COLOURS)], "width": 1.5}
+        dash = DASHES[i // len(COLOURS) % len(DASHES)]
+        line = {"color": COLOURS[i % len(COLOURS)], "width": 1.5, "dash": dash}
         figure.add_scatter(x=places, y=[round(m, 2) for m in most], name=_text(name), mode="lines", line=line)
     return figure.update_yaxes(rangemode="tozero")
 
@@ -125,7 +128,7 @@ def activations(rows: Rows) -> go.Figure:
         where = {"xaxis": f"x{number}", "yaxis": f"y{number}", "name": f"class {cells[0]['label']}, {_text(unit)}"}
         figure.add_heatmap(z=lines, zmin=0, zmax=1, colorscale=colours, showscale=False, **where)
         title = _text(unit) if image == images[-1] else ""
-        bare = {"showticklabels": False, "ticks": "", "showgrid": False}
+        bare = {"showticklabels": False, "ticks": "", "showgrid": False, "zeroline": False, "automargin": True}
         figure.update_layout({f"xaxis{number}": {**bare, "title": title, "constrain": "domain"}})
         figure.update_layout({f"yaxis{number}": {**bare, "autorange": "reversed", "scaleanchor": f"x{number}"}})
     return figure
@@ -160,11 +163,24 @@ def data_of(figure: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def with_room(figure: Any) -> go.Figure:
-    """The figure, so high that its legend needs no more than the half that plotly gives one."""
-    names = [trace.name for trace in figure.data if trace.name and trace.showlegend is not False]
-    lines = math.ceil(sum(len(name) + 8 for name in names) / LINE)
-    return figure.update_layout(height=max(figure.layout.height, 40 * lines))
+def leave(figure: Any, names: Collection[str]) -> bool:
+    """Draws, of more curves than there are colours, those with these names alone, and the others at a click on theirs.
+    Whether it did."""
+    others = [trace for trace in figure.data if html.unescape(trace.name) not in names]
+    if len(figure.data) <= len(COLOURS) or len(others) in (0, len(figure.data)):
+        return False
+    for trace in others:
+        trace.visible = "legendonly"
+    return True
+
+
+def with_short_lines(figure: Any) -> go.Figure:
+    """The figure, with names in lines that a narrow page has room for."""
+    for trace in figure.data:
+        if trace.name:
+            lines = textwrap.wrap(re.sub(r",(?=\S)", ", ", html.unescape(trace.name)), LINE)
+            trace.name = "<br>".join(map(_text, lines))
+    return figure
 
 
 def _text(name: str) -> str:

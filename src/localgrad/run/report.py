@@ -9,7 +9,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -24,6 +24,8 @@ from localgrad.run.tables import conditions, csv_text, label_of, paired, read_cs
 
 Rows = list[dict[str, Any]]
 TOLD = ("model", "data", "method", "coupling", "seed")  # fields of which a run's study and label speak by themselves
+FIELDS = [f.name for f in fields(Recipe) if f.name not in (*TOLD, *PLACES)]
+PLAIN = Recipe()
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,10 +70,17 @@ class Page:
         buttons = [["toImage", "zoom2d", "pan2d", "resetScale2d"]]
         config = {"responsive": True, "displaylogo": False, "showSendToCloud": False, "modeBarButtons": buttons}
         place = f"figure-{self.figures}"
-        drawn = figures.with_room(picture).to_html(full_html=False, include_plotlyjs=False, div_id=place, config=config)
         data = _download(f"{place}.csv", csv_text(figures.data_of(picture)))
+        short = figures.with_short_lines(picture)
+        drawn = short.to_html(full_html=False, include_plotlyjs=False, div_id=place, config=config)
         caption = f"<figcaption>{html.escape(alt)} {data}</figcaption>"
         self.add(section, f'<figure aria-label="{html.escape(alt)}">{drawn}{caption}</figure>')
+
+    def curves(self, section: str, picture: figures.go.Figure, alt: str, first: dict[str, Ran]) -> None:
+        """A figure of one curve a run; of too many to tell apart, these are drawn at first."""
+        if figures.leave(picture, first):
+            alt += " A click on a name shows or hides its curve."
+        self.figure(section, picture, alt)
 
     def written(self, title: str, subtitle: str) -> str:
         from plotly.offline import get_plotlyjs
@@ -96,14 +105,15 @@ def report(places: Sequence[Path], results: Path | None = None) -> str:
     studies: dict[str, list[Ran]] = {}
     for ran in runs:
         studies.setdefault(ran.study, []).append(ran)
-    tables = {title: [ran.row for ran in group] for title, group in studies.items()}
     measured = sorted(results.glob("accuracy_*_runs.csv")) if results is not None else []
     timed = sorted(results.glob("frontier_*.csv")) if results is not None else []
     if results is not None and not measured + timed:
         raise UserError(f"{results} holds neither accuracy_*_runs.csv nor frontier_*.csv: name another --results")
-    tables |= {path.stem.removeprefix("accuracy_").removesuffix("_runs"): read_runs(path) for path in measured}
+    tables = {f"Results: {p.stem.removeprefix('accuracy_').removesuffix('_runs')}": read_runs(p) for p in measured}
+    tables = dict(sorted(tables.items(), key=lambda item: -len(item[1])))  # the largest study is what people came for
+    tables |= {f"The runs below: {title}": [ran.row for ran in group] for title, group in studies.items()}
     for title, rows in tables.items():
-        _study(page, f"Results: {title}", rows)
+        _study(page, title, rows)
     for path in timed:
         text = f"Time of a step against its peak memory ({path.name}): methods, and plans made for a budget."
         rows = read_csv(path, ("times_bp", "peak_bytes"))
@@ -149,31 +159,35 @@ def find(places: Sequence[Path]) -> list[Ran]:
 
 
 def _setting(ran: Ran, runs: Sequence[Ran]) -> str:
-    """In which fields a run is not as most runs of its study are; where the field is a method's, of its method, unless
-    some have the field's default. A cut by names is always told, and where no value is that of most, each is."""
-    own, plain = as_dict(ran.recipe), as_dict(Recipe())
+    """In which fields a run is not what goes without saying: as most runs of its study are, or, where no value is that
+    of most, none; in what a coupling is, the default. A head is a method's own; a cut by names is always told."""
     words = []
-    for name, value in own.items():
-        if name in (*TOLD, *PLACES) or (name == "blocks" and isinstance(ran.recipe.cut, int)):
-            continue
-        alike = [r.recipe for r in runs if r.study == ran.study]
-        if name in OF_METHODS:
-            alike = [recipe for recipe in alike if recipe.label == ran.recipe.label]
-        seen = Counter(as_dict(recipe)[name] for recipe in alike)
-        usual, count = seen.most_common(1)[0]
-        if name in OF_METHODS and plain[name] in seen:
-            usual, count = plain[name], len(alike)
-        if name == "blocks" or value != usual or 2 * count <= len(alike) != count:
-            words.append(f"{name}={value}")
+    for name in sorted(FIELDS, key="blocks".__eq__):  # which may be long
+        value = getattr(ran.recipe, name)
+        alike = [
+            r.recipe for r in runs if r.study == ran.study and (name != "head" or r.recipe.label == ran.recipe.label)
+        ]
+        usual, count = Counter(getattr(recipe, name) for recipe in alike).most_common(1)[0]
+        if name == "blocks":
+            told = not isinstance(ran.recipe.cut, int)
+        elif name in OF_METHODS and name != "head":
+            told = value != getattr(PLAIN, name)
+        else:
+            told = value != usual or 2 * count <= len(alike) != count
+        words += [f"{name}={value}"] if told else []
     return " ".join(words)
 
 
 def _one_of_each(runs: Sequence[Ran]) -> dict[str, Ran]:
     """Of the runs that differ in their seeds alone the one that was probed, or that of the lowest seed."""
-    shown: dict[str, Ran] = {}
+    chosen: dict[str, Ran] = {}
     for ran in sorted(runs, key=lambda ran: (not ran.probed("separability"), ran.recipe.seed)):
-        shown.setdefault(ran.label, ran)
-    return dict(sorted(shown.items(), key=lambda item: runs.index(item[1])))
+        chosen.setdefault(ran.label, ran)
+    return {f"{ran.label}, seed {ran.recipe.seed}": ran for ran in sorted(chosen.values(), key=runs.index)}
+
+
+def _plain(shown: dict[str, Ran]) -> dict[str, Ran]:
+    return {name: ran for name, ran in shown.items() if not ran.row["setting"]}
 
 
 def _study(page: Page, section: str, runs: Rows) -> None:
@@ -185,7 +199,10 @@ def _study(page: Page, section: str, runs: Rows) -> None:
         added = f"{row['added']:,}" if isinstance(row.get("added"), int) else ""
         body.append([label_of(row), told(row), row["n"], mib(row["peak_bytes"]), below, added, f"{row['seconds']:.0f}"])
     head = ("method", "test error, %", "n", "peak memory", "below BP", "parameters added", "seconds")
-    note = "Test error of the last epoch, mean ± standard deviation over n seeds; median peak of a step and time."
+    note = (
+        "Test error of the last epoch, mean ± standard deviation over n seeds; median peak of a step, and median "
+        "seconds of a run on a machine that others may have used beside it."
+    )
     page.add(section, f'<p class="note">{note}</p>', _table(head, body), _download("results.csv", csv_text(rows)))
     text = "Test error against peak memory of a step; bars are standard deviations over seeds. Down and left is better."
     page.figure(section, figures.error_against_memory(rows), text)
@@ -201,9 +218,8 @@ def _study(page: Page, section: str, runs: Rows) -> None:
 
 def _learning(page: Page, section: str, shown: dict[str, Ran]) -> None:
     errors = {name: [100 - row["eval_top1"] for row in summary_rows(ran.folder)] for name, ran in shown.items()}
-    seeds = "; ".join(f"{name} with seed {ran.recipe.seed}" for name, ran in shown.items())
-    text = f"Test error after each epoch, one run of each kind: {seeds}."
-    page.figure(section, figures.by_epoch(errors, "test error, %"), text)
+    text = "Test error after each epoch, one run of each kind."
+    page.curves(section, figures.by_epoch(errors, "test error, %"), text, _plain(shown))
     for name, ran in shown.items():
         losses = [entry["losses"] for entry in ran.epochs if "losses" in entry]
         if losses and len(losses[0]) > 1:
@@ -219,7 +235,10 @@ def _memory(page: Page, section: str, shown: dict[str, Ran]) -> None:
             "Memory over one training step. Backpropagation keeps what its forward pass makes until the backward pass "
             "has used it: one hill. A local run frees each block's before the next block runs: a hill for each block."
         )
-        page.figure(section, figures.timeline({name: live for name, live in steps.items() if live}), text)
+        plain = _plain(shown)
+        fewest = min((ran.row["blocks"] for ran in plain.values() if ran.row["blocks"] > 1), default=1)
+        first = {name: ran for name, ran in plain.items() if ran.row["blocks"] in (1, fewest)}
+        page.curves(section, figures.timeline({name: live for name, live in steps.items() if live}), text, first)
 
 
 def _probes(page: Page, of: str, shown: dict[str, Ran]) -> None:
@@ -228,7 +247,7 @@ def _probes(page: Page, of: str, shown: dict[str, Ran]) -> None:
         counts = sorted({(int(rows[0]["fitted"]), int(rows[0]["measured"])) for rows in probed.values()})
         images = " or ".join(f"{fitted:,} test images, measured on {measured:,} others" for fitted, measured in counts)
         text = f"How well a linear classifier reads the class from the pooled output of each unit; fitted on {images}."
-        page.figure(f"Separability{of}", figures.separability(probed), text)
+        page.curves(f"Separability{of}", figures.separability(probed), text, _plain(shown))
     for name, ran in shown.items():
         if rows := ran.probed("cka"):
             text = (
