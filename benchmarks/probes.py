@@ -1,5 +1,6 @@
-"""What the units of the study's networks have learned: `localgrad probe` of each against backpropagation of its seed,
-and of backpropagation against that of another seed, which says how alike two networks can be expected to be.
+"""What the units of the study's networks have learned: `localgrad probe` of each, those of backpropagation too, against
+backpropagation of the next seed, and of the last against the first: weights that begin alike stay more alike, and how
+alike two networks of one method are is what the others have to be measured by.
 
     python benchmarks/probes.py
 
@@ -49,10 +50,11 @@ def rows_of(run: Path, method: str, blocks: str, seed: str, bp: Path) -> list[di
 def main(settings: Settings) -> None:
     place = settings.results / "probes_fashion_small.csv"
     finished = sorted(run for run in settings.runs.iterdir() if NAMED.fullmatch(run.name) and (run / MODEL).exists())
-    bps = [run for run in finished if run.name.startswith("bp_")]
+    bps = sorted((int(run.name.removeprefix("bp_k1_s")), run) for run in finished if run.name.startswith("bp_"))
     for run in finished:
         method, blocks, seed = NAMED.fullmatch(run.name).groups()  # pyright: ignore[reportOptionalMemberAccess]
-        others = [bp for bp in bps if bp != run and (method == "bp" or bp.name.endswith(f"_s{seed}"))]
+        later = [bp for s, bp in bps if s > int(seed)]
+        others = later + [bp for s, bp in bps if s < int(seed)]
         there: list[dict[str, Any]] = [*read_csv(place)] if place.exists() else []
         if others and not any((row["method"], row["blocks"], row["seed"]) == (method, blocks, seed) for row in there):
             write_csv(place, [*there, *rows_of(run, method, blocks, seed, others[0])])

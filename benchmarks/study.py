@@ -3,13 +3,14 @@
     python benchmarks/study.py
 
 Grids of `localgrad compare`, two runs at a time. A run that is finished adds its row to
-results/accuracy_fashion_small_runs.csv at once; what has a row there is not run again, so a stopped study goes on where
-it was, on whatever machine. The means go to results/accuracy_fashion_small.csv, differences paired by seed to
-results/accuracy_fashion_small_pairs.csv.
+results/accuracy_fashion_small_runs.csv at once; what has a row there is not run again (unless another starts from its
+weights, and they are gone), so a stopped study goes on where it was, on whatever machine. The means go to
+results/accuracy_fashion_small.csv, differences paired by seed to results/accuracy_fashion_small_pairs.csv.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from localgrad.run.tables import SAME, paired, read_runs, row_of, show, summariz
 
 EARLY = "layer1.0/layer1.2/layer1.4"  # small blocks where maps are large, and all else in the last block
 FIRST = "stem/layer1.0/layer1.1/layer1.2/layer1.3/layer1.4"  # of 16 blocks, the cuts of the first stage alone
-LAST = "/".join(["layer1.4"] + [f"layer2.{i}" for i in range(5)] + [f"layer3.{i}" for i in range(4)])  # the others
+LAST = "/".join(["layer1.4"] + [f"layer2.{i}" for i in range(5)] + [f"layer3.{i}" for i in range(4)])  # and from there
 DEEP = "dgl+deep-man"
 METHODS = "bp,dgl,dgl+man,dgl+man++,dgl+deep-man"
 
@@ -108,12 +109,18 @@ def key(row: dict[str, Any]) -> tuple:
     return (*(row[name] for name in SAME), row["seed"])
 
 
+def lacking(parts: Iterable[str], there: Collection[tuple]) -> list[Cell]:
+    """The runs of these parts, each once, without those that are there."""
+    cells = {cell.name: cell for part in parts for compare in PARTS[part] for cell in grid(compare)}
+    return [c for c in cells.values() if (c.method, c.blocks, c.setting, c.recipe.seed) not in there]
+
+
 def main(settings: Settings) -> None:
     place = settings.results / "accuracy_fashion_small_runs.csv"
 
     def add(cell: Cell) -> None:
-        folder = settings.out / cell.name
-        write_csv(place, [*runs(), row_of(folder, cell.method, cell.blocks, cell.setting, cell.recipe.seed)])
+        row = row_of(settings.out / cell.name, cell.method, cell.blocks, cell.setting, cell.recipe.seed)
+        write_csv(place, [*(other for other in runs() if key(other) != key(row)), row])
         summed_up()
 
     def runs() -> list[dict[str, Any]]:
@@ -128,14 +135,15 @@ def main(settings: Settings) -> None:
         if name not in PARTS:
             raise SystemExit(f"the study has no part '{name}': take {', '.join(PARTS)}")
     settings.out.mkdir(parents=True, exist_ok=True)
-    failed = []
-    # One queue, so that no core waits at the end of a part, but for the runs that start from another part's weights.
-    for wave in ([name for name in names if name != "exact"], ["exact"] if "exact" in names else []):
-        cells = {cell.name: cell for name in wave for compare in PARTS[name] for cell in grid(compare)}
-        there = {key(run) for run in runs()}
-        missing = [c for c in cells.values() if (c.method, c.blocks, c.setting, c.recipe.seed) not in there]
-        print(f"{', '.join(wave)}: {len(cells)} runs, {len(missing)} to train", flush=True)
-        failed += run_all(missing, settings.out, settings.jobs, done=add)
+    there, failed = {key(run) for run in runs()}, []
+    late = lacking(["exact"] if "exact" in names else [], there)
+    starts = {c.recipe.init for c in late if c.recipe.init and not Path(c.recipe.init).exists()}
+    early = lacking([name for name in names if name != "exact"], there)
+    again = lacking(["local"] if starts else [], set())
+    early += [c for c in again if str(settings.out / c.name / MODEL) in starts and c not in early]
+    # One queue, so that no core waits at the end of a part, and another for what starts from weights of the first.
+    for queue in (early, late):
+        failed += run_all(queue, settings.out, settings.jobs, done=add)
     if rows := runs():
         summed_up()
         show(summarize(rows), paired(rows))

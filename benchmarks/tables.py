@@ -9,7 +9,7 @@ import csv
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/experiments.md", "docs/memory.md", "docs/networks.md", "docs/scaling.md")
@@ -103,11 +103,12 @@ def probes() -> str:
         groups.setdefault((row["method"], row["blocks"]), []).append(row)
     body = []
     for (method, blocks), mine in sorted(groups.items(), key=lambda item: (int(item[0][1]), item[0][0])):
-        cells = [
-            f"{mean([float(row[name]) for row in mine if row['unit'] == unit]):.{digits}f}"
-            for name, digits in (("top1", 1), ("cka", 2))
-            for unit in PROBED
-        ]
+        cells = []
+        for name, digits in (("top1", 1), ("cka", 2)):
+            for unit in PROBED:
+                values = [float(row[name]) for row in mine if row["unit"] == unit]
+                spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+                cells.append(f"{mean(values):.{digits}f}{spread}")
         body.append([name_of(method), blocks, str(len({row["seed"] for row in mine})), *cells])
     heads = [f"{what} {unit}" for what in ("linear, %:", "CKA:") for unit in PROBED]
     return table(["method", "blocks", "n", *heads], body)

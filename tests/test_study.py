@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,11 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def row_of(folder: Path, method: str, blocks: int, setting: str, seed: int) -> dict[str, Any]:
+    row = {"method": method, "blocks": blocks, "setting": setting, "seed": seed, "error": 10.0 + blocks + seed}
+    return {**row, "peak_bytes": 2**20, "seconds": 1.0, "added": 5, "machine": "one"}
+
+
 def test_a_study_goes_on_where_its_rows_end(study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[str] = []
 
@@ -52,10 +58,6 @@ def test_a_study_goes_on_where_its_rows_end(study: Any, tmp_path: Path, monkeypa
             trained.append(cell.name)
             done(cell)
         return [cell.name for cell in cells[3:]]
-
-    def row_of(folder: Path, method: str, blocks: int, setting: str, seed: int) -> dict[str, Any]:
-        row = {"method": method, "blocks": blocks, "setting": setting, "seed": seed, "error": 10.0 + blocks + seed}
-        return {**row, "peak_bytes": 2**20, "seconds": 1.0, "added": 5, "machine": "one"}
 
     monkeypatch.setattr(study, "run_all", run_all)
     monkeypatch.setattr(study, "row_of", row_of)
@@ -87,21 +89,40 @@ def test_a_study_goes_on_where_its_rows_end(study: Any, tmp_path: Path, monkeypa
     ]
 
 
-def test_what_starts_from_trained_weights_waits_for_them(
+def test_what_starts_from_weights_waits_for_them_and_has_them_made(
     study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queues: list[list[str]] = []
 
     def run_all(cells: Sequence[Cell], out: Path, jobs: int, *, done: Callable[[Cell], None]) -> list[str]:
         queues.append([cell.name for cell in cells])
-        return queues[-1]
+        for cell in cells[:1]:
+            done(cell)
+        return []
 
+    weights = tmp_path / "bp_k1_s2" / MODEL
     monkeypatch.setattr(study, "run_all", run_all)
-    parts = {name: [study._compare("bp", "1", str(seed))] for seed, name in enumerate(("exact", "main", "local"))}
-    monkeypatch.setattr(study, "PARTS", parts)
-    with pytest.raises(SystemExit, match="bp_k1_s1, bp_k1_s2, bp_k1_s0"):
-        study.main(study.Settings(results=tmp_path, out=tmp_path, parts="exact,main,local"))
-    assert queues == [["bp_k1_s1", "bp_k1_s2"], ["bp_k1_s0"]]
+    monkeypatch.setattr(study, "row_of", row_of)
+    monkeypatch.setattr(study, "PARTS", {
+        "exact": [study._compare("bp", "1", init=str(weights))],
+        "main": [study._compare("bp", "1", "1,3")],
+        "local": [study._compare("bp", "1", "2")],
+    })  # fmt: skip
+    settings = study.Settings(results=tmp_path, out=tmp_path, parts="exact,main,local")
+    late = study.grid(study.PARTS["exact"][0])[0].name
+
+    study.main(settings)
+    assert queues == [["bp_k1_s1", "bp_k1_s3", "bp_k1_s2"], [late]]
+    (tmp_path / "accuracy_fashion_small_runs.csv").unlink()
+    study.main(replace(settings, parts="local"))
+    study.main(replace(settings, parts="exact"))  # of which the weights are gone, though their run has a row
+    assert queues[2:] == [["bp_k1_s2"], [], ["bp_k1_s2"], [late]]
+    assert [row["seed"] for row in read(tmp_path / "accuracy_fashion_small_runs.csv")] == ["2", "0"]
+    (tmp_path / "accuracy_fashion_small_runs.csv").unlink()
+    weights.parent.mkdir()
+    weights.touch()
+    study.main(replace(settings, parts="exact"))
+    assert queues[6:] == [[], [late]]
 
 
 def test_every_part_is_a_grid_of_its_own_runs(study: Any) -> None:
@@ -115,7 +136,7 @@ def test_an_unknown_part_is_named(study: Any, tmp_path: Path) -> None:
         study.main(study.Settings(results=tmp_path, out=tmp_path, parts="mian"))
 
 
-def test_each_finished_run_is_probed_once_against_bp(
+def test_each_finished_run_is_probed_once_against_bp_of_the_next_seed(
     script: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     probes, probed, units = script("probes"), [], ("stem", "layer1.0")
@@ -131,15 +152,20 @@ def test_each_finished_run_is_probed_once_against_bp(
     monkeypatch.setattr(probes, "localgrad", localgrad)
     monkeypatch.setattr(probes, "read_environment", lambda run: {"commit": "abc", "threads": 1})
     runs = tmp_path / "runs"
-    names = ("bp_k1_s0", "bp_k1_s1", "dgl+man++_k16_s1", "dgl_k16_s2", "dgl_k4_s1_depth-2", "dgl_k4_s0")
+    bps = ("bp_k1_s0", "bp_k1_s1", "bp_k1_s10")
+    names = (*bps, "dgl+man++_k16_s1", "dgl_k16_s12", "dgl_k4_s1_depth-2", "dgl_k4_s0")
     for name in names:
         (runs / name / "probe").mkdir(parents=True)
         if name != "dgl_k4_s0":  # which still trains
             (runs / name / MODEL).touch()
     for _ in range(2):
         probes.main(probes.Settings(tmp_path, runs))
-    assert probed == [("bp_k1_s0", "bp_k1_s1"), ("bp_k1_s1", "bp_k1_s0"), ("dgl+man++_k16_s1", "bp_k1_s1")]
-    rows = read(tmp_path / "probes_fashion_small.csv")
-    assert [tuple(row.values()) for row in rows[-2:]] == [
-        ("dgl+man++", "16", "1", unit, "50.0", "0.5", "bp_k1_s1", "abc") for unit in units
+    assert dict(probed) == {
+        **dict(zip(bps, (*bps[1:], bps[0]), strict=True)),
+        "dgl+man++_k16_s1": "bp_k1_s10", "dgl_k16_s12": "bp_k1_s0",
+    }  # fmt: skip
+    assert len(probed) == 5
+    rows = [row for row in read(tmp_path / "probes_fashion_small.csv") if row["method"] == "dgl+man++"]
+    assert [tuple(row.values()) for row in rows] == [
+        ("dgl+man++", "16", "1", unit, "50.0", "0.5", "bp_k1_s10", "abc") for unit in units
     ]
