@@ -63,6 +63,14 @@ def test_each_value_of_a_varied_field_is_run() -> None:
     ]
 
 
+def test_lists_to_vary_are_joined_by_slashes() -> None:
+    cells = grid(Compare(methods="dgl", blocks="2", vary=("recompute=layer1.0/layer1.1,all", "block-lr=1/0.5")))
+    assert [(c.name, c.recipe.recompute, c.recipe.block_lr) for c in cells] == [
+        ("dgl_k2_s0_recompute-layer1.0-layer1.1_block_lr-1-0.5", "layer1.0,layer1.1", "1,0.5"),
+        ("dgl_k2_s0_recompute-all_block_lr-1-0.5", "all", "1,0.5"),
+    ]
+
+
 @pytest.mark.filterwarnings("ignore:momentum has no effect")
 def test_what_has_no_effect_on_a_run_does_not_repeat_it() -> None:
     cells = grid(Compare(methods="bp,dgl+man", blocks="2", vary=("momentum=0,0.9",)))
@@ -78,7 +86,7 @@ def test_what_has_no_effect_on_a_run_does_not_repeat_it() -> None:
         ({"vary": ("lr=0.1",), "set": ("lr=0.2",)}, "--vary lr is given otherwise too"),
         ({"vary": ("data=digits",), "data": "digits"}, "--vary data is given otherwise too"),
         ({"vary": ("momentum",)}, "--vary takes KEY=VALUE,VALUE, not 'momentum'"),
-        ({"vary": ("block-lr=1,0.5",)}, "--vary cannot take block-lr"),
+        ({"vary": ("block-lr=1,x",)}, "block-lr"),
         ({"vary": ("init=a/b.pt,a-b.pt",)}, "would both be called"),
         ({"methods": "dgl+mann"}, "did you mean 'man'"),
         ({"methods": ","}, "--methods takes names"),
@@ -223,8 +231,14 @@ def test_differences_are_paired_by_seed() -> None:
             *runs("dgl", 4, {0: 11.0}),
             *runs("dgl+man", 16, {1: 12.5, 2: 12.5, 3: 98.0}),
             *runs("dgl", 16, {0: 1.0, 1: 1.0}, "epochs=15"),  # other conditions: no difference is of the method
+            *runs("bp", 1, {0: 9.0, 3: 98.0}, "recompute=all"),  # which changes no error
         ]
     )
+    table, again = (
+        [p for p in table if "recompute" not in p["second"]],
+        [p for p in table if "recompute" in p["second"]],
+    )
+    assert [(p["first"], p["seeds"]) for p in again] == [("dgl K=16", "0 3")]
     assert [(p["first"], p["second"], p["n"], p["seeds"]) for p in table] == [
         ("bp", "dgl K=16", 3, "0 1 2"),
         ("bp", "dgl+man K=16", 2, "1 2"),

@@ -192,7 +192,8 @@ def test_the_papers_rows() -> None:
 def test_the_recipes_near_bp_are_rows_of_the_study() -> None:
     deep = override(RECIPES["fashion_small"](), {"coupling": "deep-man", "branches": "learnable"})
     assert RECIPES["fashion_small_k16"]() == deep
-    assert RECIPES["fashion_small_k4"]() == override(deep, {"blocks": "layer1.0,layer1.2,layer1.4"})
+    four = {"blocks": "layer2.0,layer3.1,layer3.3", "recompute": "layer1.0,layer1.1,layer1.2,layer1.3"}
+    assert RECIPES["fashion_small_k4"]() == override(deep, four)
 
 
 def test_differences_leave_places_out() -> None:

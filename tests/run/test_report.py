@@ -232,6 +232,14 @@ def with_recipe(runs: Path, place: Path, **changes: object) -> None:
     (place / "config.yaml").write_text(yaml.safe_dump(config))
 
 
+def test_recomputing_is_told_and_compared(runs: Path, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        with_recipe(runs, tmp_path / f"{seed}", recompute="all", seed=seed)
+    page = Reader(without_script(report([runs, tmp_path])))
+    assert [(row[0], row[4]) for row in page.tables[0][1:3]] == [("bp", "0.0%"), ("bp recompute=all", "0.0%")]
+    assert ["bp recompute=all", "dgl+man K=4"] in [row[:2] for row in page.tables[1]]
+
+
 def test_conditions_that_differ_are_told_and_not_compared(runs: Path, tmp_path: Path) -> None:
     for seed in (0, 1):
         with_recipe(runs, tmp_path / f"other{seed}", batch_size=16, seed=seed)
@@ -263,22 +271,22 @@ def test_a_coupling_that_is_not_the_default_is_told_however_common(runs: Path, t
 def test_long_names_have_short_lines() -> None:
     cut = "blocks=layer1.0,layer1.1,layer1.2,layer1.3,layer1.4 lr=0.1"
     losses = {f"dgl K=6 {cut}, seed 1": [1.0], "a <b>": [2.0]}
-    long, short = figures.with_short_lines(figures.by_epoch(losses, "loss")).data
-    lines = long.name.split("<br>")
+    long, short = figures.with_short_lines(figures.by_epoch(losses, "loss")).to_dict()["data"]
+    lines = long["name"].split("<br>")
     assert max(map(len, lines)) <= figures.LINE
     assert " ".join(lines) == f"dgl K=6 {cut}, seed 1".replace(",layer", ", layer")
-    assert short.name == "a &lt;b&gt;"
+    assert short["name"] == "a &lt;b&gt;"
 
 
 def test_of_too_many_curves_those_of_plain_settings_are_drawn() -> None:
     losses = {f"run {i}": [1.0, 0.5] for i in range(9)}
-    figure = figures.by_epoch(losses, "loss")
-    assert figures.leave(figure, {"run 1", "run 3"})
-    assert [trace.name for trace in figure.data if trace.visible != "legendonly"] == ["run 1", "run 3"]
-    for names, plain in ((set(), 9), ({"run 1"}, 7)):
-        some = figures.by_epoch(dict(list(losses.items())[:plain]), "loss")
-        assert not figures.leave(some, names)
-        assert all(trace.visible is None for trace in some.data)
+    for count, names, drawn in (
+        (9, {"run 1", "run 3"}, ["run 1", "run 3"]), (9, {"none"}, list(losses)), (7, {"run 1"}, list(losses)[:7])
+    ):  # fmt: skip
+        figure = figures.by_epoch(dict(list(losses.items())[:count]), "loss")
+        assert figures.leave(figure, names) == (len(drawn) == 2)
+        traces = figure.to_dict()["data"]
+        assert [trace["name"] for trace in traces if trace.get("visible") != "legendonly"] == drawn
 
 
 def test_an_older_and_a_damaged_run_are_shown_as_far_as_they_go(runs: Path, tmp_path: Path) -> None:

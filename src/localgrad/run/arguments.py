@@ -15,6 +15,8 @@ import tyro
 from localgrad.core.errors import UserError, unknown
 from localgrad.run.recipe import Recipe, Saving
 
+LISTS = ("model_args", "block_lr", "recompute")  # fields whose values have commas
+
 
 @dataclass(frozen=True)
 class Train:
@@ -86,7 +88,8 @@ class Compare:
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Recipe fields that all runs share: --set lr=0.05 --set epochs=3."""
     vary: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Recipe fields of which each value is run: --vary momentum=0,0.9,0.99."""
+    """Recipe fields of which each value is run: --vary momentum=0,0.9,0.99. What is itself a list is joined by slashes:
+    --vary recompute=layer1.0/layer1.1,all."""
     out: Path = Path("runs/compare")
     """Folder of the grid: a folder for each run, runs.csv, compare.csv, pairs.csv (differences paired by seed), and
     compare.png with localgrad[plot]."""
@@ -159,15 +162,16 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_lists(pairs: Sequence[str]) -> dict[str, list[Any]]:
-    """Recipe fields with several values from KEY=VALUE,VALUE pairs. Raises UserError."""
+    """Recipe fields with several values from KEY=VALUE,VALUE pairs, where a value is a list joined by slashes. Raises
+    UserError."""
     lists: dict[str, list[Any]] = {}
     for pair in pairs:
         key, _, values = pair.partition("=")
-        if key.replace("-", "_") in ("model_args", "block_lr", "recompute"):
-            raise UserError(f"--vary cannot take {key}, whose values have commas: give each a grid with --set")
         if not values:
             raise UserError(f"--vary takes KEY=VALUE,VALUE, not '{pair}'")
+        listed = key.replace("-", "_") in LISTS
         for value in values.split(","):
+            value = value.replace("/", ",") if listed else value
             for name, parsed in parse_changes([f"{key}={value}"], "--vary").items():
                 lists.setdefault(name, []).append(parsed)
     return lists

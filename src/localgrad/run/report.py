@@ -24,7 +24,7 @@ from localgrad.run.tables import conditions, csv_text, label_of, paired, read_cs
 
 Rows = list[dict[str, Any]]
 TOLD = ("model", "data", "method", "coupling", "seed")  # fields of which a run's study and label speak by themselves
-FIELDS = [f.name for f in fields(Recipe) if f.name not in (*TOLD, *PLACES)]
+FIELDS = [f.name for f in fields(Recipe) if f.name not in (*TOLD, *PLACES - {"recompute"})]
 PLAIN = Recipe()
 
 
@@ -147,7 +147,8 @@ def find(places: Sequence[Path]) -> list[Ran]:
     runs = [replace(ran, row={**ran.row, "setting": _setting(ran, runs)}) for ran in runs]
     for i, ran in enumerate(runs):
         for other in runs[:i]:
-            if ran.study == other.study and not differences(ran.recipe, other.recipe):
+            again = ran.recipe.recompute == other.recipe.recompute
+            if ran.study == other.study and again and not differences(ran.recipe, other.recipe):
                 raise UserError(f"{other.folder} and {ran.folder} are the same run: name one of them")
 
     def place_of(ran: Ran) -> tuple:
@@ -160,7 +161,8 @@ def find(places: Sequence[Path]) -> list[Ran]:
 
 def _setting(ran: Ran, runs: Sequence[Ran]) -> str:
     """In which fields a run is not what goes without saying: as most runs of its study are, or, where no value is that
-    of most, none; in what a coupling is, the default. A head is a method's own; a cut by names is always told."""
+    of most, none; in what a coupling is, and what is recomputed, the default. A head is a method's own; a cut by names
+    is always told."""
     words = []
     for name in sorted(FIELDS, key="blocks".__eq__):  # which may be long
         value = getattr(ran.recipe, name)
@@ -170,7 +172,7 @@ def _setting(ran: Ran, runs: Sequence[Ran]) -> str:
         usual, count = Counter(getattr(recipe, name) for recipe in alike).most_common(1)[0]
         if name == "blocks":
             told = not isinstance(ran.recipe.cut, int)
-        elif name in OF_METHODS and name != "head":
+        elif name in OF_METHODS - {"head"} | {"recompute"}:
             told = value != getattr(PLAIN, name)
         else:
             told = value != usual or 2 * count <= len(alike) != count
@@ -192,9 +194,10 @@ def _plain(shown: dict[str, Ran]) -> dict[str, Ran]:
 
 def _study(page: Page, section: str, runs: Rows) -> None:
     rows = summarize(runs)
+    plain = [row for row in rows if row["method"] == "bp" and "recompute=" not in row["setting"]]
     body = []
     for row in rows:
-        alike = [r for r in rows if r["method"] == "bp" and conditions(r["setting"]) == conditions(row["setting"])]
+        alike = [r for r in plain if conditions(r["setting"]) == conditions(row["setting"])]
         below = f"{100 - 100 * row['peak_bytes'] / alike[0]['peak_bytes']:.1f}%" if len(alike) == 1 else ""
         added = f"{row['added']:,}" if isinstance(row.get("added"), int) else ""
         body.append([label_of(row), told(row), row["n"], mib(row["peak_bytes"]), below, added, f"{row['seconds']:.0f}"])

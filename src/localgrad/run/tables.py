@@ -17,7 +17,7 @@ from scipy import stats
 
 from localgrad.core.errors import UserError
 from localgrad.run.files import write_text
-from localgrad.run.recipe import OF_METHODS
+from localgrad.run.recipe import OF_METHODS, PLACES
 from localgrad.run.runlog import mib, read_environment, read_sizes, summary_rows
 
 NEEDED = {"blocks": int, "seed": int, "error": float, "peak_bytes": int, "seconds": float}
@@ -63,8 +63,9 @@ def groups(runs: Sequence[dict[str, Any]]) -> dict[tuple, list[dict[str, Any]]]:
 
 
 def conditions(setting: str) -> frozenset[str]:
-    """Of a setting what is not the method's own: only runs under the same conditions can be compared."""
-    return frozenset(word for word in setting.split() if word.partition("=")[0] not in OF_METHODS)
+    """Of a setting what is not the method's own, and not without effect on what is learned: only runs under the same
+    conditions can be compared."""
+    return frozenset(word for word in setting.split() if word.partition("=")[0] not in OF_METHODS | PLACES)
 
 
 def told(row: dict[str, Any]) -> str:
