@@ -25,7 +25,7 @@ from localgrad.run.tables import SAME, paired, read_runs, row_of, show, summariz
 EARLY = "layer1.0/layer1.2/layer1.4"  # small blocks where maps are large, and all else in the last block
 FIRST = "stem/layer1.0/layer1.1/layer1.2/layer1.3/layer1.4"  # of 16 blocks, the cuts of the first stage alone
 LAST = "/".join(["layer1.4"] + [f"layer2.{i}" for i in range(5)] + [f"layer3.{i}" for i in range(4)])  # and from there
-AGAIN = "layer1.0/layer1.1/layer1.2/layer1.3"
+AGAIN = "layer1.0/layer1.1"
 DEEP = "dgl+deep-man"
 METHODS = "bp,dgl,dgl+man,dgl+man++,dgl+deep-man"
 
