@@ -99,6 +99,7 @@ PARTS: dict[str, list[Compare]] = {
         _compare(DEEP, EARLY, branches="ema", momentum="0.9", depth="2"),
         _compare(DEEP, "layer1.0/layer1.1/layer1.3", branches="learnable"),
         _compare(DEEP, "layer1.0/layer1.1/layer1.2", branches="learnable", depth="2"),
+        _compare(DEEP, "16", branches="learnable", block_lr="/".join(["0.3"] * 6 + ["1"] * 10)),  # a slow first stage
     ],
     "local": [local for local, _ in LATE],
     "exact": [_compare("bp", "1", **then, warmup="0", init=_weights(local)) for local, then in LATE]
