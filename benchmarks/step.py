@@ -34,6 +34,8 @@ ROWS = (
     Compare("dgl+deep-man", "layer1.0/layer1.2/layer1.4,16", vary=("branches=learnable",), recipe=SMALL),
     Compare("dgl+deep-man", "layer2.0,layer2.0/layer3.1/layer3.3",
             vary=("branches=learnable", "recompute=layer1.0/layer1.1"), recipe=SMALL),
+    Compare("dgl+deep-man", "layer3.1/layer3.2/layer3.3",
+            vary=("branches=learnable", f"recompute={FIRST}"), recipe=SMALL),
     Compare("bp", vary=(f"recompute={FIRST},{FIRST}/{SECOND},all",), recipe=SMALL),  # the rival
 )  # fmt: skip
 WARM_UP = 2  # of which the second runs under the memory meter

@@ -25,7 +25,7 @@ from localgrad.run.tables import SAME, paired, read_runs, row_of, show, summariz
 EARLY = "layer1.0/layer1.2/layer1.4"  # small blocks where maps are large, and all else in the last block
 FIRST = "stem/layer1.0/layer1.1/layer1.2/layer1.3/layer1.4"  # of 16 blocks, the cuts of the first stage alone
 LAST = "/".join(["layer1.4"] + [f"layer2.{i}" for i in range(5)] + [f"layer3.{i}" for i in range(4)])  # and from there
-AGAIN = "layer1.0/layer1.1"
+AGAIN = "/".join(f"layer1.{i}" for i in range(5))
 DEEP = "dgl+deep-man"
 METHODS = "bp,dgl,dgl+man,dgl+man++,dgl+deep-man"
 
@@ -87,8 +87,8 @@ PARTS: dict[str, list[Compare]] = {
         _compare("infopro+deep-man", EARLY, branches="learnable"),
         _compare(DEEP, "layer1.1/layer1.4/layer2.4,layer1.2/layer1.4/layer2.4,layer1.2", branches="learnable"),
         _compare(DEEP, "16", "0,1,2", branches="learnable"),
-        _compare(DEEP, "layer3.1/layer3.2/layer3.3", branches="learnable"),
-        _compare(DEEP, "layer2.0/layer3.1/layer3.3", "0,1,2", branches="learnable", recompute=AGAIN),
+        _compare(DEEP, "layer2.0/layer3.1/layer3.3", "0,1,2", branches="learnable", recompute="layer1.0/layer1.1"),
+        _compare(DEEP, "layer3.1/layer3.2/layer3.3", "0,1,2", branches="learnable", recompute=AGAIN),
         _compare(DEEP, "layer2.0,layer2.4", branches="learnable"),  # what the planner takes in 80 and in 41 MiB
     ],
     # Which branches, which units, how fast.

@@ -50,7 +50,8 @@ def seconds() -> dict[tuple[str, str, str], str]:
 
 
 RECIPES = {  # by the setting of their rows
-    "branches=learnable recompute=layer1.0,layer1.1 blocks=layer2.0,layer3.1,layer3.3": "fashion_small_k4",
+    "branches=learnable recompute=layer1.0,layer1.1,layer1.2,layer1.3,layer1.4 "
+    "blocks=layer3.1,layer3.2,layer3.3": "fashion_small_k4",
     "branches=learnable": "fashion_small_k16",
 }
 
