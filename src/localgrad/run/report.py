@@ -147,8 +147,8 @@ def find(places: Sequence[Path]) -> list[Ran]:
     runs = [replace(ran, row={**ran.row, "setting": _setting(ran, runs)}) for ran in runs]
     for i, ran in enumerate(runs):
         for other in runs[:i]:
-            again = ran.recipe.recompute == other.recipe.recompute
-            if ran.study == other.study and again and not differences(ran.recipe, other.recipe):
+            as_much = ran.recipe.recompute == other.recipe.recompute
+            if ran.study == other.study and as_much and not differences(ran.recipe, other.recipe):
                 raise UserError(f"{other.folder} and {ran.folder} are the same run: name one of them")
 
     def place_of(ran: Ran) -> tuple:
@@ -163,20 +163,19 @@ def _setting(ran: Ran, runs: Sequence[Ran]) -> str:
     """In which fields a run is not what goes without saying: as most runs of its study are, or, where no value is that
     of most, none; in what a coupling is, and what is recomputed, the default. A head is a method's own; a cut by names
     is always told."""
+    study = [r.recipe for r in runs if r.study == ran.study]
     words = []
     for name in sorted(FIELDS, key="blocks".__eq__):  # which may be long
         value = getattr(ran.recipe, name)
-        alike = [
-            r.recipe for r in runs if r.study == ran.study and (name != "head" or r.recipe.label == ran.recipe.label)
-        ]
-        usual, count = Counter(getattr(recipe, name) for recipe in alike).most_common(1)[0]
         if name == "blocks":
-            told = not isinstance(ran.recipe.cut, int)
+            says = not isinstance(ran.recipe.cut, int)
         elif name in OF_METHODS - {"head"} | {"recompute"}:
-            told = value != getattr(PLAIN, name)
+            says = value != getattr(PLAIN, name)
         else:
-            told = value != usual or 2 * count <= len(alike) != count
-        words += [f"{name}={value}"] if told else []
+            alike = [recipe for recipe in study if name != "head" or recipe.label == ran.recipe.label]
+            usual, count = Counter(getattr(recipe, name) for recipe in alike).most_common(1)[0]
+            says = value != usual or 2 * count <= len(alike) != count
+        words += [f"{name}={value}"] if says else []
     return " ".join(words)
 
 
