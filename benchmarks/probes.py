@@ -1,5 +1,5 @@
 """What the units of the study's networks have learned: `localgrad probe` of each, those of backpropagation too, against
-backpropagation of the next seed, and of the last against the first: weights that begin alike stay more alike, and how
+backpropagation of the next seed, and of the last against the first: weights that begin alike may stay so, and how
 alike two networks of one method are is what the others have to be measured by.
 
     python benchmarks/probes.py
