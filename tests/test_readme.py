@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import runpy
 import shlex
@@ -134,6 +135,20 @@ def test_tables_are_those_of_the_results() -> None:
     ):
         assert known in read(page)
         assert filled(read(page)) == read(page), "run make results"
+
+
+def test_figures_in_the_text_are_those_of_the_results() -> None:
+    """What experiments.md says in words: two decimals are errors, differences or times, whole MiB are peaks."""
+    files = [f"accuracy_fashion_small{of}.csv" for of in ("", "_runs", "_pairs")] + ["time_fashion_small.csv"]
+    rows = [row for name in files for row in csv.DictReader(read(f"results/{name}").splitlines())]
+    columns = ("error_mean", "error_std", "error", "difference", "low", "high", "times_bp")
+    known = {f"{abs(float(row[name])):.2f}" for row in rows for name in columns if row.get(name)}
+    known |= {f"{int(row['peak_bytes']) / 2**20:.0f} MiB" for row in rows if row.get("peak_bytes")}
+    published = {"14.08", "9.11", "6.37"}
+    text = re.sub(r"<!-- (\w+):begin -->.*?<!-- \1:end -->", "", read("docs/experiments.md"), flags=re.DOTALL)
+    said = set(re.findall(r"(?<![\d.])\d+\.\d\d(?!\d)|\d+ MiB", text))
+    assert published < said
+    assert said - published <= known
 
 
 def test_pictures_are_drawn_from_the_results() -> None:
