@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -71,26 +72,58 @@ def accuracy() -> str:
 
 
 def pairs() -> str:
-    """Differences by seed, of the main part's rows."""
+    """Differences by seed, between plain rows and from BP to any; the file has those between settings too."""
     body = []
     for row in rows("accuracy_fashion_small_pairs.csv"):
+        _, blocks, setting = (*row["second"].split(" ", 2), "")[:3]
+        if setting and row["first"] != "bp":
+            continue
+        second = f"`{RECIPES[setting]}` {blocks}" if setting in RECIPES else row["second"]
         body.append(
-            [row["first"], row["second"], f"{float(row['difference']):+.2f}",
+            [row["first"], second, f"{float(row['difference']):+.2f}",
              f"{float(row['low']):+.2f} to {float(row['high']):+.2f}", row["n"]]
         )  # fmt: skip
     return table(["first", "second", "second less first, points", "95% interval", "n"], body)
 
 
 def settings() -> str:
-    """The rows of the study that are no plain DGL, with or without a coupling, or have a setting of their own."""
+    """The rows of the study that have a setting of their own, but for those of the next three tables."""
     times, body = seconds(), []
     for row in rows("accuracy_fashion_small.csv"):
-        if row["setting"] or row["method"].partition("+")[0] not in ("bp", "dgl"):
+        if row["setting"] and not any(belongs(row) for belongs in (_of_others, _of_ablation, _of_long)):
             setting = re.sub(r"init=\S+/(\S+)/model.safetensors", r"init=\1", row["setting"].replace("_", "-"))
             cells = [name_of(row["method"]), row["blocks"], setting, error_of(row), row["n"]]
             time = times.get((row["method"], row["blocks"], row["setting"]), "")
             body.append([*cells, peak_of(row), time, f"{int(row['added']):,}"])
     head = ["method", "blocks", "setting", "test error, %", "n", "peak memory", "time of a step", "parameters added"]
+    return table(head, body)
+
+
+def _of_others(row: dict[str, str]) -> bool:
+    """Each unit a block, without a coupling or with MAN."""
+    plain = row["setting"] in ("", "head=0c1f") and row["blocks"] == "16"
+    return plain and row["method"].partition("+")[2] in ("", "man")
+
+
+def _of_ablation(row: dict[str, str]) -> bool:
+    plain = row["setting"].partition("=")[0] in ("", "branches", "momentum", "form") and row["blocks"] == "16"
+    return plain and row["method"] in ("dgl", "dgl+man")
+
+
+def _of_long(row: dict[str, str]) -> bool:
+    return "limit_train=60000" in row["setting"]
+
+
+def _single(belongs: Callable[[dict[str, str]], bool]) -> str:
+    """Runs of seed 0, what they learned of the training images and of the test images."""
+    body = []
+    for row in rows("accuracy_fashion_small_runs.csv"):
+        if row["seed"] == "0" and belongs(row):
+            setting = row["setting"].replace("limit_train=60000", "").strip()
+            cells = [name_of(row["method"]), row["blocks"], setting, f"{float(row['error']):.2f}"]
+            body.append([*cells, f"{float(row['train_loss']):.3f}", peak_of(row), f"{int(row['added']):,}"])
+    body.sort(key=lambda cells: [list(NAMES.values()).index(cells[0].partition(" ")[0]), *cells])
+    head = ["method", "blocks", "setting", "test error, %", "training loss", "peak memory", "parameters added"]
     return table(head, body)
 
 
@@ -272,7 +305,8 @@ def devices() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "accuracy": accuracy, "pairs": pairs, "settings": settings, "probes": probes, "deeper": deeper,
+    "accuracy": accuracy, "pairs": pairs, "settings": settings, "others": partial(_single, _of_others),
+    "ablation": partial(_single, _of_ablation), "long": partial(_single, _of_long), "probes": probes, "deeper": deeper,
     "frontier": frontier, "imagenet": imagenet, "parts": parts, "coverage": coverage, "refused": refused,
     "families": families, "training": training, "scaling": scaling, "delays": delays, "check": check,
     "devices": devices,
