@@ -14,15 +14,16 @@ from statistics import mean
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from tables import recipe_of
 
 MIB = 2**20
 ROOT = Path(__file__).parents[1]
 METHODS = {
     "bp": "BP", "dgl": "DGL", "dgl+man": "DGL + MAN", "dgl+man++": "DGL + MAN++", "dgl+deep-man": "DGL + deep MAN",
 }  # fmt: skip
-MARKERS = "ovs^D"
+MARKERS = "ovs^DP*"
 SOURCES = {
-    "accuracy": ["accuracy_fashion_small.csv"],
+    "accuracy": ["accuracy_fashion_small.csv", "time_fashion_small.csv"],
     "probes": ["probes_fashion_small.csv"],
     "frontier": ["frontier_resnet110_float32.csv", "frontier_resnet110_bf16.csv"],
     "depth": ["depth.csv"],
@@ -42,17 +43,24 @@ def stamp(picture: str) -> str:
 
 
 def accuracy() -> Figure:
-    """Test error against memory, of the study's main part."""
+    """Test error against memory, of the study's main part and of its recipes, and BP that recomputes."""
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for (method, label), marker in zip(METHODS.items(), MARKERS, strict=True):
-        rows = [r for r in read("accuracy_fashion_small.csv") if r["method"] == method and not r["setting"]]
+    axes, every = figure.subplots(), read("accuracy_fashion_small.csv")
+    main = [r for r in every if not r["setting"]]
+    curves = {label: [r for r in main if r["method"] == method] for method, label in METHODS.items()}
+    (bp,) = curves["BP"]
+    timed = [r for r in read("time_fashion_small.csv") if r["method"] == "bp" and r["setting"]]
+    again = [bp | {"peak_bytes": r["peak_bytes"], "error_std": ""} for r in timed]  # its error, by the same gradients
+    curves |= {"BP, recomputing": again, "recipes": [r for r in every if recipe_of(r)]}
+    for (label, rows), marker in zip(curves.items(), MARKERS, strict=True):
         rows.sort(key=lambda r: int(r["blocks"]))
         places = [int(r["peak_bytes"]) / MIB for r in rows], [float(r["error_mean"]) for r in rows]
         spread = [float(r["error_std"] or 0) for r in rows]
         axes.errorbar(*places, yerr=spread, marker=marker, capsize=3, label=label, linestyle=":")
         for x, y, row in zip(*places, rows, strict=True):
-            axes.annotate(f"K={row['blocks']}", (x, y), (5, 5), textcoords="offset points", fontsize=8)
+            if row["blocks"] != "1":
+                beside = (5, -11) if label == METHODS["dgl+man++"] else (5, 5)  # MAN++ lies where MAN lies
+                axes.annotate(f"K={row['blocks']}", (x, y), beside, textcoords="offset points", fontsize=8)
     axes.set(xlabel="peak memory of a step, MiB", ylabel="test error, %, mean and deviation over seeds", xlim=(0, None))
     axes.legend()
     axes.grid(alpha=0.3)
@@ -66,7 +74,7 @@ def probes() -> Figure:
     units = list(dict.fromkeys(r["unit"] for r in every))
     ways = ("top1", "accuracy of a linear classifier, %"), ("cka", "CKA with the same unit of BP")
     for axes, (column, what) in zip(figure.subplots(1, 2), ways, strict=True):
-        for (method, label), marker in zip(METHODS.items(), MARKERS, strict=True):
+        for (method, label), marker in zip(METHODS.items(), MARKERS, strict=False):
             mine = [r for r in every if r["method"] == method and r["blocks"] in ("1", "16")]
             means = [mean(float(r[column]) for r in mine if r["unit"] == unit) for unit in units]
             axes.plot(means, marker=marker, label=label, linestyle=":", markersize=5)

@@ -50,20 +50,26 @@ def seconds() -> dict[tuple[str, str, str], str]:
     return {(r["method"], r["blocks"], r.get("setting", "")): r["times_bp"] for r in rows("time_fashion_small.csv")}
 
 
-RECIPES = {  # by the setting of their rows
-    "branches=learnable recompute=layer1.0,layer1.1,layer1.2,layer1.3,layer1.4 "
-    "blocks=layer3.1,layer3.2,layer3.3": "fashion_small_k4",
-    "branches=learnable": "fashion_small_k16",
-}
+RECIPES = {  # by the method and setting of their rows
+    ("dgl+deep-man", "branches=learnable recompute=layer1.0,layer1.1,layer1.2,layer1.3,layer1.4 "
+     "blocks=layer3.1,layer3.2,layer3.3"): "fashion_small_k4",
+    ("dgl+deep-man", "branches=learnable"): "fashion_small_k16",
+}  # fmt: skip
+
+
+def recipe_of(row: dict[str, str]) -> str:
+    """The name of the recipe that a row was trained by, if it has one of its own."""
+    return RECIPES.get((row["method"], row["setting"]), "")
 
 
 def accuracy() -> str:
     """The main part of the study, and the recipes that came of it: error, memory and time of a step."""
     times, body = seconds(), []
     order = ["bp", "dgl", "dgl+man", "dgl+man++", "dgl+deep-man"]
-    main = [r for r in rows("accuracy_fashion_small.csv") if r["method"] in order and r["setting"] in ("", *RECIPES)]
+    every = rows("accuracy_fashion_small.csv")
+    main = [r for r in every if (r["method"] in order and not r["setting"]) or recipe_of(r)]
     for row in sorted(main, key=lambda r: (int(r["blocks"]), order.index(r["method"]), r["setting"])):
-        name = name_of(row["method"]) + (f" (`{RECIPES[row['setting']]}`)" if row["setting"] else "")
+        name = name_of(row["method"]) + (f" (`{recipe_of(row)}`)" if row["setting"] else "")
         time = times.get((row["method"], row["blocks"], row["setting"]), "")
         cells = [name, row["blocks"], error_of(row), row["n"], peak_of(row), time]
         body.append([*cells, f"{int(row['added']):,}"])
@@ -75,10 +81,11 @@ def pairs() -> str:
     """Differences by seed, between plain rows and from BP to any; the file has those between settings too."""
     body = []
     for row in rows("accuracy_fashion_small_pairs.csv"):
-        _, blocks, setting = (*row["second"].split(" ", 2), "")[:3]
+        method, blocks, setting = (*row["second"].split(" ", 2), "")[:3]
         if setting and row["first"] != "bp":
             continue
-        second = f"`{RECIPES[setting]}` {blocks}" if setting in RECIPES else row["second"]
+        recipe = recipe_of({"method": method, "setting": setting})
+        second = f"`{recipe}` {blocks}" if recipe else row["second"]
         body.append(
             [row["first"], second, f"{float(row['difference']):+.2f}",
              f"{float(row['low']):+.2f} to {float(row['high']):+.2f}", row["n"]]

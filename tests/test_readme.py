@@ -151,7 +151,8 @@ def test_figures_in_the_text_are_those_of_the_results() -> None:
     assert said - published <= known
 
 
-def test_pictures_are_drawn_from_the_results() -> None:
+def test_pictures_are_drawn_from_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     names = runpy.run_path(str(ROOT / "benchmarks" / "pictures.py"))
     assert set(names["SOURCES"]) == {"accuracy", "probes", "frontier", "depth"}
     for picture in names["SOURCES"]:
