@@ -121,16 +121,21 @@ def _of_long(row: dict[str, str]) -> bool:
     return "limit_train=60000" in row["setting"]
 
 
-def _single(belongs: Callable[[dict[str, str]], bool]) -> str:
-    """Runs of seed 0, what they learned of the training images and of the test images."""
-    body = []
+def _learned(belongs: Callable[[dict[str, str]], bool]) -> str:
+    """What these runs learned, of the test images and of the training images; the mean over seeds."""
+    groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for row in rows("accuracy_fashion_small_runs.csv"):
-        if row["seed"] == "0" and belongs(row):
+        if belongs(row):
             setting = row["setting"].replace("limit_train=60000", "").strip()
-            cells = [name_of(row["method"]), row["blocks"], setting, f"{float(row['error']):.2f}"]
-            body.append([*cells, f"{float(row['train_loss']):.3f}", peak_of(row), f"{int(row['added']):,}"])
-    body.sort(key=lambda cells: [list(NAMES.values()).index(cells[0].partition(" ")[0]), *cells])
-    head = ["method", "blocks", "setting", "test error, %", "training loss", "peak memory", "parameters added"]
+            groups.setdefault((name_of(row["method"]), row["blocks"], setting), []).append(row)
+    body = []
+    for told, mine in sorted(groups.items(), key=lambda item: list(NAMES.values()).index(item[0][0].partition(" ")[0])):
+        errors = [float(row["error"]) for row in mine]
+        spread = f" ± {stdev(errors):.2f}" if len(errors) > 1 else ""
+        loss = f"{mean(float(row['train_loss']) for row in mine):.3f}"
+        numbers = [f"{mean(errors):.2f}{spread}", str(len(mine)), loss, peak_of(mine[0]), f"{int(mine[0]['added']):,}"]
+        body.append([*told, *numbers])
+    head = ["method", "blocks", "setting", "test error, %", "n", "training loss", "peak memory", "parameters added"]
     return table(head, body)
 
 
@@ -312,9 +317,9 @@ def devices() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "accuracy": accuracy, "pairs": pairs, "settings": settings, "others": partial(_single, _of_others),
-    "ablation": partial(_single, _of_ablation), "long": partial(_single, _of_long), "probes": probes, "deeper": deeper,
-    "frontier": frontier, "imagenet": imagenet, "parts": parts, "coverage": coverage, "refused": refused,
+    "accuracy": accuracy, "pairs": pairs, "settings": settings, "others": partial(_learned, _of_others),
+    "ablation": partial(_learned, _of_ablation), "long": partial(_learned, _of_long), "probes": probes,
+    "deeper": deeper, "frontier": frontier, "imagenet": imagenet, "parts": parts, "coverage": coverage, "refused": refused,
     "families": families, "training": training, "scaling": scaling, "delays": delays, "check": check,
     "devices": devices,
 }  # fmt: skip
