@@ -319,9 +319,9 @@ def devices() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy, "pairs": pairs, "settings": settings, "others": partial(_learned, _of_others),
     "ablation": partial(_learned, _of_ablation), "long": partial(_learned, _of_long), "probes": probes,
-    "deeper": deeper, "frontier": frontier, "imagenet": imagenet, "parts": parts, "coverage": coverage, "refused": refused,
-    "families": families, "training": training, "scaling": scaling, "delays": delays, "check": check,
-    "devices": devices,
+    "deeper": deeper, "frontier": frontier, "imagenet": imagenet, "parts": parts, "coverage": coverage,
+    "refused": refused, "families": families, "training": training, "scaling": scaling, "delays": delays,
+    "check": check, "devices": devices,
 }  # fmt: skip
 
 
