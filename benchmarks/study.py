@@ -73,10 +73,10 @@ PARTS: dict[str, list[Compare]] = {
         _compare("dgl", "16", head="0c1f"),  # greedy learning (ICML 2019)
     ],
     "ablation": [
-        _compare("dgl+man", "16", momentum="0.9,0.99,0.999"),
-        _compare("dgl+man", "16", form="pull"),
+        _compare("dgl+man", "16", momentum="0.9,0.999"),
+        _compare("dgl+man", "16", "0,1,2", form="pull"),
         _compare("dgl+man", "16", "0,1,2", branches="ema,learnable"),
-        _compare("dgl+man", "16", "0,1,2", momentum="0"),
+        _compare("dgl+man", "16", "0,1,2", momentum="0,0.99"),
     ],
     # Towards BP: where to cut and with which objective, and where the errors of 16 blocks come from.
     "gap": [
