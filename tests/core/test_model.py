@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 import localgrad as lg
 from localgrad.core.errors import UserError
+from localgrad.scale.memory import optimizers_for, training_step
 
 # Optimizer groups
 
@@ -60,6 +61,18 @@ def test_learning_rates_are_one_or_one_for_each_block() -> None:
     assert torch.optim.SGD(groups, lr=1.0).param_groups[-1]["lr"] == 0.4
     with pytest.raises(UserError, match="lr lists 2 learning rates for 4 blocks"):
         lg.param_groups(model, lr=[0.1, 0.2])
+
+
+@pytest.mark.parametrize("no_decay", [False, True])
+def test_a_frozen_last_block_has_an_empty_group_and_steps_with_the_others(no_decay: bool) -> None:
+    model = local()
+    model.blocks[3].requires_grad_(False)
+    before = {name: p.clone() for name, p in model.blocks[3].named_parameters()}
+    groups = lg.param_groups(model, no_decay=no_decay)
+    assert [g["params"] for g in groups if g["block"] == 3] == [[]]
+    for as_you_go in (False, True):
+        training_step(model, optimizers_for(groups, sgd, as_you_go=as_you_go), *batch(), step_as_you_go=as_you_go)
+    assert_same(before, dict(model.blocks[3].named_parameters()))
 
 
 # The model

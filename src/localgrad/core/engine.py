@@ -264,7 +264,7 @@ def param_groups(
 
     weight_decay: for every trainable parameter; with `no_decay`, none for norms, biases and scales (parameters of
     fewer than two dimensions). lr: one for all blocks or one for each. Of both, the optimizer's own by default. EMA
-    copies and frozen parameters never enter.
+    copies and frozen parameters never enter; a block that is wholly frozen has an empty group.
     """
     count = len(model.blocks)
     if isinstance(lr, Sequence) and len(lr) != count:
@@ -276,7 +276,7 @@ def param_groups(
         decayed = [p for p in model.members(k) if not (no_decay and p.ndim < 2)]
         for parameters, decay in ((decayed, weight_decay), (plain, 0.0)):
             own = {"lr": rate, "weight_decay": decay}
-            if parameters:
+            if parameters or (parameters is decayed and not plain):
                 groups.append({"params": parameters, "block": k, **{n: v for n, v in own.items() if v is not None}})
     return groups
 
