@@ -94,10 +94,10 @@ def pairs() -> str:
 
 
 def settings() -> str:
-    """The rows of the study that have a setting of their own, but for those of the next two tables."""
+    """The rows of the study that have a setting of their own, but for those of the next three tables."""
     times, body = seconds(), []
     for row in rows("accuracy_fashion_small.csv"):
-        if row["setting"] and not any(belongs(row) for belongs in (_of_others, _of_ablation)):
+        if row["setting"] and not any(belongs(row) for belongs in (_of_others, _of_ablation, _of_long)):
             setting = re.sub(r"init=\S+/(\S+)/model.safetensors", r"init=\1", row["setting"].replace("_", "-"))
             cells = [name_of(row["method"]), row["blocks"], setting, error_of(row), row["n"]]
             time = times.get((row["method"], row["blocks"], row["setting"]), "")
@@ -117,6 +117,12 @@ def _of_ablation(row: dict[str, str]) -> bool:
     return plain and row["method"] in ("dgl", "dgl+man")
 
 
+def _of_long(row: dict[str, str]) -> bool:
+    """The long training, and beside it the short one."""
+    plain = row["setting"] in ("", "limit_train=60000 epochs=15") and row["blocks"] in ("1", "4")
+    return plain and row["method"] in ("bp", "dgl", "dgl+man", "dgl+deep-man")
+
+
 def _learned(belongs: Callable[[dict[str, str]], bool]) -> str:
     """What these runs learned, of the test images and of the training images; the mean over seeds."""
     groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
@@ -128,7 +134,8 @@ def _learned(belongs: Callable[[dict[str, str]], bool]) -> str:
         errors = [float(row["error"]) for row in mine]
         spread = str(stdev(errors)) if len(errors) > 1 else ""
         error = error_of({"error_mean": str(mean(errors)), "error_std": spread})
-        loss = f"{mean(float(row['train_loss']) for row in mine):.3f}"
+        losses = [float(row["train_loss"]) for row in mine if row["train_loss"]]  # the first runs did not note it
+        loss = f"{mean(losses):.3f}" if len(losses) == len(mine) else ""
         numbers = [error, str(len(mine)), loss, peak_of(mine[0]), f"{int(mine[0]['added']):,}"]
         body.append([*told, *numbers])
     head = ["method", "blocks", "setting", "test error, %", "n", "training loss", "peak memory", "parameters added"]
@@ -314,7 +321,7 @@ def devices() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy, "pairs": pairs, "settings": settings, "others": partial(_learned, _of_others),
-    "ablation": partial(_learned, _of_ablation), "probes": probes,
+    "ablation": partial(_learned, _of_ablation), "long": partial(_learned, _of_long), "probes": probes,
     "deeper": deeper, "frontier": frontier, "imagenet": imagenet, "parts": parts, "coverage": coverage,
     "refused": refused, "families": families, "training": training, "scaling": scaling, "delays": delays,
     "check": check, "devices": devices,
