@@ -19,7 +19,7 @@ import csv
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -118,28 +118,32 @@ class Bench:
     def alone(self, name: str, model: lg.LocalModel) -> list[Way]:
         """One process; and both at once with a batch each, as if there were nothing to exchange: no way of sharing the
         work can be faster here, unless each process needs less of the caches."""
-        step = partial(lg.local_backward, model, self.x, self.y, after_block=updates(model))
+        step = partial(Updates(model).step, partial(lg.block_steps, model, self.x, self.y))
         one = Way(name, 1, len(model.blocks), model.blocks[0].names[-1], step)
         return [one, replace(one, name=f"{name}, twice", processes=2, batches=2)]
 
     def replicas(self, model: lg.LocalModel) -> Way:
-        replicas, update = lg.Replicas(model), updates(model)
+        replicas, update = lg.Replicas(model), Updates(model)
         x, y = (t.chunk(2)[self.rank] for t in (self.x, self.y))
-        last, waiting = len(model.blocks) - 1, list[int]()
+        last = len(model.blocks) - 1
 
-        def after_block(k: int) -> None:  # its gradients travel while the next block computes
-            waiting.append(k)
-            while len(waiting) > (k < last):
-                replicas.finish(waiting[0])
-                update(waiting.pop(0))
+        def finish(k: int) -> None:
+            replicas.finish(k)
+            update(k)
 
-        step = partial(lg.local_backward, model, x, y, check=replicas.start, after_block=after_block)
+        def step() -> None:
+            for done in lg.block_steps(model, x, y):
+                replicas.start(done.block, done.loss)
+                if done.block:  # The gradients of a block travel while the next one computes.
+                    finish(done.block - 1)
+            finish(last)
+
         return Way("local data parallel", 2, last + 1, "", step)
 
     def pipeline(self, model: lg.LocalModel, shares: tuple[int, ...]) -> Way:
         stage = lg.Stage(model, shares)
         cut = model.blocks[shares[0] - 1].names[-1]
-        step = partial(stage.backward, self.x, self.y, after_block=updates(model))
+        step = partial(Updates(model).step, partial(stage.block_steps, self.x, self.y))
         return Way("local pipeline", 2, len(model.blocks), cut, step, close=stage.finish)
 
     def rival(self, name: str, cut: str, split: str, micro: int) -> Way:
@@ -163,15 +167,22 @@ def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, nesterov=True)
 
 
-def updates(model: lg.LocalModel) -> Callable[[int], None]:
-    """Steps block k."""
-    optimizers = [sgd(model.members(k)) for k in range(len(model.blocks))]
+class Updates:
+    """Moves the averages of block k and steps it."""
 
-    def update(k: int) -> None:
-        optimizers[k].step()
-        optimizers[k].zero_grad()
+    def __init__(self, model: lg.LocalModel) -> None:
+        self.model = model
+        self.optimizers = [sgd(model.members(k)) for k in range(len(model.blocks))]
 
-    return update
+    def __call__(self, k: int) -> None:
+        self.model.move_averages(k)
+        self.optimizers[k].step()
+        self.optimizers[k].zero_grad()
+
+    def step(self, block_steps: Callable[[], Iterable[lg.BlockResult]]) -> None:
+        """A whole step, each block as soon as it has its gradients."""
+        for done in block_steps():
+            self(done.block)
 
 
 def timed(way: Way, rank: int, steps: int) -> float:

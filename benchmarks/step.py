@@ -19,12 +19,14 @@ from localgrad.run import data as data_room
 from localgrad.run.arguments import Compare
 from localgrad.run.build import build_model, machine_for
 from localgrad.run.compare import grid
+from localgrad.run.modes import Alone
 from localgrad.run.recipe import Recipe
 from localgrad.run.recipes import RECIPES
 from localgrad.run.runlog import environment, mib
 from localgrad.run.step import Stepper
 from localgrad.run.tables import label_of, write_csv
 from localgrad.run.train import to_device
+from localgrad.scale.replicas import Ranks
 
 FIRST = "/".join(f"layer1.{i}" for i in range(5))
 SECOND = "/".join(f"layer2.{i}" for i in range(5))
@@ -51,7 +53,7 @@ class Settings:
 
 def stepper_of(recipe: Recipe, data: data_room.Data) -> Stepper:
     machine = machine_for(recipe)
-    return Stepper(recipe, build_model(recipe, data, machine), machine, total=1000)
+    return Stepper(recipe, Alone(build_model(recipe, data, machine), Ranks()), machine, total=1000)
 
 
 def main(settings: Settings) -> None:

@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from localgrad.core.backbones import CifarResNet, build
     from localgrad.core.blocks import Block, Boundary, Unit, units
     from localgrad.core.couplings import MAN, DeepMAN, MANPlusPlus, update_ema
-    from localgrad.core.engine import LocalModel, StepResult, local_backward, localize, param_groups
+    from localgrad.core.engine import (
+        BlockResult,
+        LocalModel,
+        StepResult,
+        block_steps,
+        local_backward,
+        localize,
+        param_groups,
+    )
     from localgrad.core.errors import RunError, UserError
     from localgrad.core.methods import auglocal, bp, dgl, infopro, infopro_weights, predsim
     from localgrad.core.task import Classification
@@ -36,7 +44,15 @@ _HOME = {
     "core.backbones": ("CifarResNet", "build"),
     "core.blocks": ("Block", "Boundary", "Unit", "units"),
     "core.couplings": ("DeepMAN", "MAN", "MANPlusPlus", "update_ema"),
-    "core.engine": ("LocalModel", "StepResult", "local_backward", "localize", "param_groups"),
+    "core.engine": (
+        "BlockResult",
+        "LocalModel",
+        "StepResult",
+        "block_steps",
+        "local_backward",
+        "localize",
+        "param_groups",
+    ),
     "core.errors": ("RunError", "UserError"),
     "core.methods": ("auglocal", "bp", "dgl", "infopro", "infopro_weights", "predsim"),
     "core.task": ("Classification",),
@@ -52,11 +68,11 @@ _ROOM_OF = {name: room for room, names in _HOME.items() for name in names}
 
 __all__ = [  # noqa: RUF022 (in the order of the rooms)
     "Auxiliary", "Method", "Site", "Term", "CifarResNet", "build", "Block", "Boundary", "Unit", "units",
-    "DeepMAN", "MAN", "MANPlusPlus", "update_ema", "LocalModel", "StepResult", "local_backward", "localize",
-    "param_groups", "RunError", "UserError", "auglocal", "bp", "dgl", "infopro", "infopro_weights", "predsim",
-    "Classification", "PeakBytes", "measure_peak", "predict_peak", "Stage", "block_seconds", "least_lag",
-    "shares_of", "Plan", "Planner", "plan", "recompute", "Replicas", "SyncBatchNorm", "sync_batch_norm",
-    "Speed", "calibrate",
+    "DeepMAN", "MAN", "MANPlusPlus", "update_ema", "BlockResult", "LocalModel", "StepResult", "block_steps",
+    "local_backward", "localize", "param_groups", "RunError", "UserError", "auglocal", "bp", "dgl", "infopro",
+    "infopro_weights", "predsim", "Classification", "PeakBytes", "measure_peak", "predict_peak", "Stage",
+    "block_seconds", "least_lag", "shares_of", "Plan", "Planner", "plan", "recompute", "Replicas", "SyncBatchNorm",
+    "sync_batch_norm", "Speed", "calibrate",
 ]  # fmt: skip
 
 

@@ -316,11 +316,11 @@ def test_pull_moves_the_copy_after_each_of_its_own_steps(make: type[lg.MAN], acc
     for step in range(4):
         for part in range(accumulate):
             half = slice(part, None, accumulate)
-            lg.local_backward(model, x[step][half], y[step][half], scale=1 / accumulate, micro_batch=(part, accumulate))
+            assert len(list(lg.block_steps(model, x[step][half], y[step][half], scale=1 / accumulate))) == 3
+        model.move_averages()
         optimizer.step()
         optimizer.zero_grad()
-    for auxiliary in auxiliaries(model):  # the fourth step's move comes as a fifth would begin
-        coupling_of(auxiliary).update()
+        model.move_averages(stepped=True)
     naive_pull(naive, list(zip(x, y, strict=True)), 0.1, MOMENTUM)
     for (name, got), wanted in zip(model.named_parameters(), naive.parameters(), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12, msg=name)

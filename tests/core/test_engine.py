@@ -86,24 +86,30 @@ def test_two_halves_accumulate_what_they_give_apart_and_averages_move_once(coupl
         with torch.no_grad():
             model.backbone.get_parameter("layer3.0.conv1.weight").mul_(2)
     apart = []
-    for which, (u, v) in enumerate(halves):
+    for u, v in halves:
         alone = copy.deepcopy(model)
-        lg.local_backward(alone, u, v, scale=0.5, micro_batch=(which, 2))
+        run_through(alone, u, v, scale=0.5)
         apart.append(gradients(alone))
     averages = state(model.auxiliaries)
-    lg.local_backward(model, *halves[0], scale=0.5, micro_batch=(0, 2))
+    run_through(model, *halves[0], scale=0.5)
     assert_same(of_averages(averages), of_averages(state(model.auxiliaries)))
-    lg.local_backward(model, *halves[1], scale=0.5, micro_batch=(1, 2))
+    run_through(model, *halves[1], scale=0.5)
+    model.move_averages()
     assert_same(gradients(model), {k: apart[0][k] + apart[1][k] for k in apart[0]})
     moves = coupling is not None and coupling.form == "branches"
     once = copy.deepcopy(model)
     once.auxiliaries.load_state_dict(averages)
     if moves:
         for auxiliary in auxiliaries(once):
-            auxiliary.move(pull=False)
+            auxiliary.move(stepped=False)
     assert_same(of_averages(state(once.auxiliaries)), of_averages(state(model.auxiliaries)))
     moved = [k for k, v in of_averages(averages).items() if not torch.equal(v, model.auxiliaries.state_dict()[k])]
     assert bool(moved) == moves
+
+
+def run_through(model: lg.LocalModel, x: Tensor, y: Tensor, scale: float = 1.0) -> list[lg.BlockResult]:
+    """Adds gradients and moves no average."""
+    return list(lg.block_steps(model, x, y, scale=scale))
 
 
 def of_averages(stored: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -117,7 +123,7 @@ def test_halves_without_batch_statistics_are_the_whole_batch() -> None:
     whole = copy.deepcopy(model)
     lg.local_backward(whole, x, y)
     for which in range(2):
-        lg.local_backward(model, x[which::2], y[which::2], scale=0.5, micro_batch=(which, 2))
+        run_through(model, x[which::2], y[which::2], scale=0.5)
     wanted = gradients(whole)
     for name, got in gradients(model).items():
         torch.testing.assert_close(got, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
@@ -126,18 +132,56 @@ def test_halves_without_batch_statistics_are_the_whole_batch() -> None:
 # Step after the pass, or as you go
 
 
-def test_after_block_comes_in_order_with_that_blocks_gradients() -> None:
+def test_blocks_come_in_order_with_their_gradients() -> None:
     model = local(lg.MAN(), blocks=5)
     seen: list[int] = []
-
-    def after_block(k: int) -> None:
-        seen.append(k)
+    for done in lg.block_steps(model, *batch()):
+        seen.append(done.block)
         for other in range(5):
             has = [p.grad is not None for p in model.members(other)]
-            assert all(has) if other <= k else not any(has)
-
-    lg.local_backward(model, *batch(), after_block=after_block)
+            assert all(has) if other <= done.block else not any(has)
     assert seen == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("coupling", ALL_COUPLINGS, ids=str)
+def test_local_backward_is_the_loop_over_block_steps(coupling: lg.MAN | None) -> None:
+    model = local(coupling)
+    own = copy.deepcopy(model)
+    x, y = batch()
+    out = lg.local_backward(model, x, y)
+    done = run_through(own, x, y)
+    own.move_averages()
+    assert all(torch.equal(a, b.loss) for a, b in zip(out.losses, done, strict=True))
+    assert [part.keys() for part in out.parts] == [d.parts.keys() for d in done]
+    assert torch.equal(out.logits, done[-1].output)
+    assert [tuple(d.output.shape[1:]) for d in done[:-1]] == [b.boundary.shape for b in model.blocks[:-1]]
+    assert_same(gradients(model), gradients(own))
+    assert_same(model.state_dict(), own.state_dict())
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5, torch.tensor(3.0)])
+def test_a_backward_of_ones_own_is_given_each_scaled_loss(scale: float | Tensor) -> None:
+    model = local(lg.MAN())
+    plain, x, y = copy.deepcopy(model), *batch()
+    sent: list[float] = []
+
+    def backward(loss: Tensor) -> None:
+        sent.append(loss.item())
+        loss.backward()
+
+    out = lg.local_backward(model, x, y, scale=scale, backward=backward)
+    lg.local_backward(plain, x, y, scale=scale)
+    assert sent == [float(loss * scale) for loss in out.losses]
+    assert_same(gradients(model), gradients(plain))
+    model.zero_grad()
+    lg.local_backward(model, x, y, backward=lambda loss: None)
+    assert not gradients(model)
+
+
+def test_what_does_not_fit_is_refused_before_the_first_block() -> None:
+    model = local()
+    with pytest.raises(lg.UserError, match="was localized for"):
+        lg.block_steps(model, torch.randn(2, 3, 9, 9), torch.zeros(2, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("coupling", ALL_COUPLINGS, ids=str)
@@ -147,17 +191,18 @@ def test_stepping_as_you_go_equals_stepping_after_the_pass_bit_for_bit(coupling:
     going = copy.deepcopy(model)
     whole = sgd(lg.param_groups(model, weight_decay=1e-3))
     each = [sgd(going.members(k)) for k in range(4)]
-
-    def step(k: int) -> None:
-        each[k].step()
-        each[k].zero_grad()
-
     for _ in range(3):
         x, y = batch()
-        out, theirs = lg.local_backward(model, x, y), lg.local_backward(going, x, y, after_block=step)
+        out, theirs = lg.local_backward(model, x, y), list[Tensor]()
+        going.move_averages(stepped=True)
+        for done in lg.block_steps(going, x, y):
+            going.move_averages(done.block)
+            each[done.block].step()
+            each[done.block].zero_grad()
+            theirs.append(done.loss)
         whole.step()
         whole.zero_grad()
-        assert all(torch.equal(a, b) for a, b in zip(out.losses, theirs.losses, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(out.losses, theirs, strict=True))
         assert_same(model.state_dict(), going.state_dict())
     assert not any(p.grad is not None for p in going.parameters())
 
@@ -172,43 +217,31 @@ def test_averages_that_are_left_to_the_caller_move_as_the_engine_moves_them(coup
         lg.local_backward(model, x, y)
         each.step()
         each.zero_grad()
-        lg.local_backward(own, x, y, micro_batch=None)
-        for k in range(4):
-            own.move_averages(k)
+        run_through(own, x, y)
+        own.move_averages()
         others.step()
         others.zero_grad()
-        for k in range(4):
-            own.move_averages(k, pull=True)
+        own.move_averages(stepped=True)
     if coupling is not None and coupling.form == "pull":
-        for k in range(4):
-            model.move_averages(k, pull=True)  # which the engine does as the next step begins
+        model.move_averages(stepped=True)  # which the engine does as the next step begins
     assert_same(model.state_dict(), own.state_dict())
 
 
 @pytest.mark.parametrize("coupling", [lg.MAN(0.5), lg.DeepMAN(0.5)], ids=str)
-def test_a_check_that_raises_comes_before_the_coupling_and_the_step(coupling: lg.MAN) -> None:
+def test_a_loop_that_ends_early_leaves_later_blocks_and_their_averages(coupling: lg.MAN) -> None:
     model = local(coupling)
     with torch.no_grad():
         for parameter in model.backbone.parameters():
             parameter.mul_(1.1)  # so that a move shows
     averages = of_averages(state(model.auxiliaries))
-    seen: list[tuple[int, float]] = []
-
-    def check(k: int, loss: Tensor) -> None:
-        assert all(p.grad is not None for p in model.members(k))
-        seen.append((k, float(loss)))
-        if k == 1:
-            raise ArithmeticError
-
-    stepped: list[int] = []
-    with pytest.raises(ArithmeticError):
-        lg.local_backward(model, *batch(), check=check, after_block=stepped.append)
-    assert [k for k, _ in seen] == [0, 1]
-    assert stepped == [0]
+    for done in lg.block_steps(model, *batch()):
+        if done.block == 1:
+            break
+        model.move_averages(done.block)
+    has = [[p.grad is not None for p in model.members(k)] for k in range(4)]
+    assert [all(h) for h in has] == [any(h) for h in has] == [True, True, False, False]
     moved = {k.split(".")[0] for k, v in averages.items() if not torch.equal(v, model.auxiliaries.state_dict()[k])}
     assert moved == {"0"}
-    out = lg.local_backward(model, *batch(), check=lambda k, loss: seen.append((k, float(loss))))
-    assert [loss for _, loss in seen[-4:]] == [float(loss) for loss in out.losses]
 
 
 # What lives on
@@ -220,12 +253,7 @@ def test_a_blocks_tensors_are_gone_before_the_next_block_runs() -> None:
     made: list[Any] = []
     for module in [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d | nn.Linear)]:
         module.register_forward_hook(lambda m, args, out: made.append(ref(out)))
-    alive: list[int] = []
-
-    def after_block(k: int) -> None:
-        alive.append(sum(tensor() is not None for tensor in made))
-
-    lg.local_backward(model, x, y, after_block=after_block)
+    alive = [sum(tensor() is not None for tensor in made) for _ in lg.block_steps(model, x, y)]
     assert len(made) > 40
     assert alive == [0, 0, 0, 0]
 
@@ -252,9 +280,8 @@ class LiveHalves(TorchDispatchMode):
 
 def live_halves(model: lg.LocalModel, x: Tensor, y: Tensor) -> tuple[list[int], int]:
     """Cast weights alive after each block, and how many were made."""
-    alive: list[int] = []
     with LiveHalves({p.numel() for p in model.parameters() if p.ndim == 4}) as halves:
-        lg.local_backward(model, x, y, autocast=torch.bfloat16, after_block=lambda k: alive.append(halves.alive()))
+        alive = [halves.alive() for _ in lg.block_steps(model, x, y, autocast=torch.bfloat16)]
     return alive, len(halves.seen)
 
 

@@ -39,16 +39,15 @@ def check(backbone: nn.Module, model: lg.LocalModel, x: Tensor, y: Tensor, silen
     trained = {p: k for k in range(len(model.blocks)) for p in model.members(k)}
     assert set(trained) == {p for p in model.parameters() if p.requires_grad}
     touched: dict[nn.Parameter, tuple[int, int]] = {}
-
-    def after_block(k: int) -> None:
+    losses: list[Tensor] = []
+    for done in lg.block_steps(model, x, y):
         now = {p: (id(p.grad), p.grad._version) for p in trained if p.grad is not None}
-        assert all(trained[p] == k for p in now.keys() - touched.keys())
+        assert all(trained[p] == done.block for p in now.keys() - touched.keys())
         assert {p: v for p, v in now.items() if p in touched} == touched  # nothing was added to the others
         touched.update(now)
-
-    out = lg.local_backward(model, x, y, after_block=after_block)
-    assert len(out.losses) == len(model.blocks)
-    assert all(bool(loss.isfinite()) for loss in out.losses)
+        losses.append(done.loss)
+    assert len(losses) == len(model.blocks)
+    assert all(bool(loss.isfinite()) for loss in losses)
     names = dict(model.backbone.named_parameters())
     assert {name for name, p in names.items() if p in touched} == learned
     missing = [n for n, p in model.auxiliaries.named_parameters() if p.requires_grad and p not in touched]

@@ -30,7 +30,7 @@ from localgrad.run import checkpoint as checkpoints
 from localgrad.run.checkpoint import AUXILIARIES, MANIFEST, MODEL, STATE, Checkpoint, newest_checkpoint, read_checkpoint
 from localgrad.run.recipe import Recipe, Saving
 from localgrad.run.signals import Stopped
-from localgrad.run.step import Done, Stepper
+from localgrad.run.step import Stepper, StepRecord
 from localgrad.run.train import Run, train
 
 Figure = Callable[[str, int, int], None]
@@ -183,7 +183,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_ends_as_if_it_had_not_been(
 ) -> None:
     plain = Stepper.__call__
 
-    def stopped(self: Stepper, *rest: Any) -> Done:
+    def stopped(self: Stepper, *rest: Any) -> StepRecord:
         if self.step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
         return plain(self, *rest)

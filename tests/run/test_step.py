@@ -22,10 +22,12 @@ from localgrad.core.task import Classification
 from localgrad.run import data as data_room
 from localgrad.run.build import build_model, machine_for
 from localgrad.run.checkpoint import read_checkpoint, saved
+from localgrad.run.modes import Alone
 from localgrad.run.recipe import Recipe
 from localgrad.run.runlog import summary_rows
 from localgrad.run.step import SKIPS, NotFinite, Stepper
 from localgrad.run.train import to_device, train
+from localgrad.scale.replicas import Ranks
 
 TINY = Recipe(model="resnet20", limit_train=64, batch_size=16, epochs=1, precision="float32", head="1c2f", lr=0.02)
 Undo = Callable[[], None]
@@ -64,7 +66,7 @@ FAULTS = [infinite_loss, nan_gradient, nan_activations]
 def stepper_of(recipe: Recipe, steps: int = 100) -> tuple[Stepper, Iterator[Any]]:
     """A stepper two steps into a run (so that the optimizer has a state) and its batches."""
     machine, data = machine_for(recipe), data_room.load("digits", limit_train=640)
-    stepper = Stepper(recipe, build_model(recipe, data, machine), machine, steps)
+    stepper = Stepper(recipe, Alone(build_model(recipe, data, machine), Ranks()), machine, steps)
     epochs = (data_room.train_batches(data, batch_size=recipe.batch_size, seed=0, epoch=e) for e in range(9))
     batches = (to_device(batch, data.info, machine) for epoch in epochs for batch in epoch)
     for _ in range(2):

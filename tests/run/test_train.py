@@ -19,10 +19,12 @@ from localgrad.core.backbones import build
 from localgrad.core.errors import RunError, UserError
 from localgrad.run import data as data_room
 from localgrad.run.build import build_model, machine_for
+from localgrad.run.modes import Alone
 from localgrad.run.recipe import Recipe
 from localgrad.run.runlog import SUMMARY, claim, summary_rows
 from localgrad.run.step import Stepper, rate
 from localgrad.run.train import evaluate, to_device, train
+from localgrad.scale.replicas import Ranks
 
 TINY = Recipe(model="resnet20", limit_train=64, batch_size=16, epochs=1, precision="float32", head="1c2f", lr=0.02)
 
@@ -105,7 +107,7 @@ def test_accumulation_steps_once_for_several_batches() -> None:
     stream = data_room.train_batches(data, batch_size=16, seed=0, epoch=0)
     batches = [to_device(batch, data.info, machine) for batch in stream][:2]
     model = build_model(recipe, data, machine)
-    stepper = Stepper(recipe, model, machine, total=10)
+    stepper = Stepper(recipe, Alone(model, Ranks()), machine, total=10)
     before = [p.detach().clone() for p in model.backbone.parameters()]
     with torch.no_grad():
         first = [float(model.task.criterion(model(x), y)) for x, y in batches]  # in training mode, as the step is

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from spawned import on_ranks
 from torch import Tensor, nn
 
@@ -128,17 +127,17 @@ class Loop:
     def run(self, first: int = 0, end: int | None = None) -> None:
         for x, y in batches(self.case)[first:end]:
             if self.stage is None:
-                out = lg.local_backward(self.model, x, y, after_block=self._after_block)
+                steps = lg.block_steps(self.model, x, y)
             else:
-                out = self.stage.backward(x if self.stage.reads_images else None, y, after_block=self._after_block)
-                assert (
-                    (out.logits is not None) == (out.handed is None) == (dist.get_rank() == dist.get_world_size() - 1)
-                )
-            self.losses.append([float(loss) for loss in out.losses])
-
-    def _after_block(self, k: int) -> None:
-        self.optimizers[k].step()
-        self.optimizers[k].zero_grad()
+                steps = self.stage.block_steps(x if self.stage.reads_images else None, y)
+            losses = []
+            for done in steps:
+                self.model.move_averages(done.block)
+                self.optimizers[done.block].step()
+                self.optimizers[done.block].zero_grad()
+                losses.append(float(done.loss))
+            assert len(losses) == len(self.optimizers)
+            self.losses.append(losses)
 
     def state(self) -> dict[str, Tensor]:
         """All that training changes, as one process has it."""

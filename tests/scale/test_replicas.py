@@ -84,11 +84,16 @@ def together() -> dict[str, Any]:
         optimizer = optimizer_of(model)
         for x, y in batches():
             half = slice(rank * HALF, (rank + 1) * HALF)
-            out = lg.local_backward(model, x[half], y[half], check=replicas.start)
+            done = []
+            for block in lg.block_steps(model, x[half], y[half]):
+                replicas.start(block.block, block.loss)
+                done.append(block.loss)
             replicas.finish()
-            losses.append(torch.stack(out.losses))
+            model.move_averages()
+            losses.append(torch.stack(done))
             optimizer.step()
             optimizer.zero_grad()
+            model.move_averages(stepped=True)
         found[case] = {"state": model.state_dict(), "losses": losses}
     return found
 
@@ -144,5 +149,6 @@ def test_buckets_keep_order_and_size_and_dtype() -> None:
 def test_one_rank_needs_no_group() -> None:
     ranks = Ranks()
     tensor = torch.ones(2)
-    ranks.spread([tensor])
-    assert (ranks.first, ranks.given(3), ranks.gathered("a"), ranks.summed([1.5])) == (True, 3, ["a"], [1.5])
+    ranks.broadcast([tensor])
+    assert (ranks.first, ranks.broadcast_object(3), ranks.all_gather_object("a")) == (True, 3, ["a"])
+    assert (ranks.gather_object("a"), ranks.all_reduce_sum([1.5]), ranks.all_reduce_max([1.5])) == (["a"], [1.5], [1.5])

@@ -100,9 +100,9 @@ class Auxiliary(nn.Module):
             for name, output in outputs.items()
         }
 
-    def move(self, *, pull: bool) -> None:
-        """Moves the coupling's averages once, if it is one that moves now: form "pull" moves before a step."""
-        if self.coupling is not None and (self.coupling.spec.form == "pull") == pull:
+    def move(self, *, stepped: bool) -> None:
+        """Moves the coupling's averages once, if this is when they move: before or after the optimizer has stepped."""
+        if self.coupling is not None and (self.coupling.spec.form == "pull") == stepped:
             self.coupling.update()
 
     def __repr__(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -21,15 +21,35 @@ from localgrad.core.task import Classification, Task
 
 
 @dataclass(frozen=True)
+class BlockResult:
+    """What block number `block` has done in a step. All tensors are detached.
+
+    Attributes:
+        block: its number, from 0.
+        loss: the weighted sum of its objectives, a scalar.
+        parts: the value of each objective by name, unweighted; empty for the last block.
+        output: what the next block reads, [B, *boundary.shape]; of the last block, the network's own output.
+    """
+
+    block: int
+    loss: Tensor
+    parts: dict[str, Tensor]
+    output: Any
+
+
+@dataclass(frozen=True)
 class StepResult:
-    """One step: `losses[k]` of each block (weighted, scalar), `parts[k]` its objectives by name (unweighted; empty
-    for the last block), and the network's logits [B, classes]. All detached. Of a step through some blocks only,
-    `losses` and `parts` are theirs; without the last one there are no logits, but what they hand on."""
+    """What all blocks have done in a step. All tensors are detached.
+
+    Attributes:
+        losses: the loss of each block (weighted, scalar).
+        parts: of each block, its objectives by name (unweighted); empty for the last block.
+        logits: the network's output, [B, classes].
+    """
 
     losses: list[Tensor]
     parts: list[dict[str, Tensor]]
     logits: Tensor
-    handed: Tensor | None = None
 
 
 class LocalModel(nn.Module):
@@ -89,10 +109,14 @@ class LocalModel(nn.Module):
         """Whether one of these blocks reconstructs images."""
         return any(cast(Auxiliary, self.auxiliaries[k]).needs_images for k in blocks if k < len(self.auxiliaries))
 
-    def move_averages(self, k: int, *, pull: bool = False) -> None:
-        """Moves block k's averages once, before its optimizer steps; those of form="pull" once it has stepped."""
-        for auxiliary in self.auxiliaries[k : k + 1]:
-            auxiliary.move(pull=pull)  # pyright: ignore[reportCallIssue]
+    def move_averages(self, k: int | None = None, *, stepped: bool = False) -> None:
+        """Moves the averages of block k's coupling, or of all couplings, once. `local_backward` does so itself.
+
+        Call it once per optimizer step, just before the step. Couplings whose averages move after the step
+        (form="pull") move with `stepped=True`, and the others do nothing then.
+        """
+        for auxiliary in self.auxiliaries if k is None else self.auxiliaries[k : k + 1]:
+            cast(Auxiliary, auxiliary).move(stepped=stepped)
 
     def ema_distances(self) -> list[float | None]:
         """How far each auxiliary's averages are from their sources, relative to those; None where there are none."""
@@ -157,6 +181,58 @@ def localize(
     return LocalModel(backbone, built, auxiliaries, method, task, tuple(example.shape[1:])).train()
 
 
+def block_steps(
+    model: LocalModel,
+    x: Tensor,
+    y: Tensor,
+    *,
+    images: Tensor | None = None,
+    scale: float | Tensor = 1.0,
+    autocast: torch.dtype | None = None,
+    backward: Callable[[Tensor], object] | None = None,
+) -> Iterator[BlockResult]:
+    """The step, block by block: yields when block k has its gradients and its graph is freed.
+
+        h = x
+        for k in 0 .. K-2:
+            h = block[k](h)                                # graph of this block only
+            loss_k = sum_i weight[k][i] * objective_i(auxiliary[k](h), targets, images)
+            backward(loss_k)                               # this block + its auxiliary; its graph is freed here
+            h = h.detach()
+        loss = criterion(block[K-1](h), targets); backward(loss)
+
+    The caller steps, clips, exchanges or drops the gradients of block k before it asks for the next block. It also
+    moves the averages of the couplings, once per optimizer step and before it:
+
+        for done in block_steps(model, x, y):
+            model.move_averages(done.block)
+            optimizers[done.block].step()
+            optimizers[done.block].zero_grad()
+
+    Args:
+        model: what `localize` gave.
+        x: normalised inputs [B, C, H, W].
+        y: targets [B].
+        images: [B, C, H, W] in [0, 1], which decoders reconstruct. By default x, un-normalised with the method's mean
+            and std.
+        scale: every loss is multiplied by it before its backward pass: 1 / n when gradients of n batches are
+            accumulated.
+        autocast: the dtype in which each block's forward pass is computed. By default the model's own.
+        backward: how a block's loss is sent back, such as `accelerator.backward`. By default `loss.backward()`.
+
+    Returns:
+        An iterator over a `BlockResult` for each block, in order.
+
+    Raises:
+        UserError: inputs or targets do not fit the model. It is raised at once, before any block runs.
+    """
+    check_batch(model, x, y)
+    blocks = range(len(model.blocks))
+    if images is None and model.needs_images(blocks):
+        images = model.method.images(x)
+    return run_blocks(model, blocks, x, y, images=images, scale=scale, autocast=autocast, backward=backward)
+
+
 def local_backward(
     model: LocalModel,
     x: Tensor,
@@ -165,58 +241,51 @@ def local_backward(
     images: Tensor | None = None,
     scale: float | Tensor = 1.0,
     autocast: torch.dtype | None = None,
-    check: Callable[[int, Tensor], None] | None = None,
-    after_block: Callable[[int], None] | None = None,
-    micro_batch: tuple[int, int] | None = (0, 1),
-    blocks: Sequence[int] | None = None,
+    backward: Callable[[Tensor], object] | None = None,
 ) -> StepResult:
     """K isolated backward passes: gradients of every block and auxiliary are added to `.grad`, none crosses.
 
-        h = x
-        for k in 0 .. K-2:
-            h = block[k](h)                                # graph of this block only
-            loss_k = sum_i weight[k][i] * objective_i(auxiliary[k](h), targets, images)
-            backward(loss_k)                               # this block + its auxiliary; its graph is freed here
-            h = h.detach()
-            coupling k: ema <- momentum * ema + (1 - momentum) * source, for each unit it copies
-        loss = criterion(block[K-1](h), targets); backward(loss)
-
-    x: normalised inputs [B, C, H, W]. y: targets [B]. images: [B, C, H, W] in [0, 1] for reconstruction, by default x
-    un-normalised with the method's mean and std. scale: every loss is multiplied by it before its backward pass (for
-    accumulation and gradient scalers). autocast: a dtype to compute each block's forward pass in. check(k, loss): is
-    called when block k has its gradients, before its coupling moves; what it raises ends the step there.
-    after_block(k): is called when the coupling has moved; a step of the block's optimizer belongs there. micro_batch:
-    (which, of how many) when gradients are accumulated: averages move once per optimizer step, and with `form="pull"`
-    as the next step begins, when the copy has taken its gradient step. None leaves them to `model.move_averages`, for
-    a caller who may yet drop the step. blocks: neighbours that shall be trained, instead of all; x is then what the
-    block before them hands on, and images have no default.
+    It is the loop over `block_steps`, which says what the arguments are, and moves the averages of the couplings.
+    Call it once per optimizer step, before it. To accumulate gradients over several batches, loop over `block_steps`
+    instead, and call `model.move_averages()` once, before the optimizer steps.
     """
-    blocks = blocks or range(len(model.blocks))
-    shape = tuple(model.blocks[blocks[0] - 1].boundary.shape) if blocks[0] else model.image
+    model.move_averages(stepped=True)
+    losses, parts, output = [], [], None
+    for done in block_steps(model, x, y, images=images, scale=scale, autocast=autocast, backward=backward):
+        model.move_averages(done.block)
+        losses.append(done.loss)
+        parts.append(done.parts)
+        output = done.output
+    return StepResult(losses, parts, cast(Tensor, output))
+
+
+def check_batch(model: LocalModel, x: Tensor, y: Tensor) -> None:
+    """Raises UserError unless inputs and targets fit each other and the model."""
     model.task.check_targets(y)
-    if tuple(x.shape[1:]) != shape or len(x) != len(y):
-        expected = " x ".join(map(str, ("batch", *shape)))
+    if tuple(x.shape[1:]) != model.image or len(x) != len(y):
+        expected = " x ".join(map(str, ("batch", *model.image)))
         raise UserError(
             f"inputs of shape {tuple(x.shape)} for {len(y)} targets: this model was localized for {expected}"
         )
-    if images is None and not blocks[0] and model.needs_images(blocks):
-        images = model.method.images(x)
-    first, last = (False, False) if micro_batch is None else (micro_batch[0] == 0, micro_batch[0] == micro_batch[1] - 1)
-    losses, parts = [], []
-    h, logits = x, x
+
+
+def run_blocks(
+    model: LocalModel,
+    blocks: Iterable[int],
+    h: Tensor,
+    y: Tensor,
+    *,
+    images: Tensor | None,
+    scale: float | Tensor = 1.0,
+    autocast: torch.dtype | None = None,
+    backward: Callable[[Tensor], object] | None = None,
+) -> Iterator[BlockResult]:
+    """`block_steps` through neighbouring blocks only, and without its checks. h: [B, *shape] without a graph, which
+    the first of them reads."""
     for k in blocks:
-        if first:
-            model.move_averages(k, pull=True)
-        h, loss, part, logits = block_backward(model, k, h, y, images=images, scale=scale, autocast=autocast)
-        losses.append(loss)
-        parts.append(part)
-        if check is not None:
-            check(k, loss)
-        if last:
-            model.move_averages(k)
-        if after_block is not None:
-            after_block(k)
-    return StepResult(losses, parts, logits, h if logits is None else None)
+        done = block_backward(model, k, h, y, images=images, scale=scale, autocast=autocast, backward=backward)
+        h = done.output
+        yield done
 
 
 def block_backward(
@@ -228,29 +297,30 @@ def block_backward(
     images: Tensor | None = None,
     scale: float | Tensor = 1.0,
     autocast: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, dict[str, Tensor], Any]:
-    """Block k's part of `local_backward`: its gradients, from what the block before hands on.
+    backward: Callable[[Tensor], object] | None = None,
+) -> BlockResult:
+    """Block k's part of `block_steps`: its gradients, from what the block before hands on. The graph is freed.
 
-    h: [B, *shape] without a graph. What the block hands on, its loss and its objectives' values, and on the last block
-    the network's logits (else None). All detached; the graph is freed.
+    Args:
+        h: [B, *shape] without a graph.
     """
     block = model.blocks[k]
     if k == len(model.blocks) - 1:
         with autocasting(h, autocast):
-            logits = block(h)
-        loss = model.task.criterion(tree_map_only(Tensor, full_precision, logits), y)
+            output = block(h)
+        loss = model.task.criterion(tree_map_only(Tensor, full_precision, output), y)
         if loss.requires_grad or k == 0:  # a frozen last block has nothing to learn
-            _backward(loss, scale)
-        return h, loss.detach(), {}, tree_map_only(Tensor, Tensor.detach, logits)
+            _send_back(loss, scale, backward)
+        return BlockResult(k, loss.detach(), {}, tree_map_only(Tensor, Tensor.detach, output))
     auxiliary = cast(Auxiliary, model.auxiliaries[k])
     with autocasting(h, autocast):
         h = block(h)
         outputs = auxiliary(h)
-    part = auxiliary.losses(outputs, y, images)
+    parts = auxiliary.losses(outputs, y, images)
     del outputs  # or they would live on through the backward pass
-    loss = auxiliary.total(part)
-    _backward(loss, scale)
-    return h.detach(), loss.detach(), {name: value.detach() for name, value in part.items()}, None
+    loss = auxiliary.total(parts)
+    _send_back(loss, scale, backward)
+    return BlockResult(k, loss.detach(), {name: value.detach() for name, value in parts.items()}, h.detach())
 
 
 def param_groups(
@@ -320,8 +390,9 @@ def _auxiliary(site: Site, method: Method, coupling: MAN | None) -> Auxiliary:
     return Auxiliary(momentum, method.terms(site))
 
 
-def _backward(loss: Tensor, scale: float | Tensor) -> None:
-    (loss if isinstance(scale, float) and scale == 1.0 else loss * scale).backward()
+def _send_back(loss: Tensor, scale: float | Tensor, backward: Callable[[Tensor], object] | None) -> None:
+    scaled = loss if isinstance(scale, float) and scale == 1.0 else loss * scale
+    scaled.backward() if backward is None else backward(scaled)
 
 
 def autocasting(h: Tensor, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:

@@ -37,9 +37,9 @@ def run_train(args: Train) -> int:
             if count not in (1, ranks.count):
                 raise UserError(f"{name} {count} takes as many processes, but torchrun has started {ranks.count}")
         # One plans for all: by the times that each finds, they might cut differently.
-        recipe = settle(ranks.given(_fitted(args) if ranks.first else None))
+        recipe = settle(ranks.broadcast_object(_fitted(args) if ranks.first else None))
         # The first rank looks at the folder and says what it found, before it begins to fill it.
-        finished = ranks.given(ranks.first and claim(args.out, recipe, may_grow=True))
+        finished = ranks.broadcast_object(ranks.first and claim(args.out, recipe, may_grow=True))
         if finished and args.saving.resume == "auto":
             if ranks.first:
                 row = summary_rows(args.out)[-1]

@@ -16,8 +16,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from localgrad.core.errors import RunError, UserError
 from localgrad.run.arguments import Train
+from localgrad.run.modes import MOST_SECONDS, check_pipeline
 from localgrad.run.signals import Stopped
-from localgrad.run.stages import TOO_LATE, refuse
 
 SAVE = 30.0  # seconds that a rank has to save, once it has heard that it shall end
 CODES = (2, 3, 130, 143)  # of ranks that have said why they ended
@@ -38,14 +38,14 @@ def launch(args: Sequence[str], command: Train) -> int:
     if command.nproc > 1 and command.pipeline > 1:
         raise UserError("processes share either batches (--nproc) or blocks (--pipeline): take one of the two")
     if command.pipeline > 1 and command.recipe.blocks != "auto":
-        refuse(command.recipe)  # once, and not on each rank and with each restart
+        check_pipeline(command.recipe)  # once, and not on each rank and with each restart
     count = max(command.nproc, command.pipeline)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its tables; the sentence comes from us
     # As many threads for all as one process would have.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // count)))
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0", max_restarts=command.restarts, shutdown_timeout=int(TOO_LATE + SAVE),
+        rdzv_endpoint="localhost:0", max_restarts=command.restarts, shutdown_timeout=int(MOST_SECONDS + SAVE),
     )  # fmt: skip
     try:
         elastic_launch(config, entrypoint=sys.executable)("-m", "localgrad", *args)

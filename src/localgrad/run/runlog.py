@@ -141,7 +141,7 @@ def claim(folder: Path, recipe: Recipe, *, may_grow: bool = False) -> bool:
 
 
 @dataclass(frozen=True)
-class Done:
+class StepRecord:
     """One optimizer step: the blocks' losses, mean over its batches; their parts in the last batch; the share of
     training images that were right, in percent; how many images; and if it was left out, why."""
 
@@ -221,7 +221,7 @@ class RunLog:
         with contextlib.suppress(OSError):  # nobody reads it any more, or the disk that it goes to is full
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def step(self, step: int, epoch: int, done: Done, peak: int) -> None:
+    def step(self, step: int, epoch: int, done: StepRecord, peak: int) -> None:
         """Shows a step: on a terminal each, elsewhere one an interval, which is also when it is recorded."""
         if done.skipped:
             self.note(f"{done.skipped}: left out")

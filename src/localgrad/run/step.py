@@ -6,20 +6,18 @@ import contextlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from localgrad.core.engine import LocalModel, local_backward, param_groups
+from localgrad.core.engine import param_groups
 from localgrad.core.errors import RunError
 from localgrad.run.build import Machine, optimizer_of
+from localgrad.run.modes import Alone
 from localgrad.run.recipe import Recipe
-from localgrad.run.runlog import Done, mib
+from localgrad.run.runlog import StepRecord, mib
 from localgrad.scale.memory import MemoryMeter, PeakBytes, is_out_of_memory, optimizers_for, peak_rss
-from localgrad.scale.pipeline import Stage
-from localgrad.scale.replicas import Replicas
 
 Batch = tuple[Tensor | None, Tensor]  # normalised inputs, where they are read, and targets, on the device
 SKIPS = 10  # steps skipped one after another before a run is given up: no later one will be better
@@ -38,31 +36,23 @@ class NotFinite(RunError):
 class Stepper:
     """One optimizer step over `accumulate` batches: after the pass, or block by block as it goes.
 
-    total: steps of the whole run. step: how many are done. skipped: how many of those changed nothing, because a loss
-    or gradient was not finite. peak: memory of step `measured`, once it is done (on CUDA the most that any step took).
-    replicas: other ranks that train the same model; a block's gradients are averaged over them before it steps, while
-    the next block computes. stage: this rank's blocks, where others train the rest.
+    Attributes:
+        mode: which blocks this rank trains, and what it exchanges with others.
+        total: steps of the whole run.
+        step: how many steps are done.
+        skipped: how many of those changed nothing, because a loss or gradient was not finite.
+        peak: memory of step `measured`, once it is done (on CUDA the most that any step took).
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        model: LocalModel,
-        machine: Machine,
-        total: int,
-        *,
-        replicas: Replicas | None = None,
-        stage: Stage | None = None,
-    ) -> None:
-        self.recipe, self.model, self.machine, self.total = recipe, model, machine, total
-        self.replicas, self.stage = replicas, stage
-        self._backward = partial(local_backward, model) if stage is None else stage.backward
+    def __init__(self, recipe: Recipe, mode: Alone, machine: Machine, total: int) -> None:
+        self.recipe, self.model, self.machine, self.total = recipe, mode.model, machine, total
+        self.mode, model = mode, mode.model
         self.step, self.skipped, self.peak = 0, 0, PeakBytes(0)
         self.measured = min(1, total - 1)  # the second step, because the first makes the optimizer's state
         factors = recipe.block_factors
         rates = None if factors is None else [recipe.lr * f for f in factors]
         groups = param_groups(model, weight_decay=recipe.weight_decay, no_decay=not recipe.decay_norms, lr=rates)
-        self._blocks = range(len(model.blocks)) if stage is None else stage.blocks
+        self._blocks = mode.blocks
         self.optimizers = optimizers_for(groups, optimizer_of(recipe), as_you_go=recipe.step_as_you_go)
         for group in self._groups():
             group["peak_lr"] = group["lr"]
@@ -70,8 +60,8 @@ class Stepper:
         self._members = [model.members(k) for k in range(len(model.blocks))]
         self._statistics = {k: model.statistics(k) for k in self._blocks}
         self._before = {k: [torch.empty_like(b) for b in buffers] for k, buffers in self._statistics.items()}
-        self._in_a_row = 0  # skipped
-        self._where = ""  # what is being computed
+        self._consecutive_skips = 0
+        self._where = ""  # What is being computed, for the message when memory runs out.
 
     @property
     def lr(self) -> float:
@@ -81,12 +71,9 @@ class Stepper:
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on beside the model, as tensors and plain values. Each rank of a pipeline
         calls it, and the first one gets the state of all."""
-        counts = {"step": self.step, "skipped": self.skipped, "in_a_row": self._in_a_row}
+        counts = {"step": self.step, "skipped": self.skipped, "in_a_row": self._consecutive_skips}
         peak = {"total": self.peak.total, "reserved": self.peak.reserved}
-        optimizers = [o.state_dict() for o in self.optimizers]
-        if self.stage is not None:
-            own = [optimizers[k] for k in self._blocks]
-            optimizers = [state for part in self.stage.ranks.collected(own) for state in part]
+        optimizers = self.mode.gather_states([o.state_dict() for o in self.optimizers])
         return {**counts, "peak": peak, "optimizers": optimizers, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -95,14 +82,13 @@ class Stepper:
             for parameter, kept in optimizer.state.items():
                 if any(isinstance(t, Tensor) and t.ndim and t.shape != parameter.shape for t in kept.values()):
                     raise ValueError("the optimizer's state is that of other parameters")
-        if self.stage is not None:
-            for k in set(range(len(self.optimizers))) - set(self._blocks):
-                self.optimizers[k].state.clear()
+        for k in self.mode.other_optimizers(len(self.optimizers)):
+            self.optimizers[k].state.clear()
         self.scaler.load_state_dict(state["scaler"])
-        self.step, self.skipped, self._in_a_row = state["step"], state["skipped"], state["in_a_row"]
+        self.step, self.skipped, self._consecutive_skips = state["step"], state["skipped"], state["in_a_row"]
         self.peak = PeakBytes(**state["peak"])
 
-    def __call__(self, batches: Iterator[Batch]) -> Done:
+    def __call__(self, batches: Iterator[Batch]) -> StepRecord:
         """Takes `accumulate` of the batches and steps once.
 
         Where a loss or gradient is not finite, the block that has it, and with a step after the pass every block,
@@ -121,15 +107,15 @@ class Stepper:
         try:
             with meter or contextlib.nullcontext():
                 done = self._pass(batches, meter)
-            self._in_a_row = 0
+            self._consecutive_skips = 0
         except NotFinite as error:
             self._undo(error.block if self.recipe.step_as_you_go else 0)
-            error.shared = self.stage is None  # else it is this rank that knows of it
-            self._in_a_row += 1
-            if not self.recipe.skip_nonfinite or self._in_a_row == SKIPS:
+            error.shared = self.mode.shares_errors
+            self._consecutive_skips += 1
+            if not self.recipe.skip_nonfinite or self._consecutive_skips == SKIPS:
                 raise
             self.skipped += 1
-            done = Done([], [], 0.0, 0, skipped=str(error).partition(":")[0])
+            done = StepRecord([], [], 0.0, 0, skipped=str(error).partition(":")[0])
         except (RuntimeError, MemoryError) as error:
             if isinstance(error, RunError) or not is_out_of_memory(error):
                 raise
@@ -141,68 +127,54 @@ class Stepper:
         self.step += 1
         return done
 
-    def _pass(self, batches: Iterator[Batch], meter: MemoryMeter | None) -> Done:
+    def _pass(self, batches: Iterator[Batch], meter: MemoryMeter | None) -> StepRecord:
         count, go = self.recipe.accumulate, self.recipe.step_as_you_go
         scale: float | Tensor = 1.0
         if self.scaler.is_enabled():
             scale = self.scaler.scale(torch.ones((), device=self.machine.device))
         if count > 1:
             scale = scale / count
-        totals: dict[int, Tensor] = {}  # the blocks' losses, mean over the batches
+        totals: dict[int, Tensor] = {}  # Each block's loss, the mean over the batches.
         found: list[float] = []
-        waiting: list[int] = []  # blocks that have their gradients and step as the pass goes
-        last = False  # batch
-
-        def check(k: int, loss: Tensor) -> None:
-            totals[k] = totals.get(k, 0) + loss / count
-            if last and self.replicas is not None:
-                self.replicas.start(k, totals[k])
-            if go:
-                waiting.append(k)
-
-        def after_block(k: int) -> None:
-            end = k == self._blocks[-1]
-            # With other ranks a block steps after the next one has computed: meanwhile its gradients travel.
-            while len(waiting) > (self.replicas is not None and not end):
-                block = waiting.pop(0)
-                found.extend(self._settled([block], totals))
-                self._update(self.optimizers[block], [block])
-            self._where = "the update" if end else self._name(k + 1)
-            if meter is not None:
-                meter.mark("update" if end else f"block {k + 1}")
-
-        parts, hits, images = [], 0.0, 0
+        waiting: list[int] = []  # Blocks that have their gradients and have yet to step.
+        parts, hits, images, end = [], 0.0, 0, self._blocks[-1]
         for i in range(count):
-            last = i == count - 1
             self._where = "the next batch"
             with meter.pause() if meter is not None else contextlib.nullcontext():
                 x, y = next(batches)
             self._where = self._name(self._blocks[0])
-            # The averages are left to _update: they may not move in a step that is dropped.
-            out = self._backward(
-                cast(Tensor, x), y, scale=scale, autocast=self.machine.autocast,
-                check=check, after_block=after_block, micro_batch=None,
-            )  # fmt: skip
-            parts = out.parts
-            if out.handed is None:
-                hits += float(self.model.task.metrics(out.logits, y)["top1"])
+            parts = []
+            for done in self.mode.block_steps(x, y, scale=scale, autocast=self.machine.autocast):
+                k = done.block
+                totals[k] = totals.get(k, 0) + done.loss / count
+                parts.append(done.parts)
+                if i == count - 1:
+                    self.mode.start_average(k, totals[k])
+                waiting += [k] if go else []
+                while len(waiting) > (self.mode.travelling if k != end else 0):
+                    block = waiting.pop(0)
+                    found += self._settled([block], totals)
+                    self._update(self.optimizers[block], [block])
+                if k == len(self.model.blocks) - 1:
+                    hits += float(self.model.task.metrics(done.output, y)["top1"])
+                self._where = "the update" if k == end else self._name(k + 1)
+                if meter is not None:
+                    meter.mark("update" if k == end else f"block {k + 1}")
             images += len(y)
         if not go:
             found = self._settled(self._blocks, totals)
             self._update(self.optimizers[0], self._blocks)
         for k in self._blocks:
-            self.model.move_averages(k, pull=True)
+            self.model.move_averages(k, stepped=True)
         if self.scaler.is_enabled():
             self.scaler.update()
-        if self.replicas is not None:
-            hits, images = self.replicas.ranks.summed([hits, images], self.machine.device)
-        return Done(found, parts, 100 * hits / images, int(images))
+        hits, images = self.mode.total([hits, images], self.machine.device)
+        return StepRecord(found, parts, 100 * hits / images, int(images))
 
     def _settled(self, blocks: Sequence[int], losses: Mapping[int, Tensor]) -> list[float]:
         """The blocks' losses, when their gradients are those of all ranks and have been found finite."""
-        if self.replicas is not None:
-            for k in blocks:
-                self.replicas.finish(k)
+        for k in blocks:
+            self.mode.finish_average(k)
         return self._checked({k: losses[k] for k in blocks})
 
     def _checked(self, losses: Mapping[int, Tensor]) -> list[float]:

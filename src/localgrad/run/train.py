@@ -20,13 +20,13 @@ from localgrad.run import checkpoint as checkpoints
 from localgrad.run import data as data_room
 from localgrad.run.build import Machine, build_model, machine_for
 from localgrad.run.files import locked
+from localgrad.run.modes import check_batch_share, mode_for
 from localgrad.run.recipe import Recipe, Saving, shown
-from localgrad.run.runlog import SUMMARY, Done, NoLog, RunLog, environment, read_environment
+from localgrad.run.runlog import SUMMARY, NoLog, RunLog, StepRecord, environment, read_environment
 from localgrad.run.signals import Stopped, StopRequest
-from localgrad.run.stages import Meetings, advice, stage_of
 from localgrad.run.step import Batch, Stepper
 from localgrad.scale.memory import peak_rss
-from localgrad.scale.replicas import Ranks, Replicas
+from localgrad.scale.replicas import Ranks
 
 
 def train(
@@ -56,7 +56,7 @@ def train(
             log.note(headline(recipe, run.data, run.model, run.machine))
             log.note(f"recipe: {shown(recipe)}")
             log.note(repr(run.model))
-            for sentence in advice(recipe, run.stage) if run.stage else ():
+            for sentence in run.mode.notes(recipe):
                 log.note(sentence)
             for sentence in said:
                 log.note(sentence)
@@ -73,8 +73,7 @@ def train(
                 raise
             finally:
                 run.tell_bad_images(log)
-            if run.stage is not None:
-                run.stage.finish()
+            run.mode.finish()
             if ranks.first:
                 checkpoints.save_weights(folder / checkpoints.MODEL, run.model.backbone.state_dict())
     return run.rows[-1]
@@ -99,25 +98,18 @@ class Run:
             image_size=recipe.image_size,
         )
         batch = min(recipe.batch_size, len(self.data.train))
-        pipeline = pipeline and ranks.count > 1
-        if batch % ranks.count and not pipeline:
-            raise UserError(
-                f"{ranks.count} ranks cannot share a batch of {batch} images: take a multiple of {ranks.count}"
-            )
+        check_batch_share(batch, ranks, pipeline=pipeline)
         self.model = build_model(recipe, self.data, self.machine)
-        self.stage = stage_of(recipe, self.model, self.machine, ranks, batch) if pipeline else None
-        self.meetings = Meetings(self.stage, saving) if self.stage else None
-        self.replicas = Replicas(self.model) if ranks.count > 1 and not pipeline else None
-        if ranks.rank:  # what a network draws while it trains, such as dropout, is another on each rank
+        self.mode = mode_for(recipe, self.model, self.machine, ranks, saving, pipeline=pipeline, batch=batch)
+        if ranks.rank:  # Each rank draws numbers of its own while it trains, such as those of dropout.
             torch.manual_seed(recipe.seed + ranks.rank)
         self.per_epoch = data_room.steps_per_epoch(self.data, recipe.batch_size) // recipe.accumulate
         if self.per_epoch == 0:
             raise UserError(f"{recipe.accumulate} batches of {recipe.batch_size} are more than the training set holds")
-        total, own = self.per_epoch * recipe.epochs, {"replicas": self.replicas, "stage": self.stage}
-        self.stepper = Stepper(recipe, self.model, self.machine, total, **own)
+        self.stepper = Stepper(recipe, self.mode, self.machine, self.per_epoch * recipe.epochs)
         layout = str(self.machine.memory_format).removeprefix("torch.")
         used = {"device": str(self.machine.device), "precision": self.machine.precision, "memory_format": layout}
-        self.environment = {**environment(), **used, "replicas": str(1 if pipeline else ranks.count)}
+        self.environment = {**environment(), **used, "replicas": str(self.mode.replicas)}
         modules = {"parameters": self.model.backbone, "added": self.model.auxiliaries}
         self.sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
         self.rows: list[dict[str, float]] = []
@@ -136,7 +128,7 @@ class Run:
             if self.saving.resume == "never":
                 shutil.rmtree(self.place, ignore_errors=True)
             found = checkpoints.newest_checkpoint(self.place, said.append)
-        found = self.ranks.given(found)
+        found = self.ranks.broadcast_object(found)
         if found is None:
             return [*said, "no checkpoint is sound: beginning anew"] if said else []
         state = found.state
@@ -151,8 +143,7 @@ class Run:
             if self.ranks.rank < max(1, len(state["random"])):
                 checkpoints.set_random_state(state["random"][self.ranks.rank])
             self._check_position()
-            if self.stage is not None:
-                self.stage.go_on(self.stepper.step)
+            self.mode.resume_at(self.stepper.step)
         except (LookupError, ValueError, TypeError, ArithmeticError, AttributeError, RuntimeError) as error:
             raise RunError(f"{found.path} does not fit this run: remove it, or choose another --out") from error
         if images != len(self.data.train):
@@ -181,33 +172,33 @@ class Run:
         on_bad = self._on_bad if recipe.on_bad_image == "skip" else None
         self.model.train()
         with self._batches(epoch, first * recipe.accumulate, on_bad) as stream:
-            dones: list[Done] = []
+            records: list[StepRecord] = []
             while stepper.step < end:
-                dones.append(stepper(stream))
+                records.append(stepper(stream))
                 if stepper.peak.timeline and stepper.step == stepper.measured + 1:
                     log.timeline(stepper.peak)
-                if self.meetings is not None:
-                    if not self.meetings.due(stepper.step) and stepper.step < end:
-                        continue
-                    dones = self.meetings.told(dones, stepper, self._tried[0])
-                for done in dones:
-                    if not done.skipped:
-                        self.losses = [total + loss for total, loss in zip(self.losses, done.losses, strict=True)]
+                if not self.mode.is_sync_due(stepper.step) and stepper.step < end:
+                    continue
+                since_save = stepper.step - self._tried[0]
+                records, peak = self.mode.merge(records, stepper.peak.total, stepper.step, since_save)
+                stepper.peak = replace(stepper.peak, total=peak)
+                for record in records:
+                    if not record.skipped:
+                        self.losses = [total + loss for total, loss in zip(self.losses, record.losses, strict=True)]
                         self.taken += 1
-                done = replace(dones[-1], images=sum(done.images for done in dones))
-                log.step(stepper.step, epoch, done, stepper.peak.total)
-                dones = []
+                record = replace(records[-1], images=sum(record.images for record in records))
+                log.step(stepper.step, epoch, record, stepper.peak.total)
+                records = []
                 self.tell_bad_images(log)
-                steps, seconds = stepper.step - self._tried[0], time.monotonic() - self._tried[1]
-                if self._agree(stop, self.saving.due(steps, seconds)) and stepper.step < end:
+                seconds = time.monotonic() - self._tried[1]
+                if self._agree(stop, self.saving.due(since_save, seconds)) and stepper.step < end:
                     self.save(log)
-        if self.stage is not None:
-            self.stage.gather()
-        else:  # each rank has followed statistics of its own; the first one's are those of the run
-            self.ranks.spread([b for k in range(len(self.model.blocks)) for b in self.model.statistics(k)])
+        self.mode.gather_model()
         between = stop.check if self.ranks.count == 1 else lambda: None
         scores = evaluate(self.model, self.data, recipe, self.machine, on_bad=on_bad, between=between, ranks=self.ranks)
-        self.bad_images = {path: why for found in self.ranks.gathered(self.bad_images) for path, why in found.items()}
+        self.bad_images = {
+            path: why for found in self.ranks.all_gather_object(self.bad_images) for path, why in found.items()
+        }
         self.tell_bad_images(log)
         losses = [total / max(1, self.taken) for total in self.losses]
         row = {
@@ -232,11 +223,12 @@ class Run:
         recipe = self.recipe
         which = {"batch_size": recipe.batch_size, "seed": recipe.seed, "epoch": epoch, "start": start}
         # Where an image that cannot be read is replaced, its label is too: then all ranks read.
-        if self.stage is not None and not self.stage.reads_images and on_bad is None:
+        if not self.mode.reads_images and on_bad is None:
             yield ((None, y.to(self.machine.device)) for y in data_room.train_labels(self.data, **which))
             return
-        shard = (0, 1) if self.stage is not None else (self.ranks.rank, self.ranks.count)
-        batches = data_room.train_batches(self.data, **which, shard=shard, workers=recipe.workers, on_bad=on_bad)
+        batches = data_room.train_batches(
+            self.data, **which, shard=self.mode.shard, workers=recipe.workers, on_bad=on_bad
+        )
         with contextlib.closing(batches):
             yield (to_device(batch, self.data.info, self.machine) for batch in batches)
 
@@ -246,8 +238,7 @@ class Run:
         Every rank calls this at the same step, and the first one writes."""
         step = self.stepper.step
         self._tried = (step, time.monotonic())
-        if self.stage is not None:
-            self.stage.gather()
+        self.mode.gather_model()
         state = self._state()
         if not self.ranks.first:
             return True
@@ -291,7 +282,7 @@ class Run:
 
     def _agree(self, stop: StopRequest, due: bool) -> bool:
         """Whether a rank is due to save. Raises Stopped on every rank if one of them was asked to end."""
-        number, some = self.ranks.most([stop.number or 0, due], self.machine.device)
+        number, some = self.ranks.all_reduce_max([stop.number or 0, due], self.machine.device)
         if number:
             raise Stopped(int(number))
         return bool(some)
@@ -300,7 +291,7 @@ class Run:
         """All that a run depends on beside the model, as tensors and plain values; every rank calls it. The position in
         the data is the step: order and augmentation are functions of seed, epoch and index."""
         return {
-            "stepper": self.stepper.state_dict(), "random": self.ranks.gathered(checkpoints.random_state()),
+            "stepper": self.stepper.state_dict(), "random": self.ranks.all_gather_object(checkpoints.random_state()),
             "rows": self.rows,
             "losses": self.losses, "taken": self.taken, "bad_images": self.bad_images, "spent": self._seconds(),
             "images": len(self.data.train), "epochs": self.recipe.epochs,
@@ -353,7 +344,7 @@ def evaluate(
             count += len(y)
             between()
     model.train(was_training)
-    loss, top1, top5, images = ranks.summed([*sums.values(), count], machine.device)
+    loss, top1, top5, images = ranks.all_reduce_sum([*sums.values(), count], machine.device)
     if not images:
         raise RunError("no image of the test set can be read")
     return {"eval_loss": loss / images, "eval_top1": 100 * top1 / images, "eval_top5": 100 * top5 / images}

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from localgrad.core.engine import LocalModel, local_backward
+from localgrad.core.engine import LocalModel, block_steps
 from localgrad.core.task import Task
 from localgrad.core.trace import without_values
 
@@ -218,13 +218,12 @@ def training_step(
     autocast: torch.dtype | None = None,
 ) -> None:
     """One step as `localgrad train` takes it: optimizers[0] after the pass, or optimizers[k] after block k."""
-
-    def after_block(k: int) -> None:
+    model.move_averages(stepped=True)
+    for done in block_steps(model, x, y, autocast=autocast):
+        model.move_averages(done.block)
         if step_as_you_go:
-            optimizers[k].step()
-            optimizers[k].zero_grad()
-
-    local_backward(model, x, y, autocast=autocast, after_block=after_block)
+            optimizers[done.block].step()
+            optimizers[done.block].zero_grad()
     if not step_as_you_go:
         optimizers[0].step()
         optimizers[0].zero_grad()

@@ -8,7 +8,7 @@ then has the lag of `MAN(lag=n)`, and equals it bit for bit.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, cast
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from localgrad.core.couplings import Momentum, Past, update_ema
-from localgrad.core.engine import LocalModel, StepResult, local_backward
+from localgrad.core.engine import BlockResult, LocalModel, check_batch, run_blocks
 from localgrad.core.errors import UserError
 from localgrad.core.rebuild import Held
 from localgrad.scale.replicas import Ranks, SyncBatchNorm
@@ -44,12 +44,11 @@ class Stage:
         stage = Stage(model, shares=(2, 2))
         optimizers = {k: torch.optim.SGD(model.members(k), lr=0.1) for k in stage.blocks}
 
-        def step(k):
-            optimizers[k].step()
-            optimizers[k].zero_grad()
-
         for x, y in loader:
-            stage.backward(x, y, after_block=step)
+            for done in stage.block_steps(x, y):
+                model.move_averages(done.block)
+                optimizers[done.block].step()
+                optimizers[done.block].zero_grad()
         stage.gather()                                  # the model is whole on each rank
         stage.finish()
 
@@ -82,7 +81,7 @@ class Stage:
         self._goes: _Layout | None = None
         self._sources = _Sources(model, self.owners, timeout)
 
-    def backward(
+    def block_steps(
         self,
         x: Tensor | None,
         y: Tensor,
@@ -90,36 +89,34 @@ class Stage:
         images: Tensor | None = None,
         scale: float | Tensor = 1.0,
         autocast: torch.dtype | None = None,
-        check: Callable[[int, Tensor], None] | None = None,
-        after_block: Callable[[int], None] | None = None,
-        micro_batch: tuple[int, int] | None = (0, 1),
-    ) -> StepResult:
-        """`local_backward` through this rank's blocks. after_block(k) has to step the block, as what the next rank and
-        the copies of other ranks get is what it leaves.
+    ) -> Iterator[BlockResult]:
+        """`localgrad.block_steps` through this rank's blocks. Each batch is a step: gradients are not accumulated.
 
-        x: only ranks with `reads_images` look at it; if they reconstruct, images is what they reconstruct, by default x
-        un-normalised. micro_batch: None leaves averages to `model.move_averages`. Raises UserError for batches of
-        another size than the first, and for gradients that are accumulated: each batch is a step here.
+        The caller moves the averages of a block and steps it before it asks for the next one, because the next rank,
+        and the copies on other ranks, get what it leaves.
+
+        Args:
+            x: normalised inputs [B, C, H, W], which only ranks with `reads_images` look at.
+            y: targets [B].
+            images: what decoders of this rank's blocks reconstruct. By default x, un-normalised.
+            scale: every loss is multiplied by it before its backward pass.
+            autocast: the dtype in which each block's forward pass is computed. By default the model's own.
+
+        Raises:
+            UserError: the batch has another size than the first one.
         """
-        if micro_batch not in (None, (0, 1)):
-            raise UserError("a pipeline steps after each batch: gradients are not accumulated")
+        if x is not None:
+            check_batch(self.model, x, y)
         if x is not None and images is None and self.model.needs_images(self.blocks):
             images = self.model.method.images(x)
-
-        def arrive(k: int, loss: Tensor) -> None:
-            self._sources.arrive()
-            if check is not None:
-                check(k, loss)
-
         h = self._receive() if self.ranks.rank else cast(Tensor, x)
-        out = local_backward(
-            self.model, h, y, images=images, scale=scale, autocast=autocast,
-            check=arrive, after_block=after_block, micro_batch=micro_batch, blocks=self.blocks,
-        )  # fmt: skip
-        if out.handed is not None:
-            self._send(out.handed)
+        done = None
+        for done in run_blocks(self.model, self.blocks, h, y, images=images, scale=scale, autocast=autocast):
+            self._sources.arrive()
+            yield done
+        if done is not None and done.block + 1 < len(self.model.blocks):
+            self._send(done.output)
         self._sources.send()
-        return out
 
     @property
     def hops(self) -> int:
@@ -132,7 +129,7 @@ class Stage:
         self._sources.settle()
         for k, owner in enumerate(self.owners):
             parameters = [p for module in self.model.parts(k) for p in module.parameters()]
-            self.ranks.spread([*parameters, *self.model.statistics(k)], owner)
+            self.ranks.broadcast([*parameters, *self.model.statistics(k)], owner)
 
     def go_on(self, step: int) -> None:
         """After so many steps of an earlier start, whose whole model was loaded on each rank: before the first step."""

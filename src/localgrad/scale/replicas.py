@@ -37,7 +37,7 @@ class Ranks:
         """Whether this rank is the one that writes."""
         return self.rank == 0
 
-    def given(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """What the first rank has. value: plain values and tensors; those of other ranks are not looked at."""
         if self.count == 1:
             return value
@@ -45,7 +45,7 @@ class Ranks:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def gathered(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """What every rank has, in their order."""
         if self.count == 1:
             return [value]
@@ -53,7 +53,7 @@ class Ranks:
         dist.all_gather_object(box, value)
         return box
 
-    def collected(self, value: Any) -> list[Any]:
+    def gather_object(self, value: Any) -> list[Any]:
         """What every rank has, in their order, for the first rank; others get an empty list."""
         if self.count == 1:
             return [value]
@@ -61,15 +61,15 @@ class Ranks:
         dist.gather_object(value, box if self.first else None)
         return box
 
-    def summed(self, numbers: Sequence[float], device: torch.device | str = "cpu") -> list[float]:
+    def all_reduce_sum(self, numbers: Sequence[float], device: torch.device | str = "cpu") -> list[float]:
         """The sums over the ranks, in float64. device: one that the process group's backend can read."""
         return self._reduced(numbers, device, dist.ReduceOp.SUM)
 
-    def most(self, numbers: Sequence[float], device: torch.device | str = "cpu") -> list[float]:
+    def all_reduce_max(self, numbers: Sequence[float], device: torch.device | str = "cpu") -> list[float]:
         """The largest over the ranks of each."""
         return self._reduced(numbers, device, dist.ReduceOp.MAX)
 
-    def spread(self, tensors: Sequence[Tensor], rank: int = 0) -> None:
+    def broadcast(self, tensors: Sequence[Tensor], rank: int = 0) -> None:
         """One rank's values into every rank's tensors, in place."""
         if self.count > 1:
             for tensor in tensors:
@@ -93,8 +93,10 @@ class Replicas:
     own, with as many images on each rank:
 
         replicas = Replicas(model)
-        out = local_backward(model, x, y, check=replicas.start)    # starts to average a block's gradients, and goes on
-        replicas.finish()                                           # waits for all
+        for done in block_steps(model, x, y):
+            replicas.start(done.block, done.loss)    # its gradients travel while the next block computes
+        replicas.finish()                            # waits for all
+        model.move_averages()
         optimizer.step()
 
     Averages of the coupling need no exchange: they follow parameters, which are the same everywhere. So do the
@@ -110,7 +112,7 @@ class Replicas:
         self.bucket = bucket
         self._members = [model.members(k) for k in range(len(model.blocks))]
         self._travelling: dict[int, list[tuple[list[Tensor], Tensor, Any]]] = {}
-        self.ranks.spread([*model.parameters(), *model.buffers()])
+        self.ranks.broadcast([*model.parameters(), *model.buffers()])
         for auxiliary in model.auxiliaries:
             _see_all(cast(Auxiliary, auxiliary))
 

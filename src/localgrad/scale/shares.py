@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from localgrad.core.engine import LocalModel, local_backward
+from localgrad.core.engine import LocalModel, block_steps
 from localgrad.core.errors import UserError
 
 REPEATS = 3  # timed passes, after a warm-up
@@ -50,17 +50,15 @@ def block_seconds(model: LocalModel, x: Tensor, y: Tensor, *, autocast: torch.dt
     kept = [b.clone() for b in model.buffers()]
     passes: list[list[float]] = []
 
-    def after_block(k: int) -> None:
-        for parameter in model.members(k):
-            parameter.grad = None
-        if devices:
-            torch.cuda.synchronize(x.device)
-        passes[-1].append(time.perf_counter())
-
     with torch.random.fork_rng(devices):
         for _ in range(1 + REPEATS):
             passes.append([time.perf_counter()])
-            local_backward(model, x, y, autocast=autocast, after_block=after_block, micro_batch=None)
+            for done in block_steps(model, x, y, autocast=autocast):
+                for parameter in model.members(done.block):
+                    parameter.grad = None
+                if devices:
+                    torch.cuda.synchronize(x.device)
+                passes[-1].append(time.perf_counter())
     for buffer, old in zip(model.buffers(), kept, strict=True):
         buffer.copy_(old)
     spent = [[b - a for a, b in pairwise(times)] for times in passes[1:]]

@@ -12,13 +12,11 @@ import torch
 import localgrad as lg
 from localgrad.core.errors import RunError, UserError
 from localgrad.run import data as data_room
-from localgrad.run import stages
+from localgrad.run import modes
 from localgrad.run.build import build_model, machine_for
+from localgrad.run.modes import Alone, Pipeline, mode_for, stage_for
 from localgrad.run.recipe import Recipe, Saving
-from localgrad.run.runlog import Done
-from localgrad.run.stages import Meetings, advice, stage_of
-from localgrad.run.step import Stepper
-from localgrad.scale.memory import PeakBytes
+from localgrad.run.runlog import StepRecord
 from localgrad.scale.replicas import Ranks
 
 RECIPE = Recipe(model="resnet20", limit_train=64, batch_size=16, precision="float32", step_as_you_go=True)
@@ -27,58 +25,69 @@ RECIPE = Recipe(model="resnet20", limit_train=64, batch_size=16, precision="floa
 class TwoRanks(Ranks):
     """The first of two, of which the second always has the same to say."""
 
-    def gathered(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         theirs = [([3.0, 4.0], [{"classifier": 3.0}, {}], 50.0, 16)] * len(value[0])
         return [value, (theirs, 900, 12345)]
 
 
-def meetings(save_every: str = "600s") -> tuple[Meetings, Stepper]:
-    stepper = SimpleNamespace(step=7, peak=PeakBytes(100, timeline=[("block 1", 5)]))
-    stage = SimpleNamespace(ranks=TwoRanks(0, 2))
-    return Meetings(cast(lg.Stage, stage), Saving(save_every=save_every)), cast(Stepper, stepper)
+def stage(**known: Any) -> lg.Stage:
+    given = {"model": SimpleNamespace(blocks=[0, 1, 2, 3]), "blocks": range(2), "reads_images": True, **known}
+    return cast(lg.Stage, SimpleNamespace(**given))
 
 
-def test_a_meeting_puts_the_ranks_steps_together() -> None:
-    meeting, stepper = meetings()
-    mine = [Done([1.0, 2.0 + i], [{"classifier": torch.tensor(1.0)}, {"classifier": torch.tensor(2.0)}], 0.0, 16)
+def pipeline(save_every: str = "600s", **known: Any) -> Pipeline:
+    return Pipeline(stage(**known), TwoRanks(0, 2), Saving(save_every=save_every))
+
+
+def test_the_records_of_all_ranks_are_put_together() -> None:
+    mine = [StepRecord([1.0, 2.0 + i], [{"classifier": torch.tensor(1.0)}, {"classifier": torch.tensor(2.0)}], 0.0, 16)
             for i in range(2)]  # fmt: skip
-    first, second = meeting.told(mine, stepper, 0)
+    (first, second), peak = pipeline().merge(mine, 100, step=7, since_save=7)
     assert (first.losses, first.top1, first.images) == ([1.0, 2.0, 3.0, 4.0], 50.0, 16)
     assert first.parts == [*({"classifier": float(i)} for i in (1, 2, 3)), {}]
     assert second.losses == [1.0, 3.0, 3.0, 4.0]
-    assert stepper.peak == PeakBytes(900, timeline=[("block 1", 5)])  # the fattest rank's
+    assert peak == 900  # of the rank that needs the most
 
 
-def test_the_first_rank_says_when_to_meet_next() -> None:
-    meeting, stepper = meetings()
-    assert meeting.due(1)
-    meeting.told([], stepper, 0)
-    assert not meeting.due(7 + 19)
-    assert meeting.due(10**9)
-    meeting, stepper = meetings("5")
+def test_the_first_rank_says_when_to_synchronise_next() -> None:
+    mode = pipeline()
+    assert mode.is_sync_due(1)
+    mode.merge([], 100, step=7, since_save=7)
+    assert not mode.is_sync_due(7 + 19)
+    assert mode.is_sync_due(10**9)
+    mode = pipeline("5")
     for saved, then in ((5, 10), (2, 12)):  # the last step that was saved; in the second case it is due now
-        meeting.told([], stepper, saved)
-        assert not meeting.due(then - 1)
-        assert meeting.due(then)
+        mode.merge([], 100, step=7, since_save=7 - saved)
+        assert not mode.is_sync_due(then - 1)
+        assert mode.is_sync_due(then)
 
 
 def test_a_run_that_goes_on_knows_how_long_its_steps_take() -> None:
     """From those of this start: of the many before them it has not seen the time."""
-    meeting, stepper = meetings()
-    meeting._since -= 2.0
-    stepper.step = 10**6
-    meeting.told([Done([1.0], [{}], 0.0, 16)], stepper, 10**6)
-    assert not meeting.due(10**6 + 19)
-    assert meeting.due(10**6 + 20)
+    mode = pipeline()
+    mode._last_sync -= 2.0
+    mode.merge([StepRecord([1.0], [{}], 0.0, 16)], 100, step=10**6, since_save=0)
+    assert not mode.is_sync_due(10**6 + 19)
+    assert mode.is_sync_due(10**6 + 20)
 
 
-def test_advice_is_given_where_ranks_would_wait() -> None:
-    stage = cast(lg.Stage, SimpleNamespace(shares=(3, 1), hops=1))
-    alone = cast(lg.Stage, SimpleNamespace(shares=(3, 1), hops=0))  # what averages follow is on the same rank
-    assert advice(RECIPE, alone) == ["pipeline: 3 + 1 blocks"]
-    assert advice(replace(RECIPE, lag=2), stage) == ["pipeline: 3 + 1 blocks"]
+def test_notes_tell_where_ranks_would_wait() -> None:
+    alone, waiting = (pipeline(shares=(3, 1), hops=hops) for hops in (0, 1))  # 0: averages follow units of their rank
+    assert alone.notes(RECIPE) == ["pipeline: 3 + 1 blocks"]
+    assert waiting.notes(replace(RECIPE, lag=2)) == ["pipeline: 3 + 1 blocks"]
     waits = "with --lag 0 ranks wait for the EMA's sources; they need not with --lag 2"
-    assert advice(RECIPE, stage) == ["pipeline: 3 + 1 blocks", waits]
+    assert waiting.notes(RECIPE) == ["pipeline: 3 + 1 blocks", waits]
+
+
+def test_alone_is_what_all_modes_share() -> None:
+    """Each mode has the interface of the plainest one, and one process alone exchanges nothing."""
+    model = build_model(RECIPE, data_room.load("digits", limit_train=64), machine_for(RECIPE))
+    mode = mode_for(RECIPE, model, machine_for(RECIPE), Ranks(), Saving(), pipeline=True, batch=16)
+    assert type(mode) is Alone
+    assert (mode.blocks, mode.shard, mode.replicas, mode.notes(RECIPE)) == (range(4), (0, 1), 1, [])
+    record = StepRecord([1.0], [{}], 0.0, 16)
+    assert mode.merge([record], 100, step=1, since_save=1) == ([record], 100)
+    assert (mode.total([1.0, 2.0], torch.device("cpu")), mode.gather_states([3])) == ([1.0, 2.0], [3])
 
 
 @pytest.mark.parametrize(
@@ -93,7 +102,7 @@ def test_advice_is_given_where_ranks_would_wait() -> None:
 def test_what_no_pipeline_can_follow_is_refused(changes: dict[str, Any], count: int, says: str) -> None:
     machine, data = machine_for(RECIPE), data_room.load("digits", limit_train=64)
     with pytest.raises(UserError, match=says):
-        stage_of(replace(RECIPE, **changes), build_model(RECIPE, data, machine), machine, Ranks(0, count), 16)
+        stage_for(replace(RECIPE, **changes), build_model(RECIPE, data, machine), machine, Ranks(0, count), 16)
 
 
 def test_memory_that_runs_out_as_blocks_are_timed_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,9 +110,9 @@ def test_memory_that_runs_out_as_blocks_are_timed_is_a_sentence(monkeypatch: pyt
         raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes")
 
     machine, data = machine_for(RECIPE), data_room.load("digits", limit_train=64)
-    monkeypatch.setattr(stages, "block_seconds", full)
+    monkeypatch.setattr(modes, "block_seconds", full)
     with pytest.raises(RunError, match="out of memory as rank 1 timed the blocks"):
-        stage_of(RECIPE, build_model(RECIPE, data, machine), machine, Ranks(1, 2), 16)
+        stage_for(RECIPE, build_model(RECIPE, data, machine), machine, Ranks(1, 2), 16)
 
 
 def test_labels_alone_are_those_of_the_batches() -> None:

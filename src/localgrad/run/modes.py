@@ -1,0 +1,254 @@
+"""How the processes of a run share its work: alone, as replicas (each a share of every batch) or as a pipeline (each a
+share of the blocks). The three modes have one interface, so that the loop and the step do not ask which one they have.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from localgrad.core.engine import BlockResult, LocalModel, block_steps
+from localgrad.core.errors import RunError, UserError
+from localgrad.run.build import Machine
+from localgrad.run.recipe import Recipe, Saving
+from localgrad.run.runlog import StepRecord
+from localgrad.scale.memory import is_out_of_memory
+from localgrad.scale.pipeline import Stage, least_lag
+from localgrad.scale.replicas import Ranks, Replicas
+from localgrad.scale.shares import block_seconds, shares_of
+
+# The ranks of a pipeline wait for each other where they synchronise. They do so every SYNC_SECONDS or every SYNC_STEPS
+# steps, whichever is later; but SYNC_STEPS steps may not take longer than MOST_SECONDS, because a rank answers signals
+# only there.
+SYNC_SECONDS = 10.0
+SYNC_STEPS = 20
+MOST_SECONDS = 60.0
+
+
+class Alone:
+    """One process that trains every block on every batch. The other modes override what differs.
+
+    Attributes:
+        ranks: the processes of the run.
+        blocks: numbers of the blocks that this rank trains.
+        shard: (i, n): this rank reads part i of n of each batch.
+        replicas: how many ranks train the same blocks.
+        reads_images: whether this rank reads images; targets are read by all.
+        travelling: how many blocks may have gradients on their way while the next block computes.
+        shares_errors: whether every rank finds a loss or gradient that is not finite at the same step.
+    """
+
+    reads_images = True
+    travelling = 0
+    shares_errors = True
+
+    def __init__(self, model: LocalModel, ranks: Ranks) -> None:
+        self.model, self.ranks = model, ranks
+        self.blocks = range(len(model.blocks))
+        self.shard, self.replicas = (0, 1), 1
+
+    def notes(self, recipe: Recipe) -> list[str]:
+        """What a person should know of this mode when the run begins."""
+        return []
+
+    def block_steps(
+        self, x: Any, y: Tensor, *, scale: float | Tensor, autocast: torch.dtype | None
+    ) -> Iterator[BlockResult]:
+        """`localgrad.block_steps` through this rank's blocks."""
+        return block_steps(self.model, x, y, scale=scale, autocast=autocast)
+
+    def start_average(self, k: int, loss: Tensor) -> None:
+        """Begins to average block k's gradients and its loss over the replicas."""
+
+    def finish_average(self, k: int) -> None:
+        """Waits until block k's gradients and its loss are those of all replicas."""
+
+    def total(self, numbers: Sequence[float], device: torch.device) -> list[float]:
+        """The sums over the replicas of what each has counted."""
+        return list(numbers)
+
+    def gather_model(self) -> None:
+        """Gives every rank the whole model, as one process would have it."""
+
+    def gather_states(self, states: list[Any]) -> list[Any]:
+        """The states of all optimizers, of which `states` holds this rank's, on the first rank."""
+        return states
+
+    def other_optimizers(self, count: int) -> set[int]:
+        """Numbers of the optimizers, of `count`, that other ranks step."""
+        return set()
+
+    def is_sync_due(self, step: int) -> bool:
+        """Whether the ranks compare their records after this step."""
+        return True
+
+    def merge(
+        self, records: Sequence[StepRecord], peak: int, step: int, since_save: int
+    ) -> tuple[list[StepRecord], int]:
+        """Records of this rank's steps since the last call, and its peak bytes, as those of all ranks.
+
+        Args:
+            step: how many steps are done.
+            since_save: steps since the last save.
+        """
+        return list(records), peak
+
+    def resume_at(self, step: int) -> None:
+        """Prepares for the step after `step`, once a checkpoint was loaded on each rank."""
+
+    def finish(self) -> None:
+        """Ends the exchange with other ranks. Every rank calls it after the last step."""
+
+
+class DataParallel(Alone):
+    """Each rank trains every block on its share of each batch, and gradients are averaged, block by block."""
+
+    travelling = 1
+
+    def __init__(self, model: LocalModel, ranks: Ranks) -> None:
+        super().__init__(model, ranks)
+        self.shard, self.replicas = (ranks.rank, ranks.count), ranks.count
+        self._averaging = Replicas(model)
+
+    def start_average(self, k: int, loss: Tensor) -> None:
+        self._averaging.start(k, loss)
+
+    def finish_average(self, k: int) -> None:
+        self._averaging.finish(k)
+
+    def total(self, numbers: Sequence[float], device: torch.device) -> list[float]:
+        return self.ranks.all_reduce_sum(numbers, device)
+
+    def gather_model(self) -> None:
+        """Each rank has followed batch-norm statistics of its own. Those of the first rank are those of the run."""
+        self.ranks.broadcast([b for k in self.blocks for b in self.model.statistics(k)])
+
+
+class Pipeline(Alone):
+    """Each rank trains its share of the blocks on every batch, some steps before the rank behind it."""
+
+    shares_errors = False
+
+    def __init__(self, stage: Stage, ranks: Ranks, saving: Saving) -> None:
+        super().__init__(stage.model, ranks)
+        self.stage, self.saving = stage, saving
+        self.blocks, self.reads_images = stage.blocks, stage.reads_images
+        self._next_sync, self._last_sync = 1, time.monotonic()
+
+    def notes(self, recipe: Recipe) -> list[str]:
+        """How the blocks are dealt out, and whether a larger lag would keep ranks from waiting."""
+        said = [f"pipeline: {' + '.join(map(str, self.stage.shares))} blocks"]
+        lag = least_lag(self.stage.hops)
+        if recipe.lag < lag:
+            said.append(f"with --lag {recipe.lag} ranks wait for the EMA's sources; they need not with --lag {lag}")
+        return said
+
+    def block_steps(
+        self, x: Any, y: Tensor, *, scale: float | Tensor, autocast: torch.dtype | None
+    ) -> Iterator[BlockResult]:
+        return self.stage.block_steps(x, y, scale=scale, autocast=autocast)
+
+    def gather_model(self) -> None:
+        self.stage.gather()
+
+    def gather_states(self, states: list[Any]) -> list[Any]:
+        own = [states[k] for k in self.blocks]
+        return [state for part in self.ranks.gather_object(own) for state in part]
+
+    def other_optimizers(self, count: int) -> set[int]:
+        return set(range(count)) - set(self.blocks)
+
+    def is_sync_due(self, step: int) -> bool:
+        return step >= self._next_sync
+
+    def merge(
+        self, records: Sequence[StepRecord], peak: int, step: int, since_save: int
+    ) -> tuple[list[StepRecord], int]:
+        """Puts the losses of all ranks' blocks together. The peak is that of the rank that needs the most. Ranks
+        synchronise seldom, because all wait for the last one, but at each step that is to be saved."""
+        now = time.monotonic()
+        each = max((now - self._last_sync) / max(1, len(records)), 1e-6)
+        apart = max(min(SYNC_STEPS, int(MOST_SECONDS / each)), int(SYNC_SECONDS / each), 1)
+        steps = min(apart, self.saving.steps_left(since_save, each))
+        mine = [(r.losses, [{n: float(v) for n, v in p.items()} for p in r.parts], r.top1, r.images) for r in records]
+        by_rank = self.ranks.all_gather_object((mine, peak, step + steps))
+        self._next_sync, self._last_sync = by_rank[0][2], now
+        merged = []
+        for parts in zip(*(steps for steps, _, _ in by_rank), strict=True):
+            losses, values = ([one for part in parts for one in part[i]] for i in (0, 1))
+            merged.append(StepRecord(losses, values, parts[-1][2], parts[-1][3]))
+        return merged, max(peak for _, peak, _ in by_rank)
+
+    def resume_at(self, step: int) -> None:
+        self.stage.go_on(step)
+
+    def finish(self) -> None:
+        self.stage.finish()
+
+
+def mode_for(
+    recipe: Recipe, model: LocalModel, machine: Machine, ranks: Ranks, saving: Saving, *, pipeline: bool, batch: int
+) -> Alone:
+    """The mode of a run. Every rank calls it with the same model.
+
+    Args:
+        pipeline: whether ranks share the blocks, and not the batches.
+        batch: how many images a batch has.
+
+    Raises:
+        UserError: the ranks cannot share this recipe's batches or blocks.
+        RunError: memory ran out while the blocks were timed.
+    """
+    if ranks.count == 1:
+        return Alone(model, ranks)
+    if pipeline:
+        return Pipeline(stage_for(recipe, model, machine, ranks, batch), ranks, saving)
+    return DataParallel(model, ranks)
+
+
+def check_batch_share(batch: int, ranks: Ranks, *, pipeline: bool) -> None:
+    """Raises UserError if the replicas cannot share a batch of so many images evenly."""
+    if batch % ranks.count and not pipeline:
+        raise UserError(f"{ranks.count} ranks cannot share a batch of {batch} images: take a multiple of {ranks.count}")
+
+
+def check_pipeline(recipe: Recipe) -> None:
+    """Raises UserError for a recipe that no pipeline can follow."""
+    for wrong, text in (
+        (recipe.method == "bp" or recipe.cut == 1, "a pipeline needs a block for each process: take another --method"
+         " than bp, and more --blocks"),
+        (not recipe.step_as_you_go, "a pipeline steps each block as it goes: add --step-as-you-go"),
+        (recipe.precision == "fp16", "a pipeline has no common gradient scaler for fp16: take bf16 or float32"),
+    ):  # fmt: skip
+        if wrong:
+            raise UserError(text)
+
+
+def stage_for(recipe: Recipe, model: LocalModel, machine: Machine, ranks: Ranks, batch: int) -> Stage:
+    """This rank's stage of a pipeline. Blocks are dealt out so that the slowest rank is as fast as can be, by the time
+    that each block takes on this machine.
+
+    Raises:
+        UserError: no pipeline can follow the recipe.
+        RunError: memory ran out.
+    """
+    check_pipeline(recipe)
+    shares_of([1.0] * len(model.blocks), ranks.count)  # Refuses too few blocks before the timing takes seconds.
+    noise = torch.Generator().manual_seed(0)  # The run's own generators stay as they are.
+    x = torch.randn(batch, *model.image, generator=noise).to(machine.device, memory_format=machine.memory_format)
+    y = torch.zeros(batch, dtype=torch.int64, device=machine.device)
+    try:
+        mine = block_seconds(model, x, y, autocast=machine.autocast)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        text = (
+            f"out of memory as rank {ranks.rank} timed the blocks: more --blocks or a smaller --batch-size needs less"
+        )
+        raise RunError(text) from error
+    seconds = ranks.all_reduce_sum(mine, machine.device)
+    return Stage(model, shares_of(seconds, ranks.count), timeout=ranks.timeout)
