@@ -84,6 +84,7 @@ def together() -> dict[str, Any]:
         optimizer = optimizer_of(model)
         for x, y in batches():
             half = slice(rank * HALF, (rank + 1) * HALF)
+            model.move_averages(stepped=True)
             done = []
             for block in lg.block_steps(model, x[half], y[half]):
                 replicas.start(block.block, block.loss)
@@ -93,7 +94,6 @@ def together() -> dict[str, Any]:
             losses.append(torch.stack(done))
             optimizer.step()
             optimizer.zero_grad()
-            model.move_averages(stepped=True)
         found[case] = {"state": model.state_dict(), "losses": losses}
     return found
 
