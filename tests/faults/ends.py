@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-MODEL, AUXILIARIES, STATE = "model.safetensors", "auxiliaries.safetensors", "state.pt"
+from localgrad.run.checkpoint import read_checkpoint
+
+MODEL, AUXILIARIES, STATE = "model.safetensors", "auxiliaries.safetensors", "state.json"
 KNOWN = re.compile(
     r"\.lock|config\.yaml|(metrics\.jsonl|(summary|memory_timeline)\.csv)|model\.safetensors|"
-    r"checkpoints(/best|/step-\d+(/((model|auxiliaries)\.safetensors|state\.pt|manifest\.json))?)?"
+    r"checkpoints(/best|/step-\d+(/((model|auxiliaries|state)\.safetensors|state\.json|manifest\.json))?)?"
 )
 
 
@@ -47,7 +48,7 @@ def last_checkpoint(folder: Path) -> Path:
 
 def state(checkpoint: Path) -> dict[str, Any]:
     """Optimizers, random generators and counts. The epochs' rows hold times, and are in the table."""
-    content = torch.load(checkpoint / STATE, weights_only=True)
+    content = read_checkpoint(checkpoint).state
     assert any(isinstance(value, Tensor) for _, value in leaves(content["stepper"]["optimizers"]))
     return {name: content[name] for name in ("stepper", "random", "images", "epochs")}
 

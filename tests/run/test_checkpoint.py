@@ -27,7 +27,7 @@ from localgrad.run import checkpoint as checkpoints
 from localgrad.run.checkpoint import newest_checkpoint, prune, read_checkpoint, read_weights, save_checkpoint, saved
 
 Figure = Callable[[str, int, int], None]
-FILES = ["auxiliaries.safetensors", "manifest.json", "model.safetensors", "state.pt"]
+FILES = ["auxiliaries.safetensors", "manifest.json", "model.safetensors", "state.json", "state.safetensors"]
 ENVIRONMENT = {"torch": "2", "machine": "\N{GREEK SMALL LETTER ALPHA}"}
 
 
@@ -232,7 +232,12 @@ def forge(path: Path, content: Any) -> None:
     (path / "manifest.json").write_bytes(checkpoints._rendered(content))
 
 
-MORE: list[Any] = [{"../../x": {"bytes": 1}}, {"/x": {"bytes": 1}}, {"state.pt": None}, {"state.pt": {"bytes": 10**30}}]
+MORE: list[Any] = [
+    {"../../x": {"bytes": 1}},
+    {"/x": {"bytes": 1}},
+    {"state.json": None},
+    {"state.json": {"bytes": 10**30}},
+]
 
 
 @pytest.mark.parametrize("changed", [*MORE, *({"files": files} for files in ({}, FILES, None)), {"environment": []}])
@@ -245,7 +250,7 @@ def test_a_manifest_of_other_files_is_refused(changed: dict[str, Any], tmp_path:
         read_checkpoint(path)
 
 
-@pytest.mark.parametrize("number", [1, 3, 0, -1, None, "1", [1], {}, 1.5])
+@pytest.mark.parametrize("number", [1, 2, 4, 0, -1, None, "1", [1], {}, 1.5])
 def test_another_format_is_for_another_version_and_stays(number: Any, tmp_path: Path) -> None:
     forge(save(tmp_path, 3), {"format": number})
     with pytest.raises(UserError, match=r"step-3 was written by another version of localgrad \(format .*\)$"):

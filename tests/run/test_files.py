@@ -309,7 +309,10 @@ def test_the_system_is_asked_in_an_order_that_outlives_a_power_cut(tmp_path: Pat
     subprocess.run([*trace, sys.executable, "-c", SAVING, str(folder)], check=True, timeout=200)
     disk = replayed(log.read_text(), str(folder))
     place = folder / "all" / "step-7"
-    whole = {place / name for name in ("model.safetensors", "auxiliaries.safetensors", "state.pt", "manifest.json")}
+    whole = {
+        place / name
+        for name in ("model.safetensors", "auxiliaries.safetensors", "state.json", "state.safetensors", "manifest.json")
+    }
     assert disk.written == {str(path) for path in (*whole, folder / "w.safetensors", folder / "t.txt")}
     for path in (place, folder / "w.safetensors", folder / "t.txt"):
         assert disk.early[str(path)] == set(), f"{path.name} was renamed before all of it was on the disk"

@@ -1,8 +1,8 @@
 """Weights and runs on disk: whole or not there, and nothing is read that is not what was written.
 
-A checkpoint is a folder `step-N`: backbone and auxiliaries as safetensors, the rest of the run's state as a
-`torch.save` file of plain values, and a manifest with each file's size and SHA-256 and a hash of itself. It is written
-as `step-N.part`, flushed to the disk, and renamed.
+A checkpoint is a folder `step-N`: backbone and auxiliaries as safetensors, the rest of the run's state as JSON and
+safetensors (see `state.py`), and a manifest with each file's size and SHA-256 and a hash of itself. It is written as
+`step-N.part`, flushed to the disk, and renamed.
 """
 
 from __future__ import annotations
@@ -10,15 +10,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import io
 import json
 import os
-import pickletools
 import random
-import re
 import shutil
 import stat
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,14 +28,15 @@ from torch import Tensor, nn
 
 from localgrad.core.errors import RunError, UserError
 from localgrad.run.files import PART, flush, part_of, remove, replacing
+from localgrad.run.state import from_json, to_json
 from localgrad.scale.memory import is_out_of_memory
 
-FORMAT = 2
-MODEL, AUXILIARIES, STATE, MANIFEST = "model.safetensors", "auxiliaries.safetensors", "state.pt", "manifest.json"
+FORMAT = 3
+MODEL, AUXILIARIES = "model.safetensors", "auxiliaries.safetensors"
+STATE, STATE_TENSORS, MANIFEST = "state.json", "state.safetensors", "manifest.json"
+FILES = (MODEL, AUXILIARIES, STATE, STATE_TENSORS)  # What a checkpoint has beside its manifest.
 DAMAGED = ".damaged"  # a checkpoint that was set aside
 _MANIFEST_LIMIT = 2**20  # bytes; ours have about a thousand
-_CALLS = {"GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"}  # pickle's ways to name a function
-_PLAIN = re.compile(r"torch\._utils _rebuild_tensor_v2|collections OrderedDict|torch \w+Storage")
 
 
 class Damaged(RunError):
@@ -123,10 +120,11 @@ def save_checkpoint(
         part.mkdir()
         save_weights(part / MODEL, model)
         save_weights(part / AUXILIARIES, auxiliaries)
-        with (part / STATE).open("wb") as file:  # given a path, PyTorch would not say why a write failed
-            torch.save(dict(state), file)
+        text, tensors = to_json(dict(state))
+        save_weights(part / STATE_TENSORS, tensors)
+        (part / STATE).write_text(text)
         flush(part / STATE)
-        files = {name: _fingerprint(part / name) for name in (MODEL, AUXILIARIES, STATE)}
+        files = {name: _fingerprint(part / name) for name in FILES}
         content = {"format": FORMAT, "step": step, "environment": dict(environment), "files": files}
         (part / MANIFEST).write_bytes(_rendered(content))
         flush(part / MANIFEST)
@@ -149,7 +147,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
         for name, wanted in manifest["files"].items():
             if _size(path / name) != wanted["bytes"] or _fingerprint(path / name) != wanted:
                 raise Damaged(f"{path} is damaged: {name} is not what was written")
-        state = _read_state(path / STATE)
+        state = from_json((path / STATE).read_bytes(), load_file(path / STATE_TENSORS))
+        if not isinstance(state, dict):
+            raise TypeError("the state is no dictionary")
         return Checkpoint(path, load_file(path / MODEL), load_file(path / AUXILIARIES), state, manifest["environment"])
     except (UserError, RunError):
         raise
@@ -236,7 +236,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         found = ascii(content.get("format"))[:20]
         raise UserError(f"{path} was written by another version of localgrad (format {found})")
     files = content.get("files")
-    sound = isinstance(files, dict) and set(files) == {MODEL, AUXILIARIES, STATE}
+    sound = isinstance(files, dict) and set(files) == set(FILES)
     sound = sound and all(isinstance(wanted, dict) and "bytes" in wanted for wanted in files.values())
     if not sound or not isinstance(content.get("environment"), dict):
         raise Damaged(f"{path} is refused: its {MANIFEST} lists other than what a checkpoint has")
@@ -261,32 +261,6 @@ def _size(file: Path) -> int:
     """Of a regular file; -1 for a pipe, a link and the like."""
     found = file.lstat()
     return found.st_size if stat.S_ISREG(found.st_mode) else -1
-
-
-def _read_state(file: Path) -> dict[str, Any]:
-    """A `torch.save` file of tensors and plain values. Raises almost anything for others.
-
-    weights_only lets no code run, but archives can be read in two ways, and pickles can ask for more memory than they
-    have: PyTorch is given a copy of what Python reads, in which nothing is packed and only tensors are called for.
-    """
-    copied = io.BytesIO()
-    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(copied, "w") as plain:
-        if len(set(archive.namelist())) != len(archive.namelist()):
-            raise ValueError("two entries of one name")
-        for entry in archive.infolist():
-            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > file.stat().st_size:
-                raise ValueError("a packed entry")
-            content = archive.read(entry)
-            if entry.filename.endswith(".pkl"):
-                for code, argument, _ in pickletools.genops(content):
-                    if code.name in _CALLS and not _PLAIN.fullmatch(str(argument)):
-                        raise ValueError("a call")
-            plain.writestr(entry.filename, content)
-    copied.seek(0)
-    state = torch.load(copied, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict):
-        raise TypeError("it is no dictionary")
-    return state
 
 
 def _reason(error: BaseException) -> str:
