@@ -91,8 +91,7 @@ class Compare:
     """Recipe fields of which each value is run: --vary momentum=0,0.9,0.99. What is itself a list is joined by slashes:
     --vary recompute=layer1.0/layer1.1,all."""
     out: Path = Path("runs/compare")
-    """Folder of the grid: a folder for each run, runs.csv, compare.csv, pairs.csv (differences paired by seed), and
-    compare.png with localgrad[plot]."""
+    """Folder of the grid: a folder for each run, runs.csv, compare.csv and pairs.csv (differences paired by seed)."""
     jobs: int = 1
     """Runs at a time."""
 
@@ -101,7 +100,7 @@ class Compare:
 class Probe:
     """Show what the units of a trained network have learned: separability, CKA, t-SNE, activation maps.
 
-    Tables and pictures go to RUN/probe. Everything is computed on the test images.
+    Tables go to RUN/probe, and localgrad report draws them. Everything is computed on the test images.
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]]

@@ -166,7 +166,7 @@ def run_compare(args: Compare) -> int:
 
 
 def run_probe(args: Probe) -> int:
-    from localgrad.run import pictures, probe
+    from localgrad.run import probe
 
     def load(run: Path) -> probe.Network:
         recipe = replace(finished(run), device="auto", precision="float32")
@@ -184,7 +184,9 @@ def run_probe(args: Probe) -> int:
         tables = probe.probe(load(run), with_whom, lambda what: print(f"{what} ...", file=sys.stderr))
         for name, rows in tables.items():
             write_csv(run / "probe" / f"{name}.csv", rows)
-            drawn = pictures.draw(name, rows, run / "probe" / f"{name}.png")
+        print(f"wrote {run / 'probe'}")
+        if len(runs) > 1:
+            continue  # One table fits a terminal. The report shows those of many runs.
         alike = probe.agreement(tables["cka"]) if with_whom else {}
         columns = ["unit", "block", "linear classifier, %", *([f"CKA with {with_whom.name}"] if with_whom else [])]
         table = Table(*map(escape, columns), title=escape(run.resolve().name))
@@ -192,7 +194,8 @@ def run_probe(args: Probe) -> int:
             same = [f"{alike[row['unit']]:.3f}"] if row["unit"] in alike else []
             table.add_row(row["unit"], str(row["block"]), f"{row['top1']:.2f}", *same)
         console.print(table)
-        print(f"wrote {run / 'probe'}" + ("" if drawn else ": tables alone; pictures take localgrad[plot]"))
+    if len(runs) > 1:
+        print("localgrad report draws what the probes found")
     return 0
 
 
@@ -203,7 +206,7 @@ def run_report(args: Report) -> int:
         raise UserError(f"{args.out} is a folder: name a file with --out")
     check_folder(args.out)
     write_text(args.out, report(args.runs, args.results))
-    print(f"wrote {args.out}")
+    print(f"wrote {args.out}: open it in a browser")
     return 0
 
 

@@ -25,7 +25,7 @@ from localgrad.run.checkpoint import MODEL
 from localgrad.run.recipe import Recipe, as_dict, idle, override, settle
 from localgrad.run.recipes import named_recipe
 from localgrad.run.runlog import claim, mib, summary_rows
-from localgrad.run.tables import label_of, paired, row_of, show, summarize, write_csv
+from localgrad.run.tables import paired, row_of, show, summarize, write_csv
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,6 @@ def compare(args: Compare) -> int:
         if pairs:
             write_csv(args.out / "pairs.csv", pairs)
         show(rows, pairs)
-        _plot(args.out / "compare.png", rows)
     if failed:
         raise RunError(f"{len(failed)} of {len(cells)} runs failed: {', '.join(failed)} (see {args.out}/NAME.log)")
     return 0
@@ -178,26 +177,6 @@ def _report(name: str, code: int, out: Path, failed: list[str]) -> None:
         failed.append(name)
         lines = (out / f"{name}.log").read_text().strip().splitlines()
         print(f"{name} failed ({code}): {lines[-1] if lines else 'no output'}", flush=True)
-
-
-def _plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    try:
-        import matplotlib
-
-        matplotlib.use("agg")
-        from matplotlib import pyplot
-    except ImportError:
-        return  # [plot] is an extra; the table and the CSV hold the same
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for row in rows:
-        label, spread = label_of(row), row["error_std"] or None
-        axes.errorbar(row["peak_bytes"] / 2**20, row["error_mean"], yerr=spread, fmt="o", capsize=3, label=label)
-    axes.set(xlabel="peak training memory (MiB)", ylabel="test error (%), mean and deviation over seeds")
-    axes.set(xlim=(0, 1.1 * max(row["peak_bytes"] for row in rows) / 2**20))
-    axes.set(ylim=(0, 1.1 * max(row["error_mean"] + (row["error_std"] or 0) for row in rows)))
-    figure.legend(loc="outside right upper", fontsize=8)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 def _words(text: str, flag: str) -> list[str]:

@@ -71,52 +71,6 @@ def cifar10_resnet110_k55() -> Recipe:
     return _cifar("resnet110", 55)
 
 
-def svhn_resnet32_k8() -> Recipe:
-    """`localgrad train --recipe svhn_resnet32_k8`. Published: not found. One GPU of 8 GB."""
-    return replace(cifar10_resnet32_k8(), data="svhn")
-
-
-def svhn_resnet32_k16() -> Recipe:
-    """`localgrad train --recipe svhn_resnet32_k16`. Published: not found. One GPU of 8 GB."""
-    return replace(cifar10_resnet32_k16(), data="svhn")
-
-
-def svhn_resnet110_k32() -> Recipe:
-    """`localgrad train --recipe svhn_resnet110_k32`. Published: not found. One GPU of 8 GB."""
-    return replace(cifar10_resnet110_k32(), data="svhn")
-
-
-def svhn_resnet110_k55() -> Recipe:
-    """`localgrad train --recipe svhn_resnet110_k55`. Published: not found; InfoPro (ICLR 2021) has DGL at 16 blocks
-    5.55 +- 0.34 after 160 epochs, another protocol. One GPU of 8 GB."""
-    return replace(cifar10_resnet110_k55(), data="svhn")
-
-
-def stl10_resnet32_k8() -> Recipe:
-    """`localgrad train --recipe stl10_resnet32_k8`. Published: not found. One GPU of 8 GB."""
-    return _stl(cifar10_resnet32_k8())
-
-
-def stl10_resnet32_k16() -> Recipe:
-    """`localgrad train --recipe stl10_resnet32_k16`. Published: not found. One GPU of 8 GB."""
-    return _stl(cifar10_resnet32_k16())
-
-
-def stl10_resnet110_k32() -> Recipe:
-    """`localgrad train --recipe stl10_resnet110_k32`. Published: not found. One GPU of 8 GB."""
-    return _stl(cifar10_resnet110_k32())
-
-
-def stl10_resnet110_k55() -> Recipe:
-    """`localgrad train --recipe stl10_resnet110_k55`. Published: not found; InfoPro (ICLR 2021) has DGL at 16 blocks
-    27.73 +- 0.58 after 160 epochs, another protocol. One GPU of 8 GB."""
-    return _stl(cifar10_resnet110_k55())
-
-
-def _stl(recipe: Recipe) -> Recipe:
-    return replace(recipe, data="stl10", batch_size=128, lr=0.1)
-
-
 def _imagenet(model: str, blocks: str, batch_size: int) -> Recipe:
     """lr after the linear scaling rule, 0.1 for 256 images (Goyal et al., 2017), with its 5 epochs of warm-up."""
     return Recipe(
@@ -168,8 +122,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     f.__name__: f
     for f in (
         demo, fashion_small, fashion_small_k4, fashion_small_k16, cifar10_resnet32_k8, cifar10_resnet32_k16,
-        cifar10_resnet110_k32, cifar10_resnet110_k55, svhn_resnet32_k8, svhn_resnet32_k16, svhn_resnet110_k32,
-        svhn_resnet110_k55, stl10_resnet32_k8, stl10_resnet32_k16, stl10_resnet110_k32, stl10_resnet110_k55,
+        cifar10_resnet110_k32, cifar10_resnet110_k55,
         imagenet_resnet101_k2, imagenet_resnet101_k4, imagenet_resnet152_k2, imagenet_resnet152_k4,
         imagenet_resnext101_k2, imagenet_resnext101_k4,
     )

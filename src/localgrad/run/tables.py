@@ -114,10 +114,9 @@ def paired(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if len(seeds) < 2:
             continue
         apart = [errors[1][seed] - errors[0][seed] for seed in seeds]
-        mean, deviation = statistics.mean(apart), statistics.stdev(apart)
-        half = float(stats.t.ppf(0.975, len(seeds) - 1)) * deviation / len(seeds) ** 0.5
+        low, high = _interval(apart)
         row = {"first": label_of(first[0]), "second": label_of(second[0]), "n": len(seeds)}
-        row |= {"difference": round(mean, 3), "low": round(mean - half, 3), "high": round(mean + half, 3)}
+        row |= {"difference": round(statistics.mean(apart), 3), "low": round(low, 3), "high": round(high, 3)}
         table.append(row | {"seeds": " ".join(map(str, seeds))})
     return table
 
@@ -153,3 +152,37 @@ def show(rows: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]] = ()) -
                 escape(pair["first"]), escape(pair["second"]), f"{pair['difference']:+.2f}", interval, str(pair["n"])
             )
         console.print(table)
+    said = conclusion(rows)
+    if said:
+        console.print(said, highlight=False, markup=False)
+
+
+def conclusion(rows: Sequence[dict[str, Any]]) -> str:
+    """What the rows say about plain backpropagation and the others, in a few sentences; "" without both."""
+    plain = next((row for row in rows if row["method"] == "bp" and not row.get("setting")), None)
+    others = [row for row in rows if row["method"] != "bp"]
+    if plain is None or not others:
+        return ""
+    nearest = min(others, key=lambda row: (row["error_mean"], row["peak_bytes"]))
+    least = min(others, key=lambda row: (row["peak_bytes"], row["error_mean"]))
+
+    def against_plain(row: dict[str, Any]) -> str:
+        memory, time = row["peak_bytes"] / plain["peak_bytes"], row["seconds"] / plain["seconds"]
+        apart = row["error_mean"] - plain["error_mean"]
+        return f"{label_of(row)}: {apart:+.2f} points, {memory:.2f} times the memory, {time:.2f} times the time"
+
+    said = [f"Against backpropagation ({told(plain)}% error, {mib(plain['peak_bytes'])}):"]
+    said += [f"- the smallest error has {against_plain(nearest)};"]
+    said += [f"- the least memory has {against_plain(least)}."] if least is not nearest else []
+    if any(row["n"] < 3 for row in (plain, nearest, least)):
+        said += ["With fewer than three seeds, differences below a point may be chance."]
+    said += ["Accumulation and recomputation save memory too, at backpropagation's own error: see docs/memory.md."]
+    return "\n".join(said)
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95% interval of the mean of several values, by Student's t."""
+    if len(set(values)) == 1:
+        return values[0], values[0]
+    found = stats.ttest_1samp(values, 0).confidence_interval()
+    return float(found.low), float(found.high)
