@@ -24,9 +24,7 @@ from localgrad.core.errors import UserError
 from localgrad.core.rebuild import Held
 from localgrad.scale.replicas import Ranks, SyncBatchNorm
 
-AHEAD = 2  # batches that a rank may hand on before the next rank has taken the first of them
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-DIMENSIONS = 8  # that what is handed on has at most
+AHEAD = 2  # How many batches a rank may send before the next rank has taken the first of them.
 
 
 def least_lag(hops: int = 1) -> int:
@@ -162,9 +160,9 @@ class Stage:
 
     def _send(self, h: Tensor) -> None:
         layout = _Layout.of(h)
-        if self._goes is None:  # the next rank must know what comes
+        if self._goes is None:  # The next rank needs the layout once, before the first batch.
             self._goes = layout
-            dist.send(layout.head().to(h.device), self.ranks.rank + 1)
+            dist.send_object_list([layout], self.ranks.rank + 1)
         elif self._goes != layout:
             raise UserError(
                 f"a pipeline's batches are all alike: {self._goes.shape} was handed on, then {layout.shape}"
@@ -178,9 +176,9 @@ class Stage:
 
     def _receive(self) -> Tensor:
         if self._comes is None:
-            head = _Layout.head_for(next(self.model.parameters()).device)
-            dist.recv(head, self.ranks.rank - 1)
-            self._comes = _Layout.told(head)
+            box: list[Any] = [None]
+            dist.recv_object_list(box, self.ranks.rank - 1)
+            self._comes = cast(_Layout, box[0])
         work, packed = self._coming or self._expect(self._comes)
         work.wait()
         self._coming = self._expect(self._comes)
@@ -195,8 +193,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Of what is handed on. order: the dimensions as they lie in memory, which must be the same at the next rank, as
-    kernels round differently for each."""
+    """How the tensors that one rank sends to the next lie in memory. They must lie so there too, because kernels round
+    differently for another memory format.
+
+    Attributes:
+        order: the dimensions, the one with the largest stride first.
+    """
 
     shape: tuple[int, ...]
     order: tuple[int, ...]
@@ -205,19 +207,6 @@ class _Layout:
     @classmethod
     def of(cls, h: Tensor) -> _Layout:
         return cls(tuple(h.shape), tuple(sorted(range(h.ndim), key=lambda d: -h.stride(d))), h.dtype)
-
-    def head(self) -> Tensor:
-        told = [len(self.shape), DTYPES.index(self.dtype), *self.shape, *self.order]
-        return torch.tensor(told + [0] * (2 + 2 * DIMENSIONS - len(told)))
-
-    @staticmethod
-    def head_for(device: torch.device) -> Tensor:
-        return torch.empty(2 + 2 * DIMENSIONS, dtype=torch.int64, device=device)
-
-    @classmethod
-    def told(cls, head: Tensor) -> _Layout:
-        ndim, dtype, *rest = head.tolist()
-        return cls(tuple(rest[:ndim]), tuple(rest[ndim : 2 * ndim]), DTYPES[dtype])
 
 
 @dataclass
