@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0, 2 for what the user can change, 3 for a fault of the run, 128 and
     the signal's number for one that a signal stopped."""
     args = list(sys.argv[1:] if argv is None else argv)
-    warnings.showwarning = _show_warning
+    warnings.showwarning = _warnings_shown()
     try:
         with sigterm_raises():
             return _run(args)
@@ -115,11 +115,16 @@ def _take(flag: str, what: str, args: list[str]) -> tuple[str | None, list[str]]
     return None, args
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
-    """A warning of ours is one line for a person; its place in the source is not."""
-    if rank_here():
-        return
-    print(f"localgrad: warning: {message}", file=sys.stderr)
+def _warnings_shown() -> Callable[..., None]:
+    """What shows a warning of ours: one line for a person, once a command, without its place in the source."""
+    said = set()
+
+    def show(message: Warning | str, *_: Any) -> None:
+        if not rank_here() and str(message) not in said:
+            said.add(str(message))
+            print(f"localgrad: warning: {message}", file=sys.stderr)
+
+    return show
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from localgrad.cli import COMMANDS, main
+from localgrad.cli import COMMANDS, _warnings_shown, main
 from localgrad.core.errors import UserError
 from localgrad.run.recipe import Recipe, Saving
 from localgrad.run.runlog import summary_rows
@@ -192,6 +192,14 @@ def test_a_wrong_flag_is_usage(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_init_of_another_network_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     init = ["--init", str(run / "model.safetensors"), "--model", "resnet32"]
     assert "does not fit this backbone" in fails(capsys, ["train", *QUICK, *init, "--out", str(tmp_path / "r")])
+
+
+def test_a_command_says_each_warning_once(capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        show = _warnings_shown()
+        for text in ("a", "b", "a"):
+            show(UserWarning(text), UserWarning, "file", 1)
+        assert capsys.readouterr().err == "localgrad: warning: a\nlocalgrad: warning: b\n"
 
 
 def test_options_without_effect_warn(tmp_path: Path) -> None:

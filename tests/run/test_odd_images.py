@@ -9,13 +9,17 @@ import resource
 import shutil
 import signal
 import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 import torch.onnx
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import ExifTags, Image
 from test_bad_images import TINY, encoded, listed, read_test, sigterm_in, write_split
 
 from localgrad.cli import main
@@ -144,3 +148,91 @@ def test_want_of_memory_or_handles_is_no_bad_image(
     with pytest.raises(RunError, match=r"000\.png cannot be read now: "):
         read_test(tmp_path, 8, bad.__setitem__)
     assert bad == {}
+
+
+# How a camera was held
+
+# What a viewer does for each orientation that EXIF knows.
+TURNS: dict[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: np.rot90(a),
+}
+# Squares of 8 x 8, which a JPEG keeps; no turn leaves them as they were.
+PIXELS = np.kron(np.random.default_rng(0).integers(0, 256, (5, 7), dtype=np.uint8), np.ones((8, 8), np.uint8))
+
+
+def held(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return exif
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "how"),
+    [
+        ("jpeg", "RGB", {"quality": 95}), ("jpeg", "L", {"quality": 95}), ("jpeg", "CMYK", {"quality": 95}),
+        ("mpo", "RGB", {"quality": 95}), ("png", "RGB", {}), ("png", "P", {}), ("png", "RGBA", {}), ("png", "I;16", {}),
+        ("webp", "RGB", {"lossless": True}), ("tiff", "RGB", {}), ("tiff", "L", {}), ("tiff", "I;16", {}),
+        ("tiff", "L", {"compression": "tiff_lzw"}),
+    ],
+)  # fmt: skip
+def test_images_are_turned_as_their_exif_data_say(kind: str, mode: str, how: dict[str, Any], tmp_path: Path) -> None:
+    picture = Image.fromarray(PIXELS.astype(np.uint16) * 256) if mode == "I;16" else Image.fromarray(PIXELS)
+    picture = picture if mode == "I;16" else picture.convert(mode)
+    for orientation, turn in TURNS.items():
+        picture.save(tmp_path / "a.img", kind, exif=held(orientation), **how)
+        got = np.asarray(readers.decode(tmp_path / "a.img")).astype(int)
+        wanted = turn(PIXELS)[:, :, None].astype(int)
+        assert got.shape == (*wanted.shape[:2], 3)
+        assert np.abs(got - wanted).mean() < (3 if "quality" in how else 0.5), orientation
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_orientations_that_exif_does_not_know_mean_nothing(orientation: int, tmp_path: Path) -> None:
+    Image.fromarray(PIXELS).save(tmp_path / "a.png", exif=held(orientation))
+    assert (np.asarray(readers.decode(tmp_path / "a.png")) == PIXELS[:, :, None]).all()
+
+
+def test_batches_hold_turned_images(tmp_path: Path) -> None:
+    top = np.zeros((64, 64, 3), np.uint8)
+    top[:32] = 255  # turned by a quarter to the right, the upper half is the right one
+    path = write_split(tmp_path / "val", 2)[0]
+    Image.fromarray(top).save(path, "png", exif=held(6))
+    image = read_test(tmp_path, 56)[0][0]
+    assert (image[:, :, 28:] == 255).all()
+    assert (image[:, :, :28] == 0).all()
+
+
+EXIF = held(6).tobytes()
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        b"Exif\0\0", EXIF[:9], EXIF[:-3], b"Exif\0\0" + b"\xff" * 60, EXIF[:10] + b"\xff" * 4 + EXIF[14:],
+        EXIF[:14] + b"\xff\xff" + EXIF[16:], b"Exif\0\0" + b"MM\0*\0\0\0\x08", b"\0" * 50,
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+def test_damaged_exif_data_do_not_spoil_an_image(kind: str, damaged: bytes, tmp_path: Path) -> None:
+    Image.fromarray(PIXELS).save(tmp_path / "a.img", kind, exif=damaged)
+    assert readers.decode(tmp_path / "a.img").size in ((56, 40), (40, 56))
+
+
+def test_what_pil_raises_on_exif_data_is_forgiven_but_not_want_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.fromarray(PIXELS).save(tmp_path / "a.png", exif=held(6))
+    for error in (SyntaxError("x"), struct.error("x"), ValueError("x"), TypeError("x"), OSError("x"), MemoryError()):
+        monkeypatch.setattr(Image.Image, "getexif", Mock(side_effect=error))
+        if isinstance(error, MemoryError):
+            with pytest.raises(MemoryError):
+                readers.decode(tmp_path / "a.png")
+        else:
+            assert readers.decode(tmp_path / "a.png").size == (56, 40)

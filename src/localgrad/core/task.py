@@ -39,11 +39,13 @@ class Classification:
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.classes < 1 or not 0 <= self.label_smoothing < 1:
+        if self.classes < 2:
             raise UserError(
-                f"classification takes at least 1 class and a label smoothing from 0 to below 1, "
-                f"not {self.classes} and {self.label_smoothing}"
+                f"classification takes at least 2 classes, not {self.classes}: the cross-entropy of one is always 0; a "
+                "network of one output takes a task of its own"
             )
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"classification takes a label smoothing from 0 to below 1, not {self.label_smoothing}")
 
     def criterion(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy, mean over the batch. logits [B, classes] (float32 or wider); targets [B], integers."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,9 +22,10 @@ from localgrad.core.engine import LocalModel, localize
 from localgrad.core.errors import UserError
 from localgrad.core.methods import METHODS
 from localgrad.core.task import Classification
-from localgrad.run.checkpoint import load_backbone
-from localgrad.run.data import DATASETS, Data, DataInfo
+from localgrad.run.checkpoint import MODEL, load_backbone, read_weights
+from localgrad.run.data import DATASETS, Data, DataInfo, check_classes, load
 from localgrad.run.recipe import Recipe
+from localgrad.run.runlog import read_classes
 from localgrad.scale.memory import MakeOptimizer
 from localgrad.scale.plan import Planner
 from localgrad.scale.recompute import recompute
@@ -74,6 +76,28 @@ def machine_for(recipe: Recipe) -> Machine:
 def backbone_of(recipe: Recipe, info: DataInfo) -> nn.Module:
     """The recipe's network for that data, untrained."""
     return build(recipe.model, classes=info.classes, in_channels=info.channels, **recipe.arguments)
+
+
+def data_of(run: Path, recipe: Recipe) -> Data:
+    """The test images that a finished run's recipe names; the training split is empty. Raises UserError if the classes
+    are not those that the run was trained on; warns where nobody can tell."""
+    data = load(recipe.data, data_dir=recipe.data_dir, image_size=recipe.image_size, only_test=True)
+    if unknown := check_classes(data, read_classes(run), run):
+        warnings.warn(unknown, stacklevel=2)
+    return data
+
+
+def info_of(run: Path, recipe: Recipe) -> DataInfo:
+    """What a finished run's data were, which need not be there any more. Where nobody has recorded the classes, the
+    weights tell their number."""
+    info = DATASETS[recipe.data]
+    info = replace(info, classes=info.classes or len(read_classes(run)), size=recipe.image_size or info.size)
+    if info.classes:
+        return info
+    trial, weights = 1009, read_weights(run / MODEL)
+    own = backbone_of(recipe, replace(info, classes=trial)).state_dict()
+    others = [weights[n].shape[:1] for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape]
+    return replace(info, classes=max((size for (size,) in filter(None, others)), default=trial))
 
 
 def build_model(recipe: Recipe, data: Data, machine: Machine) -> LocalModel:

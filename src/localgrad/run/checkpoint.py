@@ -15,7 +15,7 @@ import os
 import random
 import shutil
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,16 +54,19 @@ class Checkpoint:
     environment: dict[str, str]
 
 
-def save_weights(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Writes tensors as safetensors, contiguous and on the CPU: equal weights give equal bytes. RunError if the disk
-    does not take them; then nothing is left of them."""
+def save_weights(path: Path, state: Mapping[str, Tensor], classes: Sequence[str] = ()) -> None:
+    """Writes tensors as safetensors, contiguous and on the CPU: equal weights give equal bytes. classes: names for the
+    metadata. RunError if the disk does not take them; then nothing is left of them."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
     owners = {t.untyped_storage().data_ptr(): name for name, t in tensors.items()}
     # Of tensors that share memory each is written: the format has no sharing.
     whole = {n: t if owners[t.untyped_storage().data_ptr()] == n else t.clone() for n, t in tensors.items()}
+    content = memoryview(serialize(whole, metadata={"format": "pt"}))
+    start = 8 + int.from_bytes(content[:8], "little")  # of the tensors, behind a header
     try:
-        with replacing(path) as part:
-            part.write_bytes(serialize(whole, metadata={"format": "pt"}))
+        with replacing(path) as part, part.open("wb") as file:
+            file.write(_header(content[8:start], classes))
+            file.write(content[start:])
     except OSError as error:
         raise RunError(f"cannot write {path}: {_reason(error)}") from error
 
@@ -118,7 +121,7 @@ def save_checkpoint(
             flush(folder.parent)
         remove(part)
         part.mkdir()
-        save_weights(part / MODEL, model)
+        save_weights(part / MODEL, model, state.get("classes", ()))
         save_weights(part / AUXILIARIES, auxiliaries)
         text, tensors = to_json(dict(state))
         save_weights(part / STATE_TENSORS, tensors)
@@ -261,6 +264,23 @@ def _size(file: Path) -> int:
     """Of a regular file; -1 for a pipe, a link and the like."""
     found = file.lstat()
     return found.st_size if stat.S_ISREG(found.st_mode) else -1
+
+
+def _header(written: memoryview, classes: Sequence[str]) -> bytes:
+    """The header of a safetensors file with its length; with names, if there are any. By hand, because safetensors
+    writes several entries of metadata in an order that differs from one time to the next."""
+    header = bytes(written)
+    if classes:
+        content = json.loads(header)
+        content["__metadata__"]["classes"] = classes_json(classes)
+        header = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+        header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
+
+
+def classes_json(classes: Sequence[str]) -> str:
+    """Names of classes as metadata have them: a list in JSON, in the order of the logits."""
+    return json.dumps(list(classes))
 
 
 def _reason(error: BaseException) -> str:

@@ -19,13 +19,13 @@ from localgrad.core.backbones import CIFAR_RESNETS
 from localgrad.core.errors import RunError, UserError
 from localgrad.run import data as data_room
 from localgrad.run.arguments import Compare, Eval, Export, List, Plan, Probe, Report, Train, parse_bytes
-from localgrad.run.build import backbone_of, machine_for, planner_for
-from localgrad.run.checkpoint import MODEL, load_backbone, read_weights, save_weights
+from localgrad.run.build import backbone_of, data_of, info_of, machine_for, planner_for
+from localgrad.run.checkpoint import MODEL, classes_json, load_backbone, read_weights, save_weights
 from localgrad.run.files import check_folder, write_text
 from localgrad.run.ranks import joined
 from localgrad.run.recipe import COUPLINGS, HEADS, METHODS, PLANNED, Recipe, read_recipe, settle
 from localgrad.run.recipes import RECIPES
-from localgrad.run.runlog import CONFIG, claim, finished_runs, mib, scores, summary_rows
+from localgrad.run.runlog import CONFIG, claim, finished_runs, mib, read_classes, scores, summary_rows
 from localgrad.run.tables import write_csv
 from localgrad.run.train import evaluate, train
 from localgrad.scale import plan as plans
@@ -133,7 +133,7 @@ def run_eval(args: Eval) -> int:
         recipe = replace(recipe, data_dir=args.data_dir)
     if recipe.precision == "fp16":  # which a CPU does not have; what is evaluated is the same
         recipe = replace(recipe, precision="auto")
-    data = data_room.load(recipe.data, data_dir=recipe.data_dir, image_size=recipe.image_size)
+    data = data_of(args.run, recipe)
     machine = machine_for(recipe)
     backbone = backbone_of(recipe, data.info)
     load_backbone(backbone, args.run / "model.safetensors")
@@ -152,9 +152,9 @@ def run_export(args: Export) -> int:
     weights = args.run / "model.safetensors"
     check_folder(place)
     if args.format == "safetensors":
-        save_weights(place, read_weights(weights))
+        save_weights(place, read_weights(weights), read_classes(args.run))
     else:
-        _export_onnx(recipe, weights, place)
+        _export_onnx(args.run, recipe, place)
     print(f"wrote {place}")
     return 0
 
@@ -235,25 +235,26 @@ def finished(run: Path) -> Recipe:
     return read_recipe(run / CONFIG)
 
 
-def _export_onnx(recipe: Recipe, weights: Path, place: Path) -> None:
+def _export_onnx(run: Path, recipe: Recipe, place: Path) -> None:
     try:
         import onnx  # noqa: F401  # pyright: ignore[reportUnusedImport]
         import onnxscript  # noqa: F401  # pyright: ignore[reportUnusedImport, reportMissingImports]
     except ImportError:
         raise UserError("onnx is not installed: pip install 'localgrad[onnx]'") from None
-    info = data_room.DATASETS[recipe.data]
-    if recipe.data == "image-folder":
-        info = data_room.load(recipe.data, data_dir=recipe.data_dir, image_size=recipe.image_size).info
+    info = info_of(run, recipe)
     backbone = backbone_of(recipe, info)
-    load_backbone(backbone, weights)
+    load_backbone(backbone, run / MODEL)
     example = torch.zeros(2, info.channels, info.size, info.size)
     part = place.with_name(place.name + ".part")
     batch = torch.export.Dim("batch")
     try:
-        torch.onnx.export(
-            backbone.eval(), (example,), str(part), dynamo=True, dynamic_shapes=({0: batch},), external_data=False,
+        program: Any = torch.onnx.export(
+            backbone.eval(), (example,), dynamo=True, dynamic_shapes=({0: batch},),
             input_names=["images"], output_names=["logits"], verbose=False,
         )  # fmt: skip
+        if names := read_classes(run):
+            program.model.metadata_props["classes"] = classes_json(names)
+        program.save(str(part), external_data=False)
         os.replace(part, place)
     except Exception as error:  # the exporter raises as many kinds as there are operators
         part.unlink(missing_ok=True)

@@ -7,7 +7,9 @@ augmentation are pure functions of (seed, epoch, index): a resumed run needs no 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +21,8 @@ from torch import Tensor
 from localgrad.core.errors import RunError, UserError, unknown
 from localgrad.run import readers
 from localgrad.run.augment import SUBSET, crop_flip, permutation
-from localgrad.run.readers import Batches, Files, OnBad
+from localgrad.run.folders import Files, listed, printable, read_folder
+from localgrad.run.readers import Batches, OnBad
 
 IMAGE_FOLDER_SIZE = 224  # pixels; the usual crop of ImageNet
 
@@ -72,11 +75,12 @@ class Images:
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """A data set, read: both splits are of the same kind."""
+    """A data set, read: both splits are of the same kind. names: of its classes, in the order of the labels."""
 
     info: DataInfo
     train: Images | Files
     test: Images | Files
+    names: tuple[str, ...] = ()
 
 
 def load(
@@ -87,29 +91,78 @@ def load(
     limit_train: int | None = None,
     seed: int = 0,
     image_size: int | None = None,
+    only_test: bool = False,
 ) -> Data:
-    """Read a data set from `data_dir` ("data" by default; Fashion-MNIST also from where Debian's package puts it).
+    """Reads a data set.
 
-    `download`: fetch it into that folder if it is not there. `limit_train`: so many training samples, balanced over
-    classes, chosen by `seed`. `image_size`: side of an image folder's crops, 224 by default.
-    UserError: an unknown name, a set that is not there, a limit or size that it cannot have. RunError: a damaged file,
-    a failed download.
+    Args:
+        name: Of the set, as in `DATASETS`.
+        data_dir: Where it lies: "data" by default; Fashion-MNIST also where Debian's package puts it.
+        download: Whether to fetch it into that folder if it is not there.
+        limit_train: So many training samples, balanced over classes, chosen by `seed`.
+        seed: Of that choice.
+        image_size: Side of an image folder's crops, 224 by default.
+        only_test: Whether the training split stays empty; its files need not be there then.
+
+    Raises:
+        UserError: For an unknown name, a set that is not there or has one class alone, and a limit or size that it
+            cannot have.
+        RunError: For a damaged file or a failed download.
     """
     info = _info(name)
     if name == "image-folder":
         if image_size is not None and image_size < 1:
             raise UserError(f"image size must be at least 1 pixel, not {image_size}")
-        place = _locate(name, data_dir, download)
-        classes, train, test = readers.read_folder(place)
-        info = replace(info, classes=len(classes), size=image_size or IMAGE_FOLDER_SIZE)
+        place = _locate(name, data_dir, download, only_test)
+        names, train, test = read_folder(place, only_val=only_test)
+        info = replace(info, classes=len(names), size=image_size or IMAGE_FOLDER_SIZE)
     else:
         if image_size not in (None, info.size):
             raise UserError(f"the images of {name} are {info.size} pixels wide and are not resized to {image_size}")
-        place = Path() if name == "digits" else _locate(name, data_dir, download)
-        train, test = (_checked(raw, info) for raw in readers.read(name, place))
+        place = Path() if name == "digits" else _locate(name, data_dir, download, only_test)
+        raws = readers.read(name, place, only_test=only_test)
+        *trains, test = (_checked(raw, info) for raw in raws)
+        train = trains[0] if trains else Images(test.images[:0], test.labels[:0])
+        names = _names(raws[-1], info)
+        if len(alone := train.labels.unique()) == 1:
+            what = f"one class alone, {printable(names[int(alone)])}, and of one nothing can be learned"
+            raise UserError(f"{raws[0].file} holds {what}: take a set of two or more")
     if limit_train is not None:
         train = _limited(train, limit_train, info.classes, seed)
-    return Data(info, train, test)
+    return Data(info, train, test, tuple(names))
+
+
+def check_classes(data: Data, recorded: Sequence[str], whose: object) -> str | None:
+    """Compares a set's classes with those that a run has recorded.
+
+    Args:
+        data: The set.
+        recorded: The names that the run was trained with, in the order of its logits; none in one of an older version.
+        whose: The run, for the sentence.
+
+    Returns:
+        A sentence where nothing was recorded of classes that may have changed, else None.
+
+    Raises:
+        UserError: If the classes differ, or their order.
+    """
+    if not recorded:
+        if data.info.name != "image-folder":
+            return None
+        return f"{whose} has not recorded its classes: see that they were {listed(data.names)}, in this order"
+    # Systems write the same name in one of two ways: an accent is a part of its letter, or follows it.
+    then, now = ([unicodedata.normalize("NFC", name) for name in names] for names in (recorded, data.names))
+    if then == now:
+        return None
+    sides = (("without", Counter(then) - Counter(now)), ("with", Counter(now) - Counter(then)))
+    changes = [how + " " + listed(f"'{name}'" for name in names.elements()) for how, names in sides if names]
+    if not changes:
+        k = next(k for k, (a, b) in enumerate(zip(then, now, strict=True)) if a != b)
+        changes = [f"in another order, class {k} is '{printable(now[k])}' instead of '{printable(then[k])}'"]
+    raise UserError(
+        f"the classes of {data.info.name} are other than those of {whose}: {' and '.join(changes)}; name the data that "
+        "it was trained on with --data-dir, or give the classes their names back"
+    )
 
 
 def find(name: str, data_dir: str | None = None, *, download: bool = False) -> DataInfo:
@@ -210,20 +263,21 @@ def _root(data_dir: str | None) -> Path:
     return readers.DEFAULT_ROOT if data_dir is None else Path(data_dir).expanduser()
 
 
-def _locate(name: str, data_dir: str | None, download: bool) -> Path:
+def _locate(name: str, data_dir: str | None, download: bool, only_test: bool = False) -> Path:
     root = _root(data_dir)
     if download and name != "image-folder" and readers.find(name, root) is None:
         readers.fetch(name, root)
-    place = readers.find(name, root)
+    place = readers.find(name, root, only_test=only_test)
     if place is not None:
         return place
     if name == "image-folder":
-        need = "train/CLASS/*.jpg and val/CLASS/*.jpg: name the folder that does with --data-dir"
+        need = "val/CLASS/*.jpg" if only_test else "train/CLASS/*.jpg and val/CLASS/*.jpg"
+        need += ": name the folder that does with --data-dir"
         raise UserError(f"{root} does not hold {need} (an image folder cannot be downloaded)")
     *most, last = (str(place) for place in readers.places(name, root))
     where = f"{', '.join(most)} or {last}" if most else last
     debian = "install it (apt-get install dataset-fashion-mnist), " if name == "fashion-mnist" else ""
-    files = ", ".join(readers.FILES[name])
+    files = ", ".join(readers.files_of(name, only_test=only_test))
     raise UserError(
         f"{name} was not found in {where} (its files are {files}): {debian}"
         "name the folder that holds it with --data-dir, or fetch it with --download"
@@ -244,6 +298,12 @@ def _checked(raw: readers.Raw, info: DataInfo) -> Images:
         raise RunError(f"{raw.file} holds the label {wrong}, but {info.name} has classes 0 to {info.classes - 1}")
     # A copy: arrays that come from a file's bytes are read-only, and torch would warn.
     return Images(torch.from_numpy(raw.images.copy(order="C")), torch.from_numpy(labels))
+
+
+def _names(raw: readers.Raw, info: DataInfo) -> tuple[str, ...]:
+    """What a set's classes are called, or else their numbers."""
+    names = raw.names or readers.NAMES.get(info.name, ())
+    return names if len(names) == info.classes else tuple(map(str, range(info.classes)))
 
 
 def _limited(split: Images | Files, count: int, classes: int, seed: int) -> Images | Files:

@@ -24,9 +24,9 @@ from localgrad.core.blocks import Boundary, Unit, split, trace_units
 from localgrad.core.errors import UserError
 from localgrad.run import data as data_room
 from localgrad.run.augment import permutation
-from localgrad.run.build import Machine, backbone_of, machine_for
+from localgrad.run.build import Machine, backbone_of, data_of, machine_for
 from localgrad.run.checkpoint import MODEL, load_backbone
-from localgrad.run.readers import Files
+from localgrad.run.folders import Files
 from localgrad.run.recipe import Recipe
 from localgrad.run.train import to_device
 
@@ -68,7 +68,7 @@ class Network:
 def load(run: Path, recipe: Recipe, images: int) -> Network:
     """The network of a finished run, in evaluation mode and float32, with that many of its test images. Raises
     UserError for fewer than `EACH` of a class."""
-    data = data_room.load(recipe.data, data_dir=recipe.data_dir, image_size=recipe.image_size)
+    data = data_of(run, recipe)
     needed, there = EACH * data.info.classes, len(data.test)
     if min(images, there) < needed:
         found = f"--images is {images}" if images < needed <= there else f"the test set has {there} images"
@@ -160,6 +160,7 @@ def check_alike(network: Network, other: Network | None) -> None:
         raise UserError(
             f"--against needs a run on the same data: {network.name} saw {texts[0]}, {other.name} {texts[1]}"
         )
+    data_room.check_classes(network.data, other.data.names, other.name)
 
 
 def gram(h: Tensor) -> Tensor:

@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from localgrad.core.errors import RunError, UserError
+from localgrad.core.errors import RunError
 from localgrad.run.augment import REPLACE, draws, resized_crop_box
+from localgrad.run.folders import Files, printable
 from localgrad.run.signals import held_back, outlive_signals
 from localgrad.scale.memory import is_out_of_memory
 
@@ -47,26 +48,23 @@ FILES: dict[str, tuple[str, ...]] = {
     "stl10": tuple(f"stl10_binary/{n}.bin" for n in ("train_X", "train_y", "test_X", "test_y")),
     "image-folder": ("train", "val"),
 }
-
-
-@dataclass(frozen=True, eq=False)
-class Files:
-    """A split on disk: paths of image files below `root`, encoded bytes [N], labels int64 [N]."""
-
-    root: Path
-    paths: NDArray[np.bytes_]
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
+# What the classes of a set are called whose files do not say it; where nobody has named them, they are numbers.
+NAMES: dict[str, tuple[str, ...]] = {
+    "fashion-mnist": (
+        "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+    ),
+    "stl10": ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"),
+}  # fmt: skip
 
 
 class Raw(NamedTuple):
-    """One split as read: images uint8 [N,C,H,W], labels [N], and the file to blame when they make no sense."""
+    """One split as read: images uint8 [N,C,H,W], labels [N], the file to blame when they make no sense, and the names
+    of the classes where the set's files have them."""
 
     images: NDArray[Any]
     labels: NDArray[Any]
     file: Path
+    names: tuple[str, ...] = ()
 
 
 def places(name: str, root: Path) -> list[Path]:
@@ -76,23 +74,30 @@ def places(name: str, root: Path) -> list[Path]:
     return [root, root / "FashionMNIST" / "raw", *([DEBIAN_FASHION] if root == DEFAULT_ROOT else [])]
 
 
-def find(name: str, root: Path) -> Path | None:
+def files_of(name: str, *, only_test: bool = False) -> tuple[str, ...]:
+    """The files of a set, or those that its test split takes."""
+    return tuple(f for f in FILES[name] if not (only_test and Path(f).name.startswith(("train", "data_batch"))))
+
+
+def find(name: str, root: Path, *, only_test: bool = False) -> Path | None:
     """The first of `places` that has all of the set's files, else None. Opens nothing."""
     zipped = ("", ".gz") if name == "fashion-mnist" else ("",)
     for place in places(name, root):
-        if all(any((place / (file + end)).exists() for end in zipped) for file in FILES[name]):
+        files = files_of(name, only_test=only_test)
+        if all(any((place / (file + end)).exists() for end in zipped) for file in files):
             return place
     return None
 
 
-def read(name: str, place: Path) -> tuple[Raw, Raw]:
-    """Train and test split of an in-memory set that `find` found. RunError names a damaged file."""
+def read(name: str, place: Path, *, only_test: bool = False) -> list[Raw]:
+    """Train and test split of an in-memory set that `find` found, or the test split alone. RunError names a damaged
+    file."""
     if name == "digits":
-        return _digits()
+        return _digits()[only_test:]
     if name == "fashion-mnist":
-        train_x, train_y, test_x, test_y = (_idx_path(place, file) for file in FILES[name])
-        return _idx_split(train_x, train_y), _idx_split(test_x, test_y)
-    return _torchvision_splits(name, place)
+        files = [_idx_path(place, file) for file in files_of(name, only_test=only_test)]
+        return [_idx_split(*pair) for pair in zip(files[::2], files[1::2], strict=True)]
+    return _torchvision_splits(name, place, only_test)
 
 
 def read_idx(path: Path, axes: int) -> NDArray[np.uint8]:
@@ -109,32 +114,6 @@ def read_idx(path: Path, axes: int) -> NDArray[np.uint8]:
     if len(content) - start != wanted:
         raise RunError(f"{path} holds {len(content) - start} bytes of data where its header announces {wanted}")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
-
-
-def read_folder(place: Path) -> tuple[list[str], Files, Files]:
-    """Class names, then train and val, from train/CLASS/* and val/CLASS/*; nothing is decoded.
-
-    The paths are one array of bytes: workers that share a list of strings copy it whole, by counting references.
-    """
-    from torchvision.datasets import ImageFolder
-
-    try:
-        train, val = ImageFolder(str(place / "train")), ImageFolder(str(place / "val"))
-    except OSError as error:
-        raise UserError(f"{place} is no image folder: {error}") from error
-    if odd := set(train.classes) ^ set(val.classes):
-        raise UserError(
-            f"{place / 'train'} and {place / 'val'} must hold the same classes, but only one has {min(odd)}"
-        )
-    train_files, val_files = (
-        Files(
-            place,
-            np.array([os.fsencode(os.path.relpath(path, place)) for path, _ in part.samples]),
-            torch.tensor(part.targets),
-        )
-        for part in (train, val)
-    )
-    return train.classes, train_files, val_files
 
 
 def decoded(
@@ -192,7 +171,7 @@ def fetch(name: str, root: Path) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as folder:
-            for _ in _torchvision_sets(name, Path(folder), download=True):
+            for _ in _torchvision_sets(name, Path(folder), ("train", "test"), download=True):
                 pass
             raw, end = ("FashionMNIST/raw/", ".gz") if name == "fashion-mnist" else ("", "")
             for file in FILES[name]:
@@ -201,11 +180,6 @@ def fetch(name: str, root: Path) -> None:
     except failures as error:
         reason = " ".join(str(error).split())
         raise RunError(f"{name} could not be downloaded into {root}: {reason}") from error
-
-
-def _files(place: Path, folder: Any) -> Files:
-    paths = [os.fsencode(os.path.relpath(path, place)) for path, _ in folder.samples]
-    return Files(place, np.array(paths), torch.tensor(folder.targets))
 
 
 def _idx_path(place: Path, file: str) -> Path:
@@ -218,7 +192,7 @@ def _idx_split(images: Path, labels: Path) -> Raw:
     return Raw(read_idx(images, 3)[:, None], read_idx(labels, 1), labels)
 
 
-def _digits() -> tuple[Raw, Raw]:
+def _digits() -> list[Raw]:
     """scikit-learn's 1,797 digits (values 0 .. 16), split 80/20 by class, the same whatever the run's seed."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -226,49 +200,50 @@ def _digits() -> tuple[Raw, Raw]:
     digits: Any = load_digits()
     images = np.rint(digits.images * 255 / 16).astype(np.uint8)[:, None]
     parts = train_test_split(np.arange(len(images)), test_size=0.2, stratify=digits.target, random_state=0)
-    train, test = (Raw(images[np.sort(part)], digits.target[np.sort(part)], Path("scikit-learn")) for part in parts)
-    return train, test
+    return [Raw(images[np.sort(part)], digits.target[np.sort(part)], Path("scikit-learn")) for part in parts]
 
 
-def _torchvision_sets(name: str, root: Path, download: bool = False) -> Iterator[Any]:
-    """torchvision's data sets of both splits, read one by one."""
-    for split in ("train", "test"):
+def _torchvision_sets(name: str, root: Path, splits: Sequence[str], *, download: bool = False) -> Iterator[Any]:
+    """torchvision's data sets of these splits, read one by one."""
+    for split in splits:
         which = {"split": split} if name in ("svhn", "stl10") else {"train": split == "train"}
-        yield _torchvision_class(name)(str(root), download=download, **which)
+        yield _torchvision_class(name, splits)(str(root), download=download, **which)
 
 
-def _torchvision_class(name: str) -> Any:
+def _torchvision_class(name: str, splits: Sequence[str]) -> Any:
+    """torchvision's class of a set, which looks for no other files than those of these splits."""
     from torchvision import datasets
 
-    class LabelledSTL10(datasets.STL10):
-        train_list = datasets.STL10.train_list[:2]  # without the unlabelled images, which it would check as well
+    kinds = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "svhn": datasets.SVHN, "stl10": datasets.STL10}
+    kind: Any = (kinds | {"fashion-mnist": datasets.FashionMNIST})[name]
+    if not hasattr(kind, "train_list"):
+        return kind
+    training = kind.train_list[: 2 if name == "stl10" else None]  # without STL-10's unlabelled images
+    return type(kind.__name__, (kind,), {"train_list": training if "train" in splits else []})
 
-    kinds = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "svhn": datasets.SVHN, "stl10": LabelledSTL10}
-    return (kinds | {"fashion-mnist": datasets.FashionMNIST})[name]
 
-
-def _torchvision_splits(name: str, root: Path) -> tuple[Raw, Raw]:
+def _torchvision_splits(name: str, root: Path, only_test: bool) -> list[Raw]:
     # torchvision compares md5 sums before it reads; for CIFAR, whose files are pickles, that check must stay.
+    splits = ("train", "test")[only_test:]
     try:
-        train, test = _torchvision_sets(name, root)
+        return [_raw(name, root, *pair) for pair in zip(_torchvision_sets(name, root, splits), splits, strict=True)]
     except (OSError, RuntimeError) as error:
-        damaged = _damaged(name, root)
+        damaged = _damaged(name, root, splits)
         what = (
             f"{root} cannot be read as {name}: {error}"
             if damaged is None
             else (f"{damaged} is damaged (its md5 sum is not the published one): delete it and fetch the set again")
         )
         raise RunError(what) from error
-    return _raw(name, root, train, "train"), _raw(name, root, test, "test")
 
 
-def _damaged(name: str, root: Path) -> Path | None:
-    """The first file whose md5 sum is not the one that torchvision knows."""
+def _damaged(name: str, root: Path, splits: Sequence[str]) -> Path | None:
+    """The first file of these splits whose md5 sum is not the one that torchvision knows."""
     from torchvision.datasets.utils import check_integrity
 
-    kind = _torchvision_class(name)
+    kind = _torchvision_class(name, splits)
     if name == "svhn":
-        known = [tuple(kind.split_list[split][1:]) for split in ("train", "test")]
+        known = [tuple(kind.split_list[split][1:]) for split in splits]
     else:
         known = [(f"{kind.base_folder}/{file}", md5) for file, md5 in (*kind.train_list, *kind.test_list)]
     if name.startswith("cifar"):
@@ -279,7 +254,8 @@ def _damaged(name: str, root: Path) -> Path | None:
 def _raw(name: str, root: Path, split: Any, part: str) -> Raw:
     if name.startswith("cifar"):
         # CIFAR-10 spreads its training labels over five files, so the folder stands for them.
-        return Raw(split.data.transpose(0, 3, 1, 2), np.asarray(split.targets), root / split.base_folder)
+        images, labels = split.data.transpose(0, 3, 1, 2), np.asarray(split.targets)
+        return Raw(images, labels, root / split.base_folder, tuple(map(str, split.classes)))
     file = f"{part}_32x32.mat" if name == "svhn" else f"stl10_binary/{part}_y.bin"
     return Raw(split.data, np.asarray(split.labels), root / file)
 
@@ -329,7 +305,7 @@ class _Decoder(Dataset):
         bad: list[_Bad] = []
         for at in self._candidates(index):
             path = os.fsdecode(self.split.paths[at])
-            shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in path)
+            shown = printable(path)
             try:
                 image = decode(self.split.root / path)
                 return _Item(self._cropped(image, epoch, index), int(self.split.labels[at]), bad)
@@ -367,7 +343,8 @@ def _collate(items: Sequence[_Item]) -> tuple[Tensor, Tensor, list[_Bad]]:
 
 
 def decode(path: Path) -> Any:
-    """The image at `path` as PIL's RGB. Raises almost anything for a file that is none, or none that can be used."""
+    """The image at `path` as PIL's RGB, turned as its EXIF data say. Raises almost anything for a file that is none, or
+    none that can be used."""
     from PIL import Image
 
     with warnings.catch_warnings():
@@ -378,6 +355,27 @@ def decode(path: Path) -> Any:
                 raise ValueError(f"one side is more than {THINNEST} times the other")  # a resized one would be huge
             if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
                 raise ValueError("its pixels are 32-bit numbers, whose range is not known")
+            image = _upright(image)
             if image.mode.startswith("I"):  # 16 bits, of which PIL would clip all that is above 255
                 return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
             return image.convert("RGB")
+
+
+def _upright(image: Any) -> Any:
+    """The image as a viewer shows it: cameras write how they were held, and not turned pixels."""
+    from PIL import ExifTags, Image
+
+    turns = Image.Transpose
+    if image.format == "TIFF":  # of a file's name Pillow would map grey ones into memory as if they were turned already
+        image.filename = ""
+    image.load()  # what is damaged in the pixels is not forgiven, as it is in the EXIF data
+    try:
+        turn = {
+            2: turns.FLIP_LEFT_RIGHT, 3: turns.ROTATE_180, 4: turns.FLIP_TOP_BOTTOM, 5: turns.TRANSPOSE,
+            6: turns.ROTATE_270, 7: turns.TRANSVERSE, 8: turns.ROTATE_90,
+        }.get(image.getexif().get(ExifTags.Base.Orientation))  # fmt: skip
+    except Exception as error:  # what PIL raises on damaged EXIF data depends on the damage
+        if is_out_of_memory(error):
+            raise
+        return image
+    return image if turn is None else image.transpose(turn)

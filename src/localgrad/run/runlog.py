@@ -60,6 +60,16 @@ def read_sizes(folder: Path) -> dict[str, int]:
     return _section(folder, "model")
 
 
+def read_classes(folder: Path) -> list[str]:
+    """The names of the classes that a run was trained on, in the order of its logits; none in one of an older version.
+    Raises UserError where somebody's hand has left other things than names."""
+    content = yaml.safe_load((folder / CONFIG).read_text())
+    names = content.get("classes") or [] if isinstance(content, dict) else []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"the classes in {folder / CONFIG} are no list of names: put those in quotes")
+    return names
+
+
 def _section(folder: Path, name: str) -> dict[str, Any]:
     """Of config.yaml; empty where an older version, or somebody's hand, has left none."""
     content = yaml.safe_load((folder / CONFIG).read_text())
@@ -155,9 +165,9 @@ class StepRecord:
 class RunLog:
     """Writes one run's folder. A context: nothing exists before it is entered.
 
-    start: the step and the whole epochs that the run goes on from; (0, 0) begins anew. environment, sizes: what
-    config.yaml shall say of machine and versions, and of the model. Once the run is under way, a disk that takes no
-    more costs lines of the record, not the run.
+    start: the step and the whole epochs that the run goes on from; (0, 0) begins anew. environment, sizes, classes:
+    what config.yaml shall say of machine and versions, of the model, and of the data. Once the run is under way, a disk
+    that takes no more costs lines of the record, not the run.
     """
 
     def __init__(
@@ -168,12 +178,13 @@ class RunLog:
         environment: dict[str, str],
         sizes: dict[str, int],
         *,
+        classes: Sequence[str] = (),
         start: tuple[int, int] = (0, 0),
         tensorboard: bool = False,
     ) -> None:
         self.folder, self.recipe, self.total = folder, recipe, total
         self.start, self._epochs = start
-        self.environment, self.sizes = environment, sizes
+        self.environment, self.sizes, self.classes = environment, sizes, list(classes)
         self.console = _Console()
         self._writer = _tensorboard() if tensorboard else None
         self.tensorboard: Any = None
@@ -191,6 +202,7 @@ class RunLog:
             if not self.start:
                 shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
             config = {"recipe": as_dict(self.recipe), "model": self.sizes, "environment": self.environment}
+            config["classes"] = self.classes
             write_text(self.folder / CONFIG, yaml.safe_dump(config, sort_keys=False))
             write_text(self.folder / METRICS, _until(self.start, self._epochs, self.folder / METRICS))
             self.metrics = (self.folder / METRICS).open("a")
@@ -218,6 +230,8 @@ class RunLog:
             self.tensorboard.close()
 
     def note(self, text: str) -> None:
+        encoding = self.console.encoding  # which may not have the letters of a class's name
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
         with contextlib.suppress(OSError):  # nobody reads it any more, or the disk that it goes to is full
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 

@@ -20,6 +20,7 @@ from localgrad.run import checkpoint as checkpoints
 from localgrad.run import data as data_room
 from localgrad.run.build import Machine, build_model, machine_for
 from localgrad.run.files import locked
+from localgrad.run.folders import listed
 from localgrad.run.modes import check_batch_share, mode_for
 from localgrad.run.recipe import Recipe, Saving, shown
 from localgrad.run.runlog import SUMMARY, NoLog, RunLog, StepRecord, environment, read_environment
@@ -52,7 +53,8 @@ def train(
         used = read_environment(folder) if run.stepper.step and ranks.first else run.environment
         start = (run.stepper.step, len(run.rows))
         log_of = RunLog if ranks.first else NoLog
-        with log_of(folder, recipe, run.stepper.total, used, run.sizes, start=start, tensorboard=tensorboard) as log:
+        how = {"classes": run.data.names, "start": start, "tensorboard": tensorboard}
+        with log_of(folder, recipe, run.stepper.total, used, run.sizes, **how) as log:
             log.note(headline(recipe, run.data, run.model, run.machine))
             log.note(f"recipe: {shown(recipe)}")
             log.note(repr(run.model))
@@ -75,7 +77,7 @@ def train(
                 run.tell_bad_images(log)
             run.mode.finish()
             if ranks.first:
-                checkpoints.save_weights(folder / checkpoints.MODEL, run.model.backbone.state_dict())
+                checkpoints.save_weights(folder / checkpoints.MODEL, run.model.backbone.state_dict(), run.data.names)
     return run.rows[-1]
 
 
@@ -132,6 +134,9 @@ class Run:
         if found is None:
             return [*said, "no checkpoint is sound: beginning anew"] if said else []
         state = found.state
+        names = state.get("classes", [])
+        names = [str(name) for name in names] if isinstance(names, list) else [str(names)]
+        unknown = data_room.check_classes(self.data, names, found.path)
         try:
             self.model.backbone.load_state_dict(found.model)
             self.model.auxiliaries.load_state_dict(found.auxiliaries)
@@ -153,6 +158,7 @@ class Run:
             )
         self._saved, self._tried = found.path, (self.stepper.step, self._began)
         said.append(f"going on from {found.path}, at step {self.stepper.step} of {self.stepper.total}")
+        said += [unknown] if unknown else []
         if epochs != self.recipe.epochs:
             said.append(f"{self.recipe.epochs} epochs instead of {epochs}: from here lr follows the longer schedule")
         now, then = self.environment, found.environment
@@ -294,7 +300,7 @@ class Run:
             "stepper": self.stepper.state_dict(), "random": self.ranks.all_gather_object(checkpoints.random_state()),
             "rows": self.rows,
             "losses": self.losses, "taken": self.taken, "bad_images": self.bad_images, "spent": self._seconds(),
-            "images": len(self.data.train), "epochs": self.recipe.epochs,
+            "images": len(self.data.train), "epochs": self.recipe.epochs, "classes": list(self.data.names),
         }  # fmt: skip
 
     def _seconds(self) -> float:
@@ -351,7 +357,7 @@ def evaluate(
 
 
 def headline(recipe: Recipe, data: data_room.Data, model: LocalModel, machine: Machine) -> str:
-    """The first line of a run: what trains on what, where, and in which precision and why."""
+    """The first lines of a run: what trains on what, where, and in which precision and why; and the classes."""
     info, device = data.info, str(machine.device)
     if machine.device.type == "cpu":
         threads = torch.get_num_threads()
@@ -359,7 +365,7 @@ def headline(recipe: Recipe, data: data_room.Data, model: LocalModel, machine: M
     images = f"{len(data.train):,} train and {len(data.test):,} test images of {info.channels}x{info.size}x{info.size}"
     return (
         f"{recipe.model} on {recipe.data} ({images}): {recipe.label}, {len(model.blocks)} blocks, seed {recipe.seed}; "
-        f"{device}, {machine.precision} ({machine.why})"
+        f"{device}, {machine.precision} ({machine.why})\n{info.classes} classes: {listed(data.names)}"
     )
 
 
