@@ -190,11 +190,11 @@ def test_a_worker_that_was_to_end_and_hangs_ends_by_itself(monkeypatch: pytest.M
 
 @pytest.fixture
 def data(tmp_path: Path) -> data_room.Data:
-    """Four test images, whose red is their number."""
+    """Four test images of two classes, whose red is their number."""
     for split in ("train", "val"):
-        (tmp_path / split / "ant").mkdir(parents=True)
-        for i in range(4):
-            Image.new("RGB", (9, 9), (i, 0, 0)).save(tmp_path / split / "ant" / f"{i}.png")
+        for i, name in enumerate(("ant", "ant", "bee", "bee")):
+            (tmp_path / split / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (9, 9), (i, 0, 0)).save(tmp_path / split / name / f"{i}.png")
     return data_room.load("image-folder", data_dir=str(tmp_path), image_size=8)
 
 
