@@ -18,7 +18,7 @@ from localgrad.core.errors import RunError, UserError
 from localgrad.core.task import Classification
 from localgrad.run import checkpoint as checkpoints
 from localgrad.run import data as data_room
-from localgrad.run.build import Machine, build_model, machine_for
+from localgrad.run.build import Machine, build_model, check_single, machine_for
 from localgrad.run.files import locked
 from localgrad.run.recipe import Recipe, Saving, shown
 from localgrad.run.runlog import SUMMARY, Done, NoLog, RunLog, environment, read_environment
@@ -104,7 +104,10 @@ class Run:
             raise UserError(
                 f"{ranks.count} ranks cannot share a batch of {batch} images: take a multiple of {ranks.count}"
             )
-        self.model = build_model(recipe, self.data, self.machine)
+        self.said: list[str] = []  # of how the run begins
+        self.model = build_model(recipe, self.data, self.machine, self.said.append)
+        if batch == (1 if pipeline or recipe.sync_batch_norm else ranks.count):
+            check_single(self.model, "the training set is" if batch == 1 else "a rank's share of a batch is")
         self.stage = stage_of(recipe, self.model, self.machine, ranks, batch) if pipeline else None
         self.meetings = Meetings(self.stage, saving) if self.stage else None
         self.replicas = Replicas(self.model) if ranks.count > 1 and not pipeline else None
@@ -138,7 +141,7 @@ class Run:
             found = checkpoints.newest_checkpoint(self.place, said.append)
         found = self.ranks.given(found)
         if found is None:
-            return [*said, "no checkpoint is sound: beginning anew"] if said else []
+            return [*self.said, *said, *(["no checkpoint is sound: beginning anew"] if said else [])]
         state = found.state
         try:
             self.model.backbone.load_state_dict(found.model)
