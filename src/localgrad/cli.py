@@ -33,7 +33,7 @@ Train a network as gradient-isolated blocks with momentum auxiliary networks.
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0, 2 for what the user can change, 3 for a fault of the run, 128 and
     the signal's number for one that a signal stopped."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    args = [_expanded(arg) for arg in (sys.argv[1:] if argv is None else argv)]
     warnings.showwarning = _warnings_shown()
     try:
         with sigterm_raises():
@@ -79,6 +79,12 @@ def _run(args: list[str]) -> int:
     from localgrad.run import commands
 
     return getattr(commands, f"run_{args[0]}")(command)
+
+
+def _expanded(arg: str) -> str:
+    """`arg` with its ~ or ~user replaced as a shell does it, but in --flag=~/x too, where most shells do not."""
+    flag, equals, value = arg.partition("=") if arg.startswith("--") else ("", "", arg)
+    return flag + equals + os.path.expanduser(value)
 
 
 def _parse(name: str, args: list[str]) -> Any:

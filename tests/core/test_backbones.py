@@ -143,6 +143,29 @@ def test_arguments_that_the_constructor_does_not_take_are_refused(name: str, arg
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["resnet20", "timm:resnet18", "torchvision:resnet18"])
+@pytest.mark.parametrize("arguments", [{"pretrained": True}, {"weights": "DEFAULT"}, {"pretrained": 1, "depth": 3}])
+def test_trained_weights_are_not_fetched(name: str, arguments: dict) -> None:
+    with pytest.raises(UserError) as caught:
+        lg.build(name, classes=3, **arguments)
+    asked = next(iter(arguments))
+    assert str(caught.value).startswith(f"'{name}' is built untrained, so {asked} cannot be set: ")
+    assert "weights come from --init FILE" in str(caught.value)
+
+
+@pytest.mark.parametrize("arguments", [{"pretrained": False}, {"weights": None}])
+def test_no_trained_weights_may_be_said(arguments: dict) -> None:
+    for name in ("resnet20", "timm:resnet18", "torchvision:resnet18"):
+        assert lg.build(name, classes=3, **arguments)(torch.randn(2, 3, 32, 32)).shape == (2, 3)
+
+
+@pytest.mark.parametrize(("taken", "ours"), [("num_classes", "classes"), ("in_chans", "in_channels")])
+def test_what_all_networks_share_has_one_name(taken: str, ours: str) -> None:
+    for name in ("resnet20", "timm:resnet18", "torchvision:resnet18"):
+        with pytest.raises(UserError, match=f"'{name}' cannot be built with {taken}: say {ours} instead"):
+            lg.build(name, classes=3, **{taken: 3})
+
+
 def test_two_builds_of_one_seed_are_one_network() -> None:
     built = []
     for _ in range(2):

@@ -25,6 +25,10 @@ from localgrad.run.runlog import read_environment, scores, summary_rows
 from localgrad.run.signals import Stopped
 
 FLAGS = ("--save-every", "5", "--nproc", "2")
+SINGLE = (
+    "localgrad: a rank's share of a batch is 1 image, too few for an auxiliary, where a batch norm gets 1 value a "
+    "channel: take 2 images or more, or a head that has no such norm, as --head 0c1f"
+)
 EPOCHS = 12  # seconds of training: time for what befalls it
 
 
@@ -217,6 +221,13 @@ def test_a_run_moves_between_one_process_and_two(tmp_path: Path) -> None:
     [
         (("--nproc", "3"), "localgrad: 3 ranks cannot share a batch of 16 images: take a multiple of 3"),
         (("--pipeline", "2"), "localgrad: a pipeline steps each block as it goes: add --step-as-you-go"),
+        (
+            ("--nproc", "3", "--restarts", "2"),
+            "localgrad: 3 ranks cannot share a batch of 16 images: take a multiple of 3",
+        ),
+        (("--nproc", "2", "--rank-timeout", "nan"), "localgrad: --rank-timeout takes seconds above 0, not nan"),
+        (("--nproc", "2", "--batch-size", "2", "--restarts", "2", "--head", "dgl"), SINGLE),
+        (("--nproc", "2", "--batch-size", "2", "--accumulate", "2", "--head", "dgl"), SINGLE),
     ],
 )
 def test_what_cannot_be_shared_is_refused_once(flags: tuple[str, ...], says: str, tmp_path: Path) -> None:

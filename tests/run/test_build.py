@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import pytest
 import torch
 
 from localgrad.core.couplings import DeepMAN
-from localgrad.core.engine import LocalModel
-from localgrad.run.build import build_model, coupling_of, machine_for, method_of
+from localgrad.core.engine import LocalModel, local_backward
+from localgrad.core.errors import UserError
+from localgrad.run.build import build_model, check_single, coupling_of, machine_for, method_of
 from localgrad.run.data import DATASETS, Data, Images
 from localgrad.run.recipe import Recipe
 from localgrad.run.recipes import RECIPES
@@ -22,6 +24,33 @@ def model_of(recipe: Recipe, size: int | None = None) -> LocalModel:
     nothing = Images(torch.zeros(0, info.channels, info.size, info.size, dtype=torch.uint8), torch.zeros(0).long())
     recipe = dataclasses.replace(recipe, device="cpu", precision="float32")
     return build_model(recipe, Data(info, nothing, nothing), machine_for(recipe))
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({}, "the set is 1 image, too few for an auxiliary, where a batch norm gets 1 value a channel: .*--head 0c1f"),
+        ({"coupling": "none", "blocks": "2"}, "too few for an auxiliary"),
+        ({"model": "torchvision:mobilenet_v2", "head": "0c1f"}, "for the network, where .*: take 2 images or more$"),
+        ({"model": "resnet20", "method": "bp", "blocks": "1", "coupling": "none", "size": 4}, "few for the network"),
+        ({"head": "0c1f"}, None),
+        ({"head": "0c1f", "coupling": "none", "blocks": "10"}, None),
+        ({"method": "infopro"}, None),
+        ({"method": "bp", "blocks": "1", "coupling": "none"}, None),
+    ],
+)  # fmt: skip
+def test_one_image_at_a_time_is_refused_where_a_batch_norm_cannot_take_it(fields: dict, says: str | None) -> None:
+    size = fields.pop("size", None)
+    model = model_of(dataclasses.replace(Recipe(model="resnet20"), **fields), size)
+    before, random = {n: t.clone() for n, t in model.state_dict().items()}, torch.get_rng_state()
+    with pytest.raises(UserError, match=says) if says else contextlib.nullcontext():
+        check_single(model, "the set is")
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    x, y = torch.randn(1, *model.image), torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError) if says else contextlib.nullcontext():  # and so it is
+        local_backward(model, x, y)
 
 
 # One recipe for each network and cut, on whatever data.

@@ -5,20 +5,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import pwd
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import localgrad as lg
 from localgrad.cli import COMMANDS, _warnings_shown, main
 from localgrad.core.errors import UserError
-from localgrad.run.recipe import Recipe, Saving
+from localgrad.run.recipe import Recipe, Saving, read_recipe
 from localgrad.run.runlog import summary_rows
 
 QUICK = ["--model", "resnet20", "--limit-train", "64", "--batch-size", "16", "--epochs", "1", "--precision", "float32"]
@@ -159,12 +163,20 @@ def test_list_shows_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
         (["--model-args", "in_channels=1"], "cannot set in_channels: the model and the data tell it"),
         (["--model-args", "wide=2"], "'resnet20' cannot be built with wide=2"),
         (["--accumulate", "99"], "more than the training set holds"),
+        (["--model-args", "num_classes=3"], "cannot set num_classes: the model and the data tell it"),
+        (["--model-args", "pretrained=true"], "weights come from --init FILE"),
+        (["--model-args", "weights=DEFAULT", "--model", "torchvision:resnet18"], "weights come from --init FILE"),
+        (["--init", "."], ". is a folder: name the file of weights in it"),
+        (["--init=~/nowhere.pth"], "no checkpoint at home/nowhere.pth"),
+        (["--recipe=~/nowhere.yaml"], "no recipe at home/nowhere.yaml"),
+        (["--plan", "~/nowhere.yaml"], "home/nowhere.yaml holds no plan"),
     ],
 )
 def test_mistakes_get_one_sentence(
     flags: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "home")
     base = [] if "--recipe" in flags else QUICK
     assert says in fails(capsys, ["train", *base, "--out", "run", *flags])
     assert list(tmp_path.iterdir()) == []
@@ -175,6 +187,9 @@ def test_mistakes_of_other_commands(run: Path, tmp_path: Path, capsys: pytest.Ca
     assert "is no run folder" in fails(capsys, ["eval", str(tmp_path)])
     assert "different run" in fails(capsys, ["train", *QUICK, "--lr", "0.7", "--out", str(run)])
     assert "cannot write" in fails(capsys, ["export", str(run), "--out", str(tmp_path / "no" / "w")])
+    for command in (["export", str(run)], ["export", str(run), "--format", "onnx"], ["plan", "--model", "resnet20"]):
+        assert "is a folder: name a file with --out" in fails(capsys, [*command, "--out", str(tmp_path)])
+    assert "image_size must be at least 1, not -3" in fails(capsys, ["plan", "--image-size", "-3"])
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "config.yaml").write_text((run / "config.yaml").read_text())
     assert "not finished" in fails(capsys, ["eval", str(tmp_path / "half")])
@@ -200,6 +215,88 @@ def test_a_command_says_each_warning_once(capsys: pytest.CaptureFixture[str]) ->
         for text in ("a", "b", "a"):
             show(UserWarning(text), UserWarning, "file", 1)
         assert capsys.readouterr().err == "localgrad: warning: a\nlocalgrad: warning: b\n"
+
+
+def test_a_run_starts_from_weights_for_other_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The note is of the start alone: a run that goes on has its own classifier."""
+    weights = lg.build("resnet20", classes=1000, in_channels=1).state_dict()
+    torch.save({"state_dict": {f"module.{n}": t for n, t in weights.items()}}, tmp_path / "w.pth")
+    command = ["train", *QUICK, "--init", str(tmp_path / "w.pth"), "--out", str(tmp_path / "r")]
+    assert main(command) == 0
+    note = f"the classifier of {tmp_path / 'w.pth'} is left out (fc.weight 1000x64, fc.bias 1000)"
+    assert note in capsys.readouterr().out
+    assert note in (tmp_path / "r" / "metrics.jsonl").read_text()
+    assert main([*command, "--epochs", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "going on from" in said
+    assert note not in said
+
+
+@pytest.mark.parametrize("spelt", ["~", "~{user}"])
+def test_a_tilde_is_the_home_folder(
+    spelt: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In every path, behind --flag= too, where bash expands none; and no folder is called ~."""
+    home, here = tmp_path / "home", tmp_path / "here"
+    here.mkdir()
+    shutil.copytree(run, home / "run")
+    monkeypatch.chdir(here)
+    if spelt == "~":
+        monkeypatch.setenv("HOME", str(home))
+    else:
+        user = SimpleNamespace(pw_dir=str(home))
+        monkeypatch.setattr(pwd, "getpwnam", lambda name: user if name == "somebody" else pwd.getpwall()[-1])
+    tilde = spelt.format(user="somebody")
+    (home / "r.yaml").write_text(
+        f"{{model: resnet20, method: bp, coupling: none, blocks: 1, init: {tilde}/run/model.safetensors}}"
+    )
+    bp = [*QUICK, "--method", "bp"]
+    for command in (
+        ["train", *bp, f"--out={tilde}/x"],
+        ["train", *QUICK, f"--recipe={tilde}/r.yaml", "--out", f"{tilde}/y"],
+        ["eval", f"{tilde}/run"],
+        ["export", f"{tilde}/run", f"--out={tilde}/e.safetensors"],
+        ["plan", "--model", "resnet20", "--budget", "1GiB", f"--out={tilde}/plan.yaml"],
+        ["train", *bp, f"--plan={tilde}/plan.yaml", f"--out={tilde}/z"],
+        ["list", f"--data-dir={tilde}"],
+    ):
+        assert main(command) == 0, capsys.readouterr().err
+    assert {"x", "y", "z", "e.safetensors", "plan.yaml"} <= set(os.listdir(home))
+    assert os.listdir(here) == []
+    assert read_recipe(home / "y" / "config.yaml").init == str(home / "run" / "model.safetensors")
+
+
+def test_a_path_that_is_called_tilde_stays(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    shutil.copytree(run, tmp_path / "~" / "run")
+    quick = ["--set", "model=resnet20", "--set", "limit_train=64", "--set", "epochs=1"]
+    assert main(["train", *QUICK, "--init=./~/run/model.safetensors", "--out", "./~/x"]) == 0
+    assert main(["compare", "--methods", "bp", *quick, "--out", "./~/grid"]) == 0
+    assert main(["eval", "./~/x", "--data-dir=./~/data"]) == 0
+    assert {"run", "x", "grid"} == set(os.listdir("~"))
+    assert not {"run", "x", "grid", "data"} & set(os.listdir("home") if Path("home").exists() else ())
+
+
+@pytest.mark.parametrize("argv", [["train"], ["train", "--nproc", "2"], ["compare"]])
+def test_runs_need_a_posix_system(
+    argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    assert fails(capsys, argv).startswith("localgrad: localgrad's training runs need Linux or macOS")
+    assert os.listdir(tmp_path) == []
+
+
+def test_other_commands_need_no_posix_system(run: Path) -> None:
+    code = (
+        "import signal, sys; sys.modules['fcntl'] = None; del signal.pthread_sigmask, signal.alarm\n"
+        "from localgrad.cli import main\n"
+        f"for argv in (['list'], ['--help'], ['eval', {str(run)!r}], ['plan', '--model', 'resnet20']):\n"
+        "    assert main(argv) == 0, argv"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_options_without_effect_warn(tmp_path: Path) -> None:

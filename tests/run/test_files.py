@@ -20,7 +20,7 @@ import torch
 
 from localgrad.core.errors import RunError, UserError
 from localgrad.run import checkpoint
-from localgrad.run.files import LOCK, flush, locked, part_of, replacing, write_text
+from localgrad.run.files import LOCK, check_folder, flush, locked, part_of, replacing, write_text
 
 Figure = Callable[[str, int, int], None]
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -317,6 +317,16 @@ def test_the_system_is_asked_in_an_order_that_outlives_a_power_cut(tmp_path: Pat
     for path in (place, folder / "w.safetensors", folder / "t.txt"):
         assert disk.early[str(path)] == set(), f"{path.name} was renamed before all of it was on the disk"
     assert disk.unsure == set()
+
+
+@pytest.mark.parametrize("make", [True, False])
+def test_a_folder_is_no_place_for_a_file(make: bool, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a folder: name a file with --out"):
+        check_folder(tmp_path, make=make)
+    with pytest.raises(UserError, match=r"cannot write to .*: choose another --out"):
+        check_folder(tmp_path / "no" / "file")
+    check_folder(tmp_path / "file")
+    assert os.listdir(tmp_path) == []
 
 
 # One process a folder

@@ -74,8 +74,17 @@ def build(name: str, *, classes: int, in_channels: int = 3, **arguments: Any) ->
 
     arguments: of the network's own constructor in its library, such as `img_size=28, patch_size=7` of timm's vision
     transformers. Raises UserError for an unknown name, with the nearest one that exists, and for arguments that the
-    constructor does not take.
+    constructor does not take, or that ask for trained weights.
     """
+    for asked in ("pretrained", "weights"):
+        if arguments.pop(asked, None):
+            raise UserError(
+                f"'{name}' is built untrained, so {asked} cannot be set: on the command line weights come from --init "
+                "FILE, and localize takes a network that its own library has built with weights"
+            )
+    for taken, ours in (("num_classes", "classes"), ("in_chans", "in_channels")):
+        if taken in arguments:
+            raise UserError(f"'{name}' cannot be built with {taken}: say {ours} instead, which all networks share")
     try:
         return _build(name, classes, in_channels, arguments)
     except UserError:

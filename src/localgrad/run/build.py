@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import nn
 from localgrad.core.auxiliary import Method
 from localgrad.core.backbones import build
 from localgrad.core.couplings import COUPLINGS, MAN
-from localgrad.core.engine import LocalModel, localize
+from localgrad.core.engine import LocalModel, local_backward, localize
 from localgrad.core.errors import UserError
 from localgrad.core.methods import METHODS
 from localgrad.core.task import Classification
@@ -26,7 +27,7 @@ from localgrad.run.checkpoint import MODEL, load_backbone, read_weights
 from localgrad.run.data import DATASETS, Data, DataInfo, check_classes, load
 from localgrad.run.recipe import Recipe
 from localgrad.run.runlog import read_classes
-from localgrad.scale.memory import MakeOptimizer
+from localgrad.scale.memory import MakeOptimizer, on_fake_tensors
 from localgrad.scale.plan import Planner
 from localgrad.scale.recompute import recompute
 from localgrad.scale.replicas import sync_batch_norm
@@ -100,9 +101,11 @@ def info_of(run: Path, recipe: Recipe) -> DataInfo:
     return replace(info, classes=max((size for (size,) in filter(None, others)), default=trial))
 
 
-def build_model(recipe: Recipe, data: Data, machine: Machine) -> LocalModel:
+def build_model(
+    recipe: Recipe, data: Data, machine: Machine, say: Callable[[str], object] = warnings.warn
+) -> LocalModel:
     """The recipe's backbone, cut and with its auxiliaries, on the machine's device. First seeds every global random
-    generator, since a network's own modules may draw from any."""
+    generator, since a network's own modules may draw from any. `say` is told what `init` did not fill."""
     info = data.info
     torch.manual_seed(recipe.seed)
     random.seed(recipe.seed)
@@ -113,7 +116,9 @@ def build_model(recipe: Recipe, data: Data, machine: Machine) -> LocalModel:
     torch.backends.cudnn.benchmark = not recipe.deterministic
     backbone = backbone_of(recipe, info)
     if recipe.init is not None:
-        load_backbone(backbone, Path(recipe.init))
+        other = replace(info, classes=info.classes + 1)
+        for sentence in load_backbone(backbone, Path(recipe.init), resized=lambda: backbone_of(recipe, other)):
+            say(sentence)
     if recipe.sync_batch_norm:
         sync_batch_norm(backbone)
     backbone.to(machine.device, memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]
@@ -129,6 +134,24 @@ def build_model(recipe: Recipe, data: Data, machine: Machine) -> LocalModel:
         sync_batch_norm(model.auxiliaries)
     recompute(model, **recipe.again)
     return model.to(memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]
+
+
+def check_single(model: LocalModel, share: str) -> None:
+    """Raises UserError if a batch norm, to be trained on one image, finds one value a channel.
+
+    Args:
+        model: it stays as it is; a copy without values is tried.
+        share: what has one image, for the sentence.
+    """
+    whose, way = "the network", ""
+    try:
+        with on_fake_tensors(model, 1) as (copied, x, y):
+            copied.backbone(x)
+            whose, way = "an auxiliary", ", or a head that has no such norm, as --head 0c1f"
+            local_backward(copied, x, y)
+    except ValueError as error:  # PyTorch's, from batch norm
+        text = f"{share} 1 image, too few for {whose}, where a batch norm gets 1 value a channel: take 2 images or more"
+        raise UserError(text + way) from error
 
 
 def planner_for(recipe: Recipe, machine: Machine, classes: int | None = None) -> Planner:

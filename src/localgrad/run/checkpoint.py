@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from localgrad.core.errors import RunError, UserError
 from localgrad.run.files import PART, flush, part_of, remove, replacing
 from localgrad.run.state import from_json, to_json
+from localgrad.run.weights import fill, read_weights
 from localgrad.scale.memory import is_out_of_memory
 
 FORMAT = 3
@@ -71,35 +72,9 @@ def save_weights(path: Path, state: Mapping[str, Tensor], classes: Sequence[str]
         raise RunError(f"cannot write {path}: {_reason(error)}") from error
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, or of a `torch.save` file (read with weights_only=True) that holds them as they
-    are or under "state_dict" or "model". Raises UserError if there is no such file, RunError if it cannot be read."""
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes PyTorch raise almost anything
-        if is_out_of_memory(error):
-            raise RunError(f"there is not enough memory to read {path}") from error
-        raise RunError(f"{path} is damaged or no checkpoint of plain tensors") from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise UserError(f"{path} holds no state_dict of tensors")
-    return state
-
-
-def load_backbone(backbone: nn.Module, path: Path) -> None:
-    """Loads a checkpoint of the backbone strictly. Raises UserError naming the first key that does not fit."""
-    state, own = read_weights(path), backbone.state_dict()
-    wrong = [k for k in own if k not in state] + [k for k in state if k not in own]
-    wrong += [k for k in own if k in state and own[k].shape != state[k].shape]
-    if wrong:
-        raise UserError(f"{path} does not fit this backbone: {len(wrong)} tensors differ, '{wrong[0]}' first")
-    backbone.load_state_dict(state)
+def load_backbone(backbone: nn.Module, path: Path, *, resized: Callable[[], nn.Module] | None = None) -> list[str]:
+    """Loads a checkpoint of the backbone as `weights.fill` says, and returns what a person should know of it."""
+    return fill(backbone, read_weights(path), path, resized)
 
 
 def save_checkpoint(

@@ -21,7 +21,7 @@ from localgrad.run import data as data_room
 from localgrad.run.arguments import Compare, Eval, Export, List, Plan, Probe, Report, Train, parse_bytes
 from localgrad.run.build import backbone_of, data_of, info_of, machine_for, planner_for
 from localgrad.run.checkpoint import MODEL, classes_json, load_backbone, read_weights, save_weights
-from localgrad.run.files import check_folder, write_text
+from localgrad.run.files import check_folder, check_system, write_text
 from localgrad.run.ranks import joined
 from localgrad.run.recipe import COUPLINGS, HEADS, METHODS, PLANNED, Recipe, read_recipe, settle
 from localgrad.run.recipes import RECIPES
@@ -32,6 +32,7 @@ from localgrad.scale import plan as plans
 
 
 def run_train(args: Train) -> int:
+    check_system()
     with joined(args.recipe.device, args.rank_timeout) as ranks:
         for name, count in (("--nproc", args.nproc), ("--pipeline", args.pipeline)):
             if count not in (1, ranks.count):
@@ -202,8 +203,6 @@ def run_probe(args: Probe) -> int:
 def run_report(args: Report) -> int:
     from localgrad.run.report import report
 
-    if args.out.is_dir():
-        raise UserError(f"{args.out} is a folder: name a file with --out")
     check_folder(args.out)
     write_text(args.out, report(args.runs, args.results))
     print(f"wrote {args.out}: open it in a browser")

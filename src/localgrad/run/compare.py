@@ -22,6 +22,7 @@ from localgrad.run import data as data_room
 from localgrad.run.arguments import Compare, parse_changes, parse_lists
 from localgrad.run.build import backbone_of, machine_for
 from localgrad.run.checkpoint import MODEL
+from localgrad.run.files import check_system
 from localgrad.run.recipe import Recipe, as_dict, idle, override, settle
 from localgrad.run.recipes import named_recipe
 from localgrad.run.runlog import claim, mib, summary_rows
@@ -49,6 +50,7 @@ class Cell:
 
 
 def compare(args: Compare) -> int:
+    check_system()
     cells = grid(args)
     if args.jobs < 1:
         raise UserError(f"--jobs must be at least 1, not {args.jobs}")
@@ -159,7 +161,8 @@ def _start(cell: Cell, out: Path, jobs: int) -> subprocess.Popen:
     print(f"{cell.name} ...", flush=True)
     recipe = out / f"{cell.name}.yaml"
     recipe.write_text(yaml.safe_dump(as_dict(cell.recipe), sort_keys=False))
-    command = [sys.executable, "-m", "localgrad", "train", "--recipe", str(recipe), "--out", str(out / cell.name)]
+    recipe_path, place = (os.path.join(".", path) for path in (recipe, out / cell.name))  # what begins with ~ stays so
+    command = [sys.executable, "-m", "localgrad", "train", "--recipe", recipe_path, "--out", place]
     # Runs beside each other share the cores, or each would start a thread a core.
     threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     with (out / f"{cell.name}.log").open("w") as log:

@@ -7,6 +7,7 @@ augmentation are pure functions of (seed, epoch, index): a resumed run needs no 
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -260,7 +261,7 @@ def _info(name: str) -> DataInfo:
 
 
 def _root(data_dir: str | None) -> Path:
-    return readers.DEFAULT_ROOT if data_dir is None else Path(data_dir).expanduser()
+    return readers.DEFAULT_ROOT if data_dir is None else Path(os.path.expanduser(data_dir))
 
 
 def _locate(name: str, data_dir: str | None, download: bool, only_test: bool = False) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -42,7 +41,10 @@ def write_text(place: Path, text: str) -> None:
 
 
 def check_folder(place: Path, *, make: bool = False) -> None:
-    """Raises UserError if the folder of a file to write is not there or cannot be written. make: if it is not there."""
+    """Raises UserError if `place` is a folder, or the folder that it is in is not there or cannot be written. make: if
+    it is not there."""
+    if place.is_dir():
+        raise UserError(f"{place} is a folder: name a file with --out")
     try:
         if make:
             place.parent.mkdir(exist_ok=True)
@@ -50,6 +52,14 @@ def check_folder(place: Path, *, make: bool = False) -> None:
         raise UserError(f"cannot make the folder {place.parent}: {error.strerror}") from error
     if not place.parent.is_dir() or not os.access(place.parent, os.W_OK):
         raise UserError(f"cannot write to {place.parent}: choose another --out")
+
+
+def check_system() -> None:
+    """Raises UserError on a system that has no locks of the kind that a run's folder is kept with."""
+    try:
+        import fcntl  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    except ImportError:
+        raise UserError("localgrad's training runs need Linux or macOS; the library itself does not") from None
 
 
 def remove(path: Path) -> None:
@@ -62,6 +72,8 @@ def remove(path: Path) -> None:
 
 def flush(path: Path) -> None:
     """Waits until a file, or the names in a folder, are on the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows opens no folder
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -78,6 +90,9 @@ def locked(folder: Path) -> Iterator[None]:
 
     The lock is the system's and ends with the process, however that ends; children that fork from it do not hold it.
     """
+    check_system()
+    import fcntl
+
     try:
         if not folder.is_dir():
             folder.mkdir(parents=True)

@@ -25,13 +25,15 @@ def joined(device: str, timeout: float) -> Iterator[Ranks]:
     """The ranks of this run, as long as the context is open.
 
     device: of the recipe; each rank takes the CUDA device of its number on the machine. timeout: seconds that a rank
-    waits for the others. Raises RunError if there are not as many devices, if the others cannot be met, and if one of
-    them is lost; Stopped if that one has said why.
+    waits for the others. Raises UserError if that is no time to wait; RunError if there are not as many devices, if the
+    others cannot be met, and if one of them is lost; Stopped if that one has said why.
     """
     rank, count = rank_here(), int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield Ranks()
         return
+    if not 0 < timeout <= 1e9:
+        raise UserError(f"--rank-timeout takes seconds above 0, not {timeout}")
     on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if on_cuda:

@@ -6,6 +6,7 @@ No PyTorch here, so that `--help` is quick. Each field changes the run, or `sett
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import sys
 import typing
@@ -126,7 +127,7 @@ class Recipe:
             if name not in options:
                 raise unknown(kind, name, options)
         whole = (("epochs", 1), ("batch_size", 2), ("accumulate", 1), ("workers", 0), ("depth", 1), ("seed", 0),
-                 ("learnable_units", 1), ("lag", 0), ("ema_every", 1))  # fmt: skip
+                 ("learnable_units", 1), ("lag", 0), ("ema_every", 1), ("image_size", 1))  # fmt: skip
         ranges = [(name, low, 2**63 - 1, f"at least {low}") for name, low in whole]
         ranges += [(name, 0, 1, "between 0 and 1") for name in ("momentum", "warmup", "label_smoothing")]
         ranges += [(name, SMALLEST, LARGEST, "above 0 and finite") for name in ("lr", "clip")]
@@ -138,6 +139,8 @@ class Recipe:
         if any(not 0 <= factor <= LARGEST for factor in self.block_factors or ()):
             raise UserError(f"block-lr takes factors of at least 0, not '{self.block_lr}'")
         _ = self.again, self.arguments
+        if self.init is not None:  # the same file by either name, in YAML too
+            object.__setattr__(self, "init", os.path.expanduser(self.init))
         if self.step_as_you_go and self.accumulate > 1:
             raise UserError("step-as-you-go frees gradients after each batch, but accumulate keeps them: drop one")
         if self.step_as_you_go and self.skip_nonfinite:
@@ -162,7 +165,7 @@ class Recipe:
             isinstance(name, str) and name.isidentifier() and value is not None for name, value in found.items()
         ):
             raise UserError(f"model-args takes NAME=VALUE split by commas, not '{self.model_args}'")
-        for name in found.keys() & {"name", "classes", "in_channels"}:
+        for name in found.keys() & {"name", "classes", "in_channels", "num_classes", "in_chans"}:
             raise UserError(f"model-args cannot set {name}: the model and the data tell it")
         tens = re.compile(r"[-+]?\d+e[-+]?\d+")  # 1e-3, which YAML takes for text
         return {name: float(v) if isinstance(v, str) and tens.fullmatch(v) else v for name, v in found.items()}
@@ -304,7 +307,7 @@ def differences(a: Recipe, b: Recipe) -> list[str]:
 def read_recipe(path: Path) -> Recipe:
     """The recipe in a YAML file: a run's config.yaml, or fields alone. Raises UserError."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
         fields_in = content.get("recipe", content)
         kinds = typing.get_type_hints(Recipe)
         return Recipe(**{name: _as_kind(value, kinds[name]) for name, value in fields_in.items()})
@@ -319,7 +322,7 @@ def read_recipe(path: Path) -> Recipe:
 def read_plan(path: Path) -> dict[str, Any]:
     """The fields of a recipe that `localgrad plan` has chosen. Raises UserError."""
     try:
-        chosen = yaml.safe_load(path.read_text())["plan"]
+        chosen = yaml.safe_load(path.read_text(encoding="utf-8"))["plan"]
         kinds = typing.get_type_hints(Recipe)
         return {name: _as_kind(chosen[name], kinds[name]) for name in PLANNED}
     except (OSError, yaml.YAMLError, TypeError, KeyError, ValueError) as error:

@@ -70,6 +70,8 @@ def outlive_signals(worker: int) -> None:
     After a SIGTERM they end by themselves, late: whoever waits for them to end must not wait for ever.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "pthread_sigmask"):
+        return
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, BOTH)
 
@@ -77,7 +79,10 @@ def outlive_signals(worker: int) -> None:
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
     """Signals wait until the end, and in processes that begin meanwhile until `outlive_signals`: before that they would
-    end such a process."""
+    end such a process. Systems that cannot hold signals back (Windows) train no runs."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, BOTH)
     try:
         yield

@@ -18,7 +18,7 @@ from localgrad.core.errors import RunError, UserError
 from localgrad.core.task import Classification
 from localgrad.run import checkpoint as checkpoints
 from localgrad.run import data as data_room
-from localgrad.run.build import Machine, build_model, machine_for
+from localgrad.run.build import Machine, build_model, check_single, machine_for
 from localgrad.run.files import locked
 from localgrad.run.folders import listed
 from localgrad.run.modes import check_batch_share, mode_for
@@ -101,7 +101,10 @@ class Run:
         )
         batch = min(recipe.batch_size, len(self.data.train))
         check_batch_share(batch, ranks, pipeline=pipeline)
-        self.model = build_model(recipe, self.data, self.machine)
+        self.said: list[str] = []  # Notes of how the run begins, which a run that goes on does not repeat.
+        self.model = build_model(recipe, self.data, self.machine, self.said.append)
+        if batch == (1 if pipeline or recipe.sync_batch_norm else ranks.count):
+            check_single(self.model, "the training set is" if batch == 1 else "a rank's share of a batch is")
         self.mode = mode_for(recipe, self.model, self.machine, ranks, saving, pipeline=pipeline, batch=batch)
         if ranks.rank:  # Each rank draws numbers of its own while it trains, such as those of dropout.
             torch.manual_seed(recipe.seed + ranks.rank)
@@ -132,7 +135,7 @@ class Run:
             found = checkpoints.newest_checkpoint(self.place, said.append)
         found = self.ranks.broadcast_object(found)
         if found is None:
-            return [*said, "no checkpoint is sound: beginning anew"] if said else []
+            return [*self.said, *said, *(["no checkpoint is sound: beginning anew"] if said else [])]
         state = found.state
         names = state.get("classes", [])
         names = [str(name) for name in names] if isinstance(names, list) else [str(names)]
