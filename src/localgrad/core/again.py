@@ -1,0 +1,180 @@
+"""Runs a part of a network again in its backward pass, instead of keeping its tensors: activation checkpointing.
+
+The second run begins with what the first one found: buffers, random states, and what modules note as plain attributes.
+It has copies of them for itself, so what the first run left stays as it is. PyTorch's own checkpointing begins with
+what the first run left, and updates it once more (pytorch issue 96136).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+import random
+from collections import Counter, OrderedDict, defaultdict, deque
+from types import CodeType, FunctionType, NoneType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.parameter import is_lazy
+from torch.utils.checkpoint import checkpoint
+
+from localgrad.core.rebuild import Held, Reads
+
+OF_MODULES = frozenset(vars(nn.Module())) - {"training"}  # attributes that PyTorch gives to every module
+ATOMS = (bool, int, float, str, tuple, NoneType, torch.dtype, torch.device)
+CONTAINERS = (list, deque, set, dict, OrderedDict, defaultdict, Counter)
+DRAWING = (random.Random, np.random.Generator, np.random.RandomState)
+RESULT = object()  # in place of one, in a state that is kept
+STATISTICS = frozenset(
+    ("running_mean", "running_var", "num_batches_tracked", "buffers", "named_buffers", "_buffers", "state_dict")
+)
+
+
+def again(module: nn.Module, h: Tensor) -> Any:
+    """`module(h)`, of which only `h` and the state of `module` before are kept; run again in the backward pass."""
+    if not torch.is_grad_enabled():
+        return module(h)
+    before = _Before(module)
+    first = contextlib.nullcontext()
+    return checkpoint(module, h, use_reentrant=False, context_fn=lambda: (first, before))
+
+
+class _Before:
+    """The state that a module has now: a context in which it has it once more, and after which it is as it was."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.places, self.norms = _places(module)
+        memo: dict[int, Any] = {}
+        self.kept = [{n: _copied(value, memo) for n, value in _state(*place).items()} for place in self.places]
+        self.drawn = _random_states()
+
+    def __enter__(self) -> None:
+        self.now = [_state(*place) for place in self.places]
+        self.statistics = [(tensor, tensor.clone()) for norm in self.norms for tensor in norm.buffers()]
+        self.drawn_now = _random_states()
+        memo: dict[int, Any] = {}
+        for place, kept, now in zip(self.places, self.kept, self.now, strict=True):
+            _put(*place, {n: now.get(n) if value is RESULT else _copied(value, memo) for n, value in kept.items()})
+        _draw_from(self.drawn)
+
+    def __exit__(self, *exc_info: object) -> None:
+        for place, now in zip(self.places, self.now, strict=True):
+            _put(*place, now)
+        for tensor, value in self.statistics:
+            tensor.data.copy_(value)  # nobody has to see that it was another: they are saved for the backward pass
+        _draw_from(self.drawn_now)
+        del self.now, self.statistics
+
+
+def _places(module: nn.Module) -> tuple[list[tuple[Any, str | None]], list[nn.Module]]:
+    """Where the state of a module lies: dictionaries, with the one name that counts there or None for all; and the
+    batch norms whose statistics matter only to what they become, so that nothing has to be kept of them."""
+    parts = list(module.modules())
+    for part in parts:  # grows meanwhile
+        parts += part.held[0].modules() if isinstance(part, Held) else ()
+    read = [(part.owner[0], part.name) for part in parts if isinstance(part, Reads)]
+    owners = {id(owner) for owner, _ in read}
+    norms = [part for part in parts if _is_plain_norm(part) and id(part) not in owners]
+    if any(_names_statistics(type(part)) or part._forward_hooks or part._forward_pre_hooks for part in parts):
+        norms = []
+    beside = {id(norm) for norm in norms}
+    places = [((owner._buffers if name in owner._buffers else vars(owner)), name) for owner, name in read]
+    places += [(vars(part), None) for part in parts]
+    return places + [(part._buffers, None) for part in parts if len(part._buffers) and id(part) not in beside], norms
+
+
+def _state(place: Any, only: str | None) -> dict[str, Any]:
+    return {name: v for name, v in place.items() if (name == only if only else name not in OF_MODULES)}
+
+
+def _put(place: Any, only: str | None, state: dict[str, Any]) -> None:
+    for name in [name for name in _state(place, only) if name not in state]:
+        del place[name]
+    for name, value in state.items():
+        place[name] = value
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """A copy of what a forward pass may change; tensors that shared memory do so again. A result of a forward pass,
+    which lasts until the next makes its own, is not held."""
+    if isinstance(value, Tensor):
+        if isinstance(value, nn.Parameter) or is_lazy(value):
+            return value
+        return RESULT if value.requires_grad else _copied_tensor(value, memo)
+    kind = type(value)
+    if kind in ATOMS or id(value) in memo:
+        return memo.get(id(value), value)
+    if kind is torch.Generator:
+        memo[id(value)] = value.clone_state()
+    elif kind in DRAWING or kind is np.ndarray:
+        memo[id(value)] = copy.deepcopy(value)
+    elif kind in CONTAINERS:
+        other = memo[id(value)] = copy.copy(value)
+        for key, item in () if kind is set else list(other.items() if isinstance(other, dict) else enumerate(other)):
+            other[key] = _copied(item, memo)
+    return memo.get(id(value), value)
+
+
+def _copied_tensor(value: Tensor, memo: dict[int, Any]) -> Tensor:
+    if id(value) not in memo:
+        if value.layout is not torch.strided:
+            memo[id(value)] = value.clone()
+        else:
+            storage = value.untyped_storage()
+            if storage._cdata not in memo:
+                whole = value.detach().as_strided((storage.nbytes() // value.element_size(),), (1,), 0)
+                memo[storage._cdata] = whole.clone()
+            whole = memo[storage._cdata].view(value.dtype)
+            memo[id(value)] = whole.as_strided(value.shape, value.stride(), value.storage_offset())
+    return memo[id(value)]
+
+
+def _is_plain_norm(module: nn.Module) -> bool:
+    """Whether a module is a batch norm whose output does not depend on the statistics that it moves."""
+    own = type(module).forward is not _BatchNorm.forward or "forward" in vars(module)
+    return isinstance(module, _BatchNorm) and not own and module.training and module.momentum is not None
+
+
+@functools.lru_cache(maxsize=1024)
+def _names_statistics(kind: type[nn.Module]) -> bool:
+    """Whether the forward of a class names the statistics of batch norms that it holds, or what it calls does."""
+    if issubclass(kind, _NormBase):  # its own
+        return False
+    waiting: list[Any] = [kind.forward]
+    seen: set[CodeType] = set()
+    while waiting:
+        function = waiting.pop()
+        function = function.fget if isinstance(function, property) else function
+        if not isinstance(function, FunctionType) or function.__code__ in seen or _is_of_layers(function):
+            continue
+        codes = [function.__code__]
+        for code in codes:  # grows meanwhile
+            codes += [c for c in code.co_consts if isinstance(c, CodeType)]
+        seen.update(codes)
+        names = {name for code in codes for name in code.co_names}
+        if STATISTICS & {*names, *(c for code in codes for c in code.co_consts if isinstance(c, str))}:
+            return True
+        used = inspect.getclosurevars(function)
+        found = [*used.nonlocals.values(), *(function.__globals__.get(name) for name in names)]
+        owners = [*kind.__mro__, *filter(inspect.ismodule, found)]
+        waiting += found + [vars(owner).get(name) for owner in owners for name in names]
+    return False
+
+
+def _is_of_layers(function: FunctionType) -> bool:
+    return str(function.__globals__.get("__name__")).startswith("torch.nn.")
+
+
+def _random_states() -> tuple[Any, Any]:
+    """Those of Python and numpy; `checkpoint` takes care of PyTorch's."""
+    return random.getstate(), np.random.get_state()  # noqa: NPY002
+
+
+def _draw_from(states: tuple[Any, Any]) -> None:
+    random.setstate(states[0])
+    np.random.set_state(states[1])  # noqa: NPY002
