@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx.passes.split_module import split_module
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
 from torch.utils.checkpoint import checkpoint
@@ -35,13 +36,43 @@ STATISTICS = frozenset(
 )
 
 
-def again(module: nn.Module, h: Tensor) -> Any:
-    """`module(h)`, of which only `h` and the state of `module` before are kept; run again in the backward pass."""
+def again(module: nn.Module, *given: Any) -> Any:
+    """`module(*given)`, of which only `given` and the state of `module` before are kept; run again in the backward
+    pass."""
     if not torch.is_grad_enabled():
-        return module(h)
+        return module(*given)
     before = _Before(module)
     first = contextlib.nullcontext()
-    return checkpoint(module, h, use_reentrant=False, context_fn=lambda: (first, before))
+    return checkpoint(module, *given, use_reentrant=False, context_fn=lambda: (first, before))
+
+
+class Again(nn.Module):
+    """Runs a module in this way."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *given: Any) -> Any:
+        return again(self.module, *given)
+
+
+def split_again(whole: fx.GraphModule, key: str) -> fx.GraphModule:
+    """`whole` with its runs of steps that have the same value other than None in their `meta[key]` as modules that are
+    run again."""
+    parts: list[Any] = []
+    places: dict[fx.Node, int] = {}
+    for node in whole.graph.nodes:
+        value = node.meta.get(key, parts[-1] if parts else None)
+        if not parts or parts[-1] != value:
+            parts.append(value)
+        places[node] = len(parts) - 1
+    divided = split_module(whole, whole, places.__getitem__, keep_original_order=True)
+    for number, value in enumerate(parts):
+        name = f"submod_{number}"
+        if value is not None and hasattr(divided, name):
+            setattr(divided, name, Again(divided.get_submodule(name)))
+    return divided
 
 
 class _Before:

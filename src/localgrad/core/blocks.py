@@ -6,11 +6,13 @@ A unit or block references the modules that it runs, never copies or renames the
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from localgrad.core.again import again
 from localgrad.core.errors import UserError, unknown
 from localgrad.core.segments import Segment, Segments, segments
 
@@ -95,12 +97,15 @@ class Clone(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """The smallest piece that a cut may not split. `module` runs it and references the backbone's own modules."""
+    """The smallest piece that a cut may not split. `module` runs it and references the backbone's own modules.
+    checkpoint: which of the backbone's own checkpoints it runs in, by number.
+    """
 
     name: str
     module: nn.Module
     input: Boundary
     output: Boundary
+    checkpoint: int | None = None
 
     @property
     def changes_shape(self) -> bool:
@@ -121,25 +126,43 @@ Way = Callable[[nn.Module, Tensor], Tensor]
 
 
 def straight(module: nn.Module, h: Tensor) -> Tensor:
-    """The way in which a piece of the network is run: as it is. `scale.recompute` has another."""
+    """The way in which a piece of the network is run: as it is. `again` is another."""
     return module(h)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The way of units that the backbone itself runs in its checkpoint of this number: again, and together."""
+
+    number: int
+
+    def __call__(self, module: nn.Module, h: Tensor) -> Tensor:
+        return again(module, h)
+
+
+def _way(checkpoint: int | None) -> Way:
+    return straight if checkpoint is None else Checkpoint(checkpoint)
 
 
 class Block(nn.Sequential):
     """Consecutive units that share one loss; the last block also runs the network's own head.
 
-    names: of its units. boundary: what it hands on. ways: how each of its modules is run.
+    names: of its units. boundary: what it hands on. ways: how each of its modules is run; at first as the backbone's
+    own checkpoints have it, the one of the head by number.
     """
 
-    def __init__(self, units: Sequence[Unit], head: nn.Module | None = None) -> None:
+    def __init__(self, units: Sequence[Unit], head: nn.Module | None = None, checkpoint: int | None = None) -> None:
         super().__init__(*[u.module for u in units], *([] if head is None else [head]))
         self.names = tuple(u.name for u in units)
         self.boundary = units[-1].output
-        self.ways: list[Way] = [straight] * len(self)
+        numbers = [*[u.checkpoint for u in units], *([] if head is None else [checkpoint])]
+        self.ways = [_way(number) for number in numbers]
 
     def forward(self, h: Tensor) -> Tensor:
-        for way, module in zip(self.ways, self, strict=True):
-            h = way(module, h)
+        for way, pairs in itertools.groupby(zip(self.ways, self, strict=True), key=lambda pair: pair[0]):
+            modules = [module for _, module in pairs]
+            for module in [nn.Sequential(*modules)] if isinstance(way, Checkpoint) else modules:
+                h = way(module, h)
         return h
 
 
@@ -153,11 +176,13 @@ def units(backbone: nn.Module, example: Tensor) -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class Traced:
-    """A backbone's units, its own head (None where the last unit already gives the output), and where it was cut."""
+    """A backbone's units, its own head (None where the last unit already gives the output), and where it was cut.
+    checkpoint: which of the backbone's own the head runs in, by number."""
 
     units: list[Unit]
     head: nn.Module | None
     cut: Segments
+    checkpoint: int | None
 
 
 def trace_units(backbone: nn.Module, example: Tensor) -> Traced:
@@ -173,13 +198,14 @@ def trace_units(backbone: nn.Module, example: Tensor) -> Traced:
         stage += segment.enters != segment.leaves and bool(found)
         after = _boundary(segment, following, stage, image)
         module = nn.Sequential(Clone(), segment.module) if segment.in_place else segment.module
-        found.append(Unit(segment.name, module, before, after))
+        found.append(Unit(segment.name, module, before, after, segment.checkpoint))
         before = after
-    tail = cut.head.module if cut.head else None
+    tail, checkpoint = (cut.head.module, cut.head.checkpoint) if cut.head else (None, None)
     # A last unit that turns maps into a vector is the network's own head, whatever its module is called.
     if tail is None and len(found) > 1 and len(found[-1].output.shape) < len(found[-1].input.shape):
-        tail = found.pop().module
-    return Traced(found, tail, cut)
+        last = found.pop()
+        tail, checkpoint = last.module, last.checkpoint
+    return Traced(found, tail, cut, checkpoint)
 
 
 def split(traced: Traced, blocks: int | Sequence[str]) -> list[list[Unit]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
+from torch.utils import checkpoint
 from torch.utils._pytree import tree_leaves, tree_map
 
 from localgrad.core.errors import UserError
@@ -30,6 +32,8 @@ BORN = "born"  # the version of a step's tensor as it was made
 EVALUATION = "evaluation"  # a step's arguments in evaluation
 NO_GRAD = "no_grad"  # whether a step ran without gradients
 WRITES = "writes"  # which tensors a step has changed in place
+AGAIN = "again"  # which of the network's own activation checkpoints a step runs in, by number
+PACKED = "packed"  # whether other hooks of the network would keep what a step saves for its backward pass
 
 
 def trace(backbone: nn.Module, example: Tensor) -> tuple[fx.Graph, dict[str, str]]:
@@ -47,7 +51,7 @@ def trace(backbone: nn.Module, example: Tensor) -> tuple[fx.Graph, dict[str, str
     while True:
         tracer = _Tracer(opened, example)
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), _one_kind_of_checkpoint():
                 graph = tracer.trace(_Whole(shapes.train()))
                 with contextlib.suppress(Exception):  # what cannot be followed in evaluation has no part in training
                     _note_evaluation(graph, _Tracer(opened, example, BATCHES[:1]).trace(_Whole(shapes.eval())))
@@ -190,6 +194,8 @@ class _Tracer(fx.Tracer):
         self.opened, self.example, self.batches = opened, example, batches
         self.stopped: str | None = None
         self._running = False
+        self._packing = _hooks()  # of whoever asks for the trace
+        self._checkpoints: dict[Any, int] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name.removeprefix("network").removeprefix(".") not in self.opened
@@ -225,6 +231,11 @@ class _Tracer(fx.Tracer):
         node = super().create_node(*args, **kwargs)
         if node.op != "output":
             node.meta[NO_GRAD] = not torch.is_grad_enabled()
+            own, others = (None if a is b else a for a, b in zip(_hooks(), self._packing, strict=True))
+            if own is not None and node.op == "call_module" and _checkpoints_itself(_attribute(self.root, node.target)):
+                own = None
+            node.meta[AGAIN] = None if own is None else self._checkpoints.setdefault(own, len(self._checkpoints))
+            node.meta[PACKED] = others is not None
             read = [v for n in node.all_input_nodes if isinstance(v := n.meta[VALUE][0], Tensor)]
             versions = [v._version for v in read]
             with self._run():
@@ -271,6 +282,44 @@ class _Tracer(fx.Tracer):
         if node.op == "call_method":
             return getattr(args[0], target)(*args[1:], **kwargs)
         return target(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _one_kind_of_checkpoint() -> Iterator[None]:
+    """Lets reentrant checkpoints run as the others do: they would run their steps without gradients."""
+
+    def apply(function: Callable, preserve_rng_state: bool, *args: Any) -> Any:
+        return checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+
+    kind: Any = checkpoint.CheckpointFunction
+    kind.apply = apply
+    try:
+        yield
+    finally:
+        del kind.apply  # what it inherits is there again
+
+
+def _hooks() -> tuple[Any, Any]:
+    """What keeps tensors for the backward pass now: the innermost checkpoint, and the innermost other hook."""
+    top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if top is None:
+        return None, None
+    if top[0].__module__ != checkpoint.__name__:
+        return None, top[0]
+    around = getattr(top[0], "_user_hooks", None)
+    return top[0], around and around[0]
+
+
+def _checkpoints_itself(module: nn.Module) -> bool:
+    """Whether the checkpoint that is running was entered by the call of `module`, so that it is entered whenever it is
+    called."""
+    frame, entered = sys._getframe(), False
+    while frame is not None:
+        entered = entered or frame.f_globals.get("__name__") == checkpoint.__name__
+        if entered and frame.f_locals.get("self") is module:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _random_state() -> tuple[Any, ...]:

@@ -103,7 +103,8 @@ def build_model(recipe: Recipe, data: Data, machine: Machine) -> LocalModel:
     )
     if recipe.sync_batch_norm:
         sync_batch_norm(model.auxiliaries)
-    recompute(model, **recipe.again)
+    if recipe.recompute is not None:
+        recompute(model, **recipe.again)
     return model.to(memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]
 
 

@@ -18,7 +18,8 @@ from localgrad.core.errors import unknown
 def recompute(
     model: LocalModel, *, units: bool | Sequence[str] = True, couplings: bool | Sequence[int] = False
 ) -> LocalModel:
-    """Sets what `model` makes again in the backward pass, and returns it.
+    """Sets what `model` makes again in the backward pass, and returns it. A model of a backbone that has checkpoints of
+    its own has these until then.
 
     units: all, none, or those named. The network's own head counts to its last unit's block and is always kept.
     couplings: each branch of every coupling, or of those of the blocks listed. `recompute(model, units=False)` undoes
