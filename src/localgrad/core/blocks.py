@@ -9,7 +9,9 @@ import copy
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from localgrad.core.again import again
@@ -93,6 +95,26 @@ class Clone(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         return h.clone()
+
+
+class Asks(nn.Module):
+    """Has its output ask for a gradient, which is dropped: behind an input that asks for none, as that of a block, a
+    reentrant checkpoint would give its parameters none."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        if h.requires_grad or not torch.is_grad_enabled():
+            return h
+        return cast(Tensor, _Drop.apply(h, torch.empty(0, requires_grad=True)))
+
+
+class _Drop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, asking: Tensor) -> Tensor:
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
+        return None, None
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,15 +219,19 @@ def trace_units(backbone: nn.Module, example: Tensor) -> Traced:
     for segment, following in zip(cut.units, rest, strict=True):
         stage += segment.enters != segment.leaves and bool(found)
         after = _boundary(segment, following, stage, image)
-        module = nn.Sequential(Clone(), segment.module) if segment.in_place else segment.module
-        found.append(Unit(segment.name, module, before, after, segment.checkpoint))
+        found.append(Unit(segment.name, _runnable(segment, segment.in_place), before, after, segment.checkpoint))
         before = after
-    tail, checkpoint = (cut.head.module, cut.head.checkpoint) if cut.head else (None, None)
+    tail, checkpoint = (_runnable(cut.head, False), cut.head.checkpoint) if cut.head else (None, None)
     # A last unit that turns maps into a vector is the network's own head, whatever its module is called.
     if tail is None and len(found) > 1 and len(found[-1].output.shape) < len(found[-1].input.shape):
         last = found.pop()
         tail, checkpoint = last.module, last.checkpoint
     return Traced(found, tail, cut, checkpoint)
+
+
+def _runnable(segment: Segment, in_place: bool) -> nn.Module:
+    first = [Asks()] * segment.reentrant + [Clone()] * in_place
+    return nn.Sequential(*first, segment.module) if first else segment.module
 
 
 def split(traced: Traced, blocks: int | Sequence[str]) -> list[list[Unit]]:

@@ -23,6 +23,7 @@ from localgrad.core.trace import (
     BORN,
     NO_GRAD,
     PACKED,
+    REENTRANT,
     VALUE,
     WRITES,
     has_tensor,
@@ -39,6 +40,7 @@ class Segment:
     """A run of steps. enters, leaves: shapes of one sample of what crosses before and after it. reads: the first
     module with parameters that it calls, and the shape that it gave to it. in_place: whether it overwrites what enters.
     checkpoint: which of the network's own it runs in, by number. packed: whether in other hooks on saved tensors.
+    reentrant: whether its modules enter reentrant ones.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Segment:
     in_place: bool
     checkpoint: int | None
     packed: bool
+    reentrant: bool
 
 
 @dataclass(frozen=True)
@@ -269,9 +272,9 @@ class _Flow:
         checkpoint, *others = self._checkpoints(run) or [None]
         if others:
             checkpoint, built = None, split_again(built, AGAIN)
-        packed = any(node.meta[PACKED] for node in run)
+        packed, reentrant = (any(node.meta[key] for node in run) for key in (PACKED, REENTRANT))
         shapes = tuple(before.shape[1:]), tuple(after.shape[1:])
-        return Segment(name, built, *shapes, reads, overwritten, checkpoint, packed)
+        return Segment(name, built, *shapes, reads, overwritten, checkpoint, packed, reentrant)
 
     def _checkpoints(self, run: Sequence[fx.Node]) -> list[int]:
         """The network's own checkpoints that the layers of a run are in, by number; where no layer is in any, those of

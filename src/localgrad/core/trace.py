@@ -13,6 +13,7 @@ import copy
 import random
 import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -33,6 +34,7 @@ EVALUATION = "evaluation"  # a step's arguments in evaluation
 NO_GRAD = "no_grad"  # whether a step ran without gradients
 WRITES = "writes"  # which tensors a step has changed in place
 AGAIN = "again"  # which of the network's own activation checkpoints a step runs in, by number
+REENTRANT = "reentrant"  # whether a module enters reentrant checkpoints
 PACKED = "packed"  # whether other hooks of the network would keep what a step saves for its backward pass
 
 
@@ -51,7 +53,7 @@ def trace(backbone: nn.Module, example: Tensor) -> tuple[fx.Graph, dict[str, str
     while True:
         tracer = _Tracer(opened, example)
         try:
-            with torch.enable_grad(), _one_kind_of_checkpoint():
+            with torch.enable_grad(), tracer.one_kind_of_checkpoint():
                 graph = tracer.trace(_Whole(shapes.train()))
                 with contextlib.suppress(Exception):  # what cannot be followed in evaluation has no part in training
                     _note_evaluation(graph, _Tracer(opened, example, BATCHES[:1]).trace(_Whole(shapes.eval())))
@@ -196,6 +198,7 @@ class _Tracer(fx.Tracer):
         self._running = False
         self._packing = _hooks()  # of whoever asks for the trace
         self._checkpoints: dict[Any, int] = {}
+        self._reentered = False
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name.removeprefix("network").removeprefix(".") not in self.opened
@@ -232,14 +235,15 @@ class _Tracer(fx.Tracer):
         if node.op != "output":
             node.meta[NO_GRAD] = not torch.is_grad_enabled()
             own, others = (None if a is b else a for a, b in zip(_hooks(), self._packing, strict=True))
-            if own is not None and node.op == "call_module" and _checkpoints_itself(_attribute(self.root, node.target)):
-                own = None
+            own = own and _innermost(_attribute(self.root, node.target) if node.op == "call_module" else None)
             node.meta[AGAIN] = None if own is None else self._checkpoints.setdefault(own, len(self._checkpoints))
             node.meta[PACKED] = others is not None
+            self._reentered = False
             read = [v for n in node.all_input_nodes if isinstance(v := n.meta[VALUE][0], Tensor)]
             versions = [v._version for v in read]
             with self._run():
                 node.meta[VALUE] = tuple(self._value(node, i) for i in range(len(self.batches)))
+            node.meta[REENTRANT] = self._reentered
             node.meta[WRITES] = [v for v, before in zip(read, versions, strict=True) if v._version != before]
             value = node.meta[VALUE][0]
             node.meta[BORN] = value._version if isinstance(value, Tensor) else 0
@@ -257,6 +261,21 @@ class _Tracer(fx.Tracer):
             random.setstate(python)
             np.random.set_state(numpy)  # noqa: NPY002
             self._running = False
+
+    @contextlib.contextmanager
+    def one_kind_of_checkpoint(self) -> Iterator[None]:
+        """Lets reentrant checkpoints run as the others do, as they run their steps without gradients."""
+
+        def apply(function: Callable, preserve_rng_state: bool, *args: Any) -> Any:
+            self._reentered = True
+            return checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+
+        kind: Any = checkpoint.CheckpointFunction
+        kind.apply = apply
+        try:
+            yield
+        finally:
+            del kind.apply  # what it inherits is there again
 
     def _value(self, node: fx.Node, which: int) -> Any:
         args, kwargs = tree_map(_without_value, map_arg((node.args, node.kwargs), lambda n: n.meta[VALUE][which]))
@@ -284,21 +303,6 @@ class _Tracer(fx.Tracer):
         return target(*args, **kwargs)
 
 
-@contextlib.contextmanager
-def _one_kind_of_checkpoint() -> Iterator[None]:
-    """Lets reentrant checkpoints run as the others do: they would run their steps without gradients."""
-
-    def apply(function: Callable, preserve_rng_state: bool, *args: Any) -> Any:
-        return checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
-
-    kind: Any = checkpoint.CheckpointFunction
-    kind.apply = apply
-    try:
-        yield
-    finally:
-        del kind.apply  # what it inherits is there again
-
-
 def _hooks() -> tuple[Any, Any]:
     """What keeps tensors for the backward pass now: the innermost checkpoint, and the innermost other hook."""
     top = torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -310,16 +314,17 @@ def _hooks() -> tuple[Any, Any]:
     return top[0], around and around[0]
 
 
-def _checkpoints_itself(module: nn.Module) -> bool:
-    """Whether the checkpoint that is running was entered by the call of `module`, so that it is entered whenever it is
-    called."""
-    frame, entered = sys._getframe(), False
+def _innermost(module: nn.Module | None) -> FrameType | None:
+    """The call that runs the innermost checkpoint, but for what the call of `module` enters by itself: that it does
+    whenever it is called."""
+    frame, found = sys._getframe(), None
     while frame is not None:
-        entered = entered or frame.f_globals.get("__name__") == checkpoint.__name__
-        if entered and frame.f_locals.get("self") is module:
-            return True
+        if found is None and frame.f_globals.get("__name__") == checkpoint.__name__:
+            found = frame
+        elif found is not None and module is not None and frame.f_locals.get("self") is module:
+            found = None
         frame = frame.f_back
-    return False
+    return found
 
 
 def _random_state() -> tuple[Any, ...]:
