@@ -15,6 +15,8 @@ from torch.ao import quantization
 from torch.nn.utils import parametrizations, spectral_norm
 
 import localgrad as lg
+from localgrad.core import again
+from localgrad.scale import memory
 
 
 class Adapting(nn.Module):
@@ -155,30 +157,40 @@ class Codebook(Adapting):
 
 class Old(nn.Sequential):
     def __init__(self, channels: int) -> None:
-        super().__init__(
-            spectral_norm(nn.Conv2d(channels, 8, 3, padding=1)), nn.ReLU(), spectral_norm(nn.Conv2d(8, 8, 1))
-        )
+        one, two = nn.Conv2d(channels, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        super().__init__(spectral_norm(one), nn.ReLU(), spectral_norm(two))
 
 
 class New(nn.Sequential):
     def __init__(self, channels: int) -> None:
-        one = parametrizations.spectral_norm(nn.Conv2d(channels, 8, 3, padding=1))
-        super().__init__(
-            one, nn.ReLU(inplace=True), parametrizations.spectral_norm(nn.Conv2d(8, 8, 1)), nn.Dropout(0.1)
-        )
+        one, two = nn.Conv2d(channels, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        normed = map(parametrizations.spectral_norm, (one, two))
+        super().__init__(next(normed), nn.ReLU(inplace=True), next(normed), nn.Dropout(0.1))
 
 
 class Fused(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.one, self.norm, self.two = nn.Conv2d(channels, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+        self.one, self.norm, self.relu = nn.Conv2d(channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()
+        self.two = nn.Conv2d(8, 8, 3, padding=1)
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.two(self.norm(self.one(h)).relu())
+        return self.two(self.relu(self.norm(self.one(h))))
+
+
+class Switched(Adapting):
+    """Plain batch norms, of which the network's own code changes one kind each time."""
+
+    def adapt(self, h: Tensor) -> Tensor:
+        self.norm.momentum = None if self.count % 2 else 0.1
+        self.norm.eval() if self.count == 2 else self.norm.train()
+        if h.device.type != "meta":  # where a network is traced, a norm without momentum asks for values
+            self.count += 1
+        return self.norm(h)
 
 
 OWN = [RunningMean, BehindItsBack, Replaced, Counter, InPython, Draws, ReadsStatistics, Helped, Norms, Views, Codebook]
-ALL = [*OWN, Lazy, New]
+ALL = [*OWN, Lazy, New, Switched]
 
 
 def network(unit: type[nn.Module]) -> nn.Module:
@@ -229,3 +241,89 @@ def test_units_that_depend_on_what_they_update(unit: type[nn.Module]) -> None:
 
 def test_hooks_that_make_a_weight() -> None:  # such a unit cannot be copied, so it has no coupling
     assert_same(network(Old), {"method": lg.dgl("0c1f"), "blocks": 2})
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_quantization_aware_training(fused: bool) -> None:
+    backbone = network(Fused).train()
+    backbone.qconfig = quantization.get_default_qat_qconfig("fbgemm")  # pyright: ignore
+    if fused:  # its convolution reads the statistics of a batch norm
+        layers = [[f"{i}.one", f"{i}.norm", f"{i}.relu"] for i in range(3)]
+        quantization.fuse_modules_qat(backbone, layers, inplace=True)
+    assert_same(quantization.prepare_qat(backbone, inplace=True), MAN)
+
+
+class Shared(nn.Module):
+    """Units that read and move one buffer, in their code and in the network's own."""
+
+    def __init__(self, other: bool) -> None:
+        super().__init__()
+        self.register_buffer("level", torch.ones(()))
+        self.units = nn.Sequential(
+            *[nn.Sequential(nn.Conv2d(c, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1)) for c in (3, 8, 8)]
+        )
+        self.norm = nn.BatchNorm2d(8, affine=False)
+        self.head, self.other = nn.Linear(8, 10), other
+
+    def forward(self, h: Tensor) -> Tensor:
+        for unit in self.units:
+            h = self.norm(unit(h)) * self.level.clone() if self.other else unit(h * self.level.clone())
+            self.level.add_(0.5)
+        return self.head(h.mean((2, 3)))
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_buffer_that_several_units_move(other: bool) -> None:
+    torch.manual_seed(0)
+    assert_same(Shared(other), {"method": lg.bp()})
+
+
+def test_a_state_that_is_shared_by_reference() -> None:
+    memo: dict[int, Any] = {}
+    base = torch.arange(6.0).view(2, 3).t()
+    state = {"base": base, "row": base[1], "list": [base, deque([base[0]])], "none": None}
+    state["twice"] = state["list"]
+    other = {name: again._copied(value, memo) for name, value in state.items()}
+    other["row"] += 10
+    assert other["base"].stride() == base.stride()
+    assert torch.equal(other["base"][1], base[1] + 10)
+    assert other["list"][0] is other["base"]
+    assert other["twice"] is other["list"]
+    assert torch.equal(base, torch.arange(6.0).view(2, 3).t())
+
+
+def test_a_graph_may_be_used_twice() -> None:
+    model = lg.recompute(lg.localize(network(RunningMean), method=lg.bp(), example=torch.zeros(2, 3, 12, 12)))
+    loss = model.blocks[0](torch.ones(2, 3, 12, 12)).square().sum()
+    loss.backward(retain_graph=True)
+    learning = [p for p in model.parameters() if p.grad is not None]
+    once = [2 * p.grad for p in learning if p.grad is not None]
+    loss.backward()
+    assert once
+    assert all(torch.equal(a, p.grad) for a, p in zip(once, learning, strict=True) if p.grad is not None)
+
+
+@pytest.mark.parametrize("unit", [RunningMean, ReadsStatistics, Codebook, New, Norms])
+def test_its_memory_is_predicted(unit: type[nn.Module]) -> None:
+    x, y = torch.randn(4, 3, 12, 12), torch.arange(4)
+    model = lg.recompute(lg.localize(network(unit), example=x, **MAN), couplings=True)
+
+    def optimizers(own: lg.LocalModel) -> list[torch.optim.Optimizer]:
+        return [torch.optim.SGD(lg.param_groups(own), lr=0.1, momentum=0.9)]
+
+    made = optimizers(model)
+    memory.training_step(model, made, x, y)
+    measured = lg.measure_peak(lambda: memory.training_step(model, made, x, y), model=model, optimizers=made)
+    assert lg.predict_peak(model, 4, optimizers).total == measured.total
+
+
+def test_nothing_is_kept_of_plain_batch_norm() -> None:
+    def kept(norm: nn.Module) -> int:
+        unit = nn.Sequential(nn.Conv2d(3, 8, 1), norm, nn.ReLU())
+        before = again._Before(unit)
+        return sum(isinstance(v, Tensor) for state in before.kept for v in state.values())
+
+    assert kept(nn.BatchNorm2d(8)) == 0
+    assert kept(nn.BatchNorm2d(8, momentum=None)) == kept(nn.BatchNorm2d(8).eval()) == kept(Renorm(8)) == 3
+    assert sum(isinstance(v, Tensor) for state in again._Before(ReadsStatistics(3)).kept for v in state.values()) == 5

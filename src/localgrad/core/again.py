@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.split_module import split_module
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.parameter import is_lazy
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from localgrad.core.rebuild import Held, Reads
 
@@ -43,7 +42,9 @@ def again(module: nn.Module, *given: Any) -> Any:
         return module(*given)
     before = _Before(module)
     first = contextlib.nullcontext()
-    return checkpoint(module, *given, use_reentrant=False, context_fn=lambda: (first, before))
+    scripted = any(isinstance(part, torch.jit.ScriptModule) for part in module.modules())
+    with set_checkpoint_early_stop(False) if scripted else first:  # what ends a run early cannot pass a script
+        return checkpoint(module, *given, use_reentrant=False, context_fn=lambda: (first, before))
 
 
 class Again(nn.Module):
@@ -134,7 +135,7 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     """A copy of what a forward pass may change; tensors that shared memory do so again. A result of a forward pass,
     which lasts until the next makes its own, is not held."""
     if isinstance(value, Tensor):
-        if isinstance(value, nn.Parameter) or is_lazy(value):
+        if isinstance(value, nn.Parameter):
             return value
         return RESULT if value.requires_grad else _copied_tensor(value, memo)
     kind = type(value)
@@ -167,8 +168,9 @@ def _copied_tensor(value: Tensor, memo: dict[int, Any]) -> Tensor:
 
 def _is_plain_norm(module: nn.Module) -> bool:
     """Whether a module is a batch norm whose output does not depend on the statistics that it moves."""
-    own = type(module).forward is not _BatchNorm.forward or "forward" in vars(module)
-    return isinstance(module, _BatchNorm) and not own and module.training and module.momentum is not None
+    if not isinstance(module, _BatchNorm) or not module.training or module.momentum is None:
+        return False
+    return type(module).forward is _BatchNorm.forward and "forward" not in vars(module)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -176,7 +178,7 @@ def _names_statistics(kind: type[nn.Module]) -> bool:
     """Whether the forward of a class names the statistics of batch norms that it holds, or what it calls does."""
     if issubclass(kind, _NormBase):  # its own
         return False
-    waiting: list[Any] = [kind.forward]
+    waiting: list[Any] = [getattr(kind, "forward", None)]
     seen: set[CodeType] = set()
     while waiting:
         function = waiting.pop()

@@ -53,7 +53,7 @@ def trace(backbone: nn.Module, example: Tensor) -> tuple[fx.Graph, dict[str, str
     while True:
         tracer = _Tracer(opened, example)
         try:
-            with torch.enable_grad(), tracer.one_kind_of_checkpoint():
+            with torch.enable_grad(), tracer.functions_as_steps():
                 graph = tracer.trace(_Whole(shapes.train()))
                 with contextlib.suppress(Exception):  # what cannot be followed in evaluation has no part in training
                     _note_evaluation(graph, _Tracer(opened, example, BATCHES[:1]).trace(_Whole(shapes.eval())))
@@ -206,9 +206,12 @@ class _Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Callable, args: Any, kwargs: Any) -> Any:
         if self._running:
             return forward(*args, **kwargs)
-        drawn = _random_state()
+        drawn, buffers = _random_state(), dict(m._buffers.items())
         try:
             given = super().call_module(m, forward, args, kwargs)
+            if any(isinstance(buffer, fx.Proxy) for buffer in m._buffers.values()):
+                m._buffers.update(buffers)
+                raise TypeError("it puts a new tensor in the place of a buffer, which could be changed by copy_")
             if _random_state() != drawn:
                 raise TypeError("it draws random numbers that do not follow its input")
             return given
@@ -263,19 +266,33 @@ class _Tracer(fx.Tracer):
             self._running = False
 
     @contextlib.contextmanager
-    def one_kind_of_checkpoint(self) -> Iterator[None]:
-        """Lets reentrant checkpoints run as the others do, as they run their steps without gradients."""
+    def functions_as_steps(self) -> Iterator[None]:
+        """Makes one step of what an `autograd.Function` does, as its forward runs without gradients. A reentrant
+        checkpoint is such a function too, and runs as the others do."""
+        base: Any = torch.autograd.Function
+        own = vars(base)["apply"]
 
-        def apply(function: Callable, preserve_rng_state: bool, *args: Any) -> Any:
-            self._reentered = True
-            return checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+        def apply(kind: Any, *args: Any, **kwargs: Any) -> Any:
+            if kind is checkpoint.CheckpointFunction:
+                self._reentered = True
+                function, keeps_random_state, *given = args
+                return checkpoint.checkpoint(
+                    function, *given, use_reentrant=False, preserve_rng_state=keeps_random_state
+                )
+            seen = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, fx.Proxy)]
+            if not seen or kind.__module__ == checkpoint.__name__:
+                return own.__get__(None, kind)(*args, **kwargs)
 
-        kind: Any = checkpoint.CheckpointFunction
-        kind.apply = apply
+            def applied(*args: Any, **kwargs: Any) -> Any:
+                return kind.apply(*args, **kwargs)
+
+            return seen[0].tracer.create_proxy("call_function", applied, args, kwargs)
+
+        base.apply = classmethod(apply)
         try:
             yield
         finally:
-            del kind.apply  # what it inherits is there again
+            base.apply = own
 
     def _value(self, node: fx.Node, which: int) -> Any:
         args, kwargs = tree_map(_without_value, map_arg((node.args, node.kwargs), lambda n: n.meta[VALUE][which]))
