@@ -84,6 +84,26 @@ class Draws(Adapting):
         return nn.functional.dropout(h * factor, 0.3, self.training)
 
 
+class Jitter:
+    def __call__(self, h: Tensor) -> Tensor:
+        return h * np.random.rand()  # noqa: NPY002
+
+
+class DrawsElsewhere(Adapting):
+    """By objects that it holds, and helpers that it calls."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.jitters = [Jitter()]
+
+    def adapt(self, h: Tensor) -> Tensor:
+        return self.jitters[0](h) * drawn()
+
+
+def drawn() -> float:
+    return 1 + random.random()
+
+
 class ReadsStatistics(Adapting):
     def adapt(self, h: Tensor) -> Tensor:
         before = self.norm.running_mean.view(-1, 1, 1) + 1  # pyright: ignore
@@ -155,6 +175,17 @@ class Codebook(Adapting):
         return h * chosen + (h - chosen)
 
 
+class Observed(Adapting):
+    """A hook reads and moves what is not the module's own code's."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.norm.register_forward_hook(lambda norm, _, out: out * (1 + norm.running_mean.sum()))  # pyright: ignore
+
+    def adapt(self, h: Tensor) -> Tensor:
+        return self.norm(h)
+
+
 class Old(nn.Sequential):
     def __init__(self, channels: int) -> None:
         one, two = nn.Conv2d(channels, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
@@ -190,7 +221,7 @@ class Switched(Adapting):
 
 
 OWN = [RunningMean, BehindItsBack, Replaced, Counter, InPython, Draws, ReadsStatistics, Helped, Norms, Views, Codebook]
-ALL = [*OWN, Lazy, New, Switched]
+ALL = [*OWN, Lazy, New, Switched, DrawsElsewhere, Observed]
 
 
 def network(unit: type[nn.Module]) -> nn.Module:
@@ -322,8 +353,10 @@ def test_nothing_is_kept_of_plain_batch_norm() -> None:
     def kept(norm: nn.Module) -> int:
         unit = nn.Sequential(nn.Conv2d(3, 8, 1), norm, nn.ReLU())
         before = again._Before(unit)
-        return sum(isinstance(v, Tensor) for state in before.kept for v in state.values())
+        return sum(isinstance(v, Tensor) for *_, state in before.kept for v in state.values())
 
     assert kept(nn.BatchNorm2d(8)) == 0
     assert kept(nn.BatchNorm2d(8, momentum=None)) == kept(nn.BatchNorm2d(8).eval()) == kept(Renorm(8)) == 3
-    assert sum(isinstance(v, Tensor) for state in again._Before(ReadsStatistics(3)).kept for v in state.values()) == 5
+    assert (
+        sum(isinstance(v, Tensor) for *_, state in again._Before(ReadsStatistics(3)).kept for v in state.values()) == 5
+    )

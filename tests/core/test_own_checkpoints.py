@@ -157,11 +157,14 @@ def check(net: nn.Module, x: Tensor = X) -> list[lg.LocalModel]:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("kind", [EachLayer, Segments, Closures, Skips, Whole, Nested])
+@pytest.mark.parametrize("kind", [EachLayer, Segments, Closures, Skips])
 def test_in_a_forward_of_ones_own(kind: type[Network], reentrant: bool) -> None:
-    if kind in (Whole, Nested) and reentrant:
-        pytest.skip("the plain loop needs an input that asks for gradients, or fails")
     check(kind(reentrant))
+
+
+@pytest.mark.parametrize("kind", [Whole, Nested])
+def test_one_around_the_network_or_around_others(kind: type[Network]) -> None:
+    check(kind())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -26,9 +26,12 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from localgrad.core.rebuild import Held, Reads
 
 OF_MODULES = frozenset(vars(nn.Module())) - {"training"}  # attributes that PyTorch gives to every module
-ATOMS = (bool, int, float, str, tuple, NoneType, torch.dtype, torch.device)
-CONTAINERS = (list, deque, set, dict, OrderedDict, defaultdict, Counter)
-DRAWING = (random.Random, np.random.Generator, np.random.RandomState)
+ATOMS = frozenset((bool, int, float, str, tuple, NoneType, torch.dtype, torch.device))
+CONTAINERS = frozenset((list, deque, set, dict, OrderedDict, defaultdict, Counter))
+COPIED = frozenset((random.Random, np.random.Generator, np.random.RandomState, np.ndarray))
+OTHERS = "others"
+WRAPPED = (FunctionType, staticmethod, classmethod, type(functools.cache(len)))
+DRAWING = frozenset(("random", "numpy"))
 RESULT = object()  # in place of one, in a state that is kept
 STATISTICS = frozenset(
     ("running_mean", "running_var", "num_batches_tracked", "buffers", "named_buffers", "_buffers", "state_dict")
@@ -42,8 +45,7 @@ def again(module: nn.Module, *given: Any) -> Any:
         return module(*given)
     before = _Before(module)
     first = contextlib.nullcontext()
-    scripted = any(isinstance(part, torch.jit.ScriptModule) for part in module.modules())
-    with set_checkpoint_early_stop(False) if scripted else first:  # what ends a run early cannot pass a script
+    with set_checkpoint_early_stop(False) if before.scripted else first:  # what ends a run early cannot pass a script
         return checkpoint(module, *given, use_reentrant=False, context_fn=lambda: (first, before))
 
 
@@ -80,60 +82,80 @@ class _Before:
     """The state that a module has now: a context in which it has it once more, and after which it is as it was."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.places, self.norms = _places(module)
-        memo: dict[int, Any] = {}
-        self.kept = [{n: _copied(value, memo) for n, value in _state(*place).items()} for place in self.places]
-        self.drawn = _random_states()
+        places, self.norms, kinds = _places(module)
+        memo: dict[Any, Any] = {OTHERS: set()}
+        self.kept = [
+            (place, only, {n: v if type(v) in ATOMS else _copied(v, memo) for n, v in _state(place, only).items()})
+            for place, only in places
+        ]
+        self.scripted = any(issubclass(kind, torch.jit.ScriptModule) for kind in kinds)
+        draws = not DRAWING.isdisjoint(_names(kinds | memo[OTHERS]))
+        self.drawn = _random_states() if draws else None
 
     def __enter__(self) -> None:
-        self.now = [_state(*place) for place in self.places]
         self.statistics = [(tensor, tensor.clone()) for norm in self.norms for tensor in norm.buffers()]
-        self.drawn_now = _random_states()
-        memo: dict[int, Any] = {}
-        for place, kept, now in zip(self.places, self.kept, self.now, strict=True):
-            _put(*place, {n: now.get(n) if value is RESULT else _copied(value, memo) for n, value in kept.items()})
+        self.drawn_now = _random_states() if self.drawn else None
+        self.now = [_state(place, only) for place, only, _ in self.kept]
+        memo: dict[Any, Any] = {OTHERS: set()}
+        for (place, _, kept), now in zip(self.kept, self.now, strict=True):
+            own = {
+                n: v if type(v) in ATOMS else now.get(n) if v is RESULT else _copied(v, memo) for n, v in kept.items()
+            }
+            _put(place, now, own)
         _draw_from(self.drawn)
 
     def __exit__(self, *exc_info: object) -> None:
-        for place, now in zip(self.places, self.now, strict=True):
-            _put(*place, now)
+        for (place, only, _), now in zip(self.kept, self.now, strict=True):
+            _put(place, _state(place, only), now)
         for tensor, value in self.statistics:
             tensor.data.copy_(value)  # nobody has to see that it was another: they are saved for the backward pass
         _draw_from(self.drawn_now)
         del self.now, self.statistics
 
 
-def _places(module: nn.Module) -> tuple[list[tuple[Any, str | None]], list[nn.Module]]:
-    """Where the state of a module lies: dictionaries, with the one name that counts there or None for all; and the
-    batch norms whose statistics matter only to what they become, so that nothing has to be kept of them."""
+def _places(module: nn.Module) -> tuple[list[tuple[Any, str | None]], list[nn.Module], frozenset[type]]:
+    """Where the state of a module lies: dictionaries, with the one name that counts there or None for all; the batch
+    norms whose statistics matter only to what they become, so that nothing has to be kept of them; and the classes of
+    its parts."""
     parts = list(module.modules())
+    read: list[tuple[nn.Module, str]] = []
+    hooked = False
     for part in parts:  # grows meanwhile
-        parts += part.held[0].modules() if isinstance(part, Held) else ()
-    read = [(part.owner[0], part.name) for part in parts if isinstance(part, Reads)]
+        hooked = hooked or bool(part._forward_hooks or part._forward_pre_hooks)
+        if isinstance(part, Held):
+            parts += part.held[0].modules()
+        elif isinstance(part, Reads):
+            read.append((part.owner[0], part.name))
+    kinds = frozenset(map(type, parts))
     owners = {id(owner) for owner, _ in read}
     norms = [part for part in parts if _is_plain_norm(part) and id(part) not in owners]
-    if any(_names_statistics(type(part)) or part._forward_hooks or part._forward_pre_hooks for part in parts):
+    if norms and (hooked or STATISTICS & _names(frozenset(k for k in kinds if not issubclass(k, _NormBase)))):
         norms = []
     beside = {id(norm) for norm in norms}
     places = [((owner._buffers if name in owner._buffers else vars(owner)), name) for owner, name in read]
     places += [(vars(part), None) for part in parts]
-    return places + [(part._buffers, None) for part in parts if len(part._buffers) and id(part) not in beside], norms
+    places += [(part._buffers, None) for part in parts if len(part._buffers) and id(part) not in beside]
+    return places, norms, kinds | {_Hooked} if hooked else kinds
 
 
 def _state(place: Any, only: str | None) -> dict[str, Any]:
-    return {name: v for name, v in place.items() if (name == only if only else name not in OF_MODULES)}
+    if only is not None:
+        return {only: place[only]} if only in place else {}
+    return {name: value for name, value in place.items() if name not in OF_MODULES}
 
 
-def _put(place: Any, only: str | None, state: dict[str, Any]) -> None:
-    for name in [name for name in _state(place, only) if name not in state]:
+def _put(place: Any, present: dict[str, Any], state: dict[str, Any]) -> None:
+    """Changes what is `present` there to `state`."""
+    for name in present.keys() - state.keys():
         del place[name]
     for name, value in state.items():
-        place[name] = value
+        if present.get(name, present) is not value:
+            place[name] = value
 
 
-def _copied(value: Any, memo: dict[int, Any]) -> Any:
+def _copied(value: Any, memo: dict[Any, Any]) -> Any:
     """A copy of what a forward pass may change; tensors that shared memory do so again. A result of a forward pass,
-    which lasts until the next makes its own, is not held."""
+    which lasts until the next makes its own, is not held. memo[OTHERS]: gets what cannot be copied, or its class."""
     if isinstance(value, Tensor):
         if isinstance(value, nn.Parameter):
             return value
@@ -143,16 +165,19 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         return memo.get(id(value), value)
     if kind is torch.Generator:
         memo[id(value)] = value.clone_state()
-    elif kind in DRAWING or kind is np.ndarray:
+    elif kind in COPIED:
         memo[id(value)] = copy.deepcopy(value)
     elif kind in CONTAINERS:
         other = memo[id(value)] = copy.copy(value)
         for key, item in () if kind is set else list(other.items() if isinstance(other, dict) else enumerate(other)):
             other[key] = _copied(item, memo)
+    else:
+        value_of = value.func if kind is functools.partial else value
+        memo[OTHERS].add(value_of if isinstance(value_of, FunctionType) else type(value_of))
     return memo.get(id(value), value)
 
 
-def _copied_tensor(value: Tensor, memo: dict[int, Any]) -> Tensor:
+def _copied_tensor(value: Tensor, memo: dict[Any, Any]) -> Tensor:
     if id(value) not in memo:
         if value.layout is not torch.strided:
             memo[id(value)] = value.clone()
@@ -173,34 +198,48 @@ def _is_plain_norm(module: nn.Module) -> bool:
     return type(module).forward is _BatchNorm.forward and "forward" not in vars(module)
 
 
+class _Hooked:
+    """Stands for hooks, which may do anything."""
+
+    def __call__(self) -> None:
+        random.random()
+
+
 @functools.lru_cache(maxsize=1024)
-def _names_statistics(kind: type[nn.Module]) -> bool:
-    """Whether the forward of a class names the statistics of batch norms that it holds, or what it calls does."""
-    if issubclass(kind, _NormBase):  # its own
-        return False
-    waiting: list[Any] = [getattr(kind, "forward", None)]
-    seen: set[CodeType] = set()
+def _names(kinds: frozenset[Any]) -> frozenset[str]:
+    """What is named by the forward of modules, the call of other objects and functions, and by what these call: names,
+    constants of text, and the packages of what the names stand for."""
+    bases = [base for kind in kinds if isinstance(kind, type) for base in kind.__mro__]
+    waiting = [*kinds, *(vars(base).get(name) for base in bases for name in ("forward", "__call__"))]
+    seen: dict[CodeType, None] = {}
+    named: set[str] = set()
     while waiting:
         function = waiting.pop()
         function = function.fget if isinstance(function, property) else function
-        if not isinstance(function, FunctionType) or function.__code__ in seen or _is_of_layers(function):
+        function = inspect.unwrap(function) if isinstance(function, WRAPPED) else function
+        if not isinstance(function, FunctionType) or function.__code__ in seen:
+            continue
+        if _package(function) == "torch" and _package(function, 2) != "torch.ao":
             continue
         codes = [function.__code__]
         for code in codes:  # grows meanwhile
             codes += [c for c in code.co_consts if isinstance(c, CodeType)]
-        seen.update(codes)
+        seen |= dict.fromkeys(codes)
         names = {name for code in codes for name in code.co_names}
-        if STATISTICS & {*names, *(c for code in codes for c in code.co_consts if isinstance(c, str))}:
-            return True
-        used = inspect.getclosurevars(function)
-        found = [*used.nonlocals.values(), *(function.__globals__.get(name) for name in names)]
-        owners = [*kind.__mro__, *filter(inspect.ismodule, found)]
-        waiting += found + [vars(owner).get(name) for owner in owners for name in names]
-    return False
+        named |= names | {c for code in codes for c in code.co_consts if isinstance(c, str)}
+        found = [*inspect.getclosurevars(function).nonlocals.values()]
+        found += [function.__globals__[name] for name in names if name in function.__globals__]
+        named.update(_package(thing) for thing in found)
+        owners = [*bases, *filter(inspect.ismodule, found)]
+        waiting += found + [vars(owner)[name] for owner in owners for name in names if name in vars(owner)]
+    return frozenset(named)
 
 
-def _is_of_layers(function: FunctionType) -> bool:
-    return str(function.__globals__.get("__name__")).startswith("torch.nn.")
+def _package(thing: Any, parts: int = 1) -> str:
+    """The package of a module, of a function, or of the object that it is a method of."""
+    of = thing.__name__ if inspect.ismodule(thing) else getattr(thing, "__module__", None)
+    of = of or type(getattr(thing, "__self__", None)).__module__
+    return ".".join(str(of).split(".")[:parts])
 
 
 def _random_states() -> tuple[Any, Any]:
@@ -208,6 +247,7 @@ def _random_states() -> tuple[Any, Any]:
     return random.getstate(), np.random.get_state()  # noqa: NPY002
 
 
-def _draw_from(states: tuple[Any, Any]) -> None:
-    random.setstate(states[0])
-    np.random.set_state(states[1])  # noqa: NPY002
+def _draw_from(states: tuple[Any, Any] | None) -> None:
+    if states is not None:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
