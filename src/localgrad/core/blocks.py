@@ -6,11 +6,15 @@ A unit or block references the modules that it runs, never copies or renames the
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
+from localgrad.core.again import again
 from localgrad.core.errors import UserError, unknown
 from localgrad.core.segments import Segment, Segments, segments
 
@@ -93,14 +97,37 @@ class Clone(nn.Module):
         return h.clone()
 
 
+class Asks(nn.Module):
+    """Has its output ask for a gradient, which is dropped: behind an input that asks for none, as that of a block, a
+    reentrant checkpoint would give its parameters none."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        if h.requires_grad or not torch.is_grad_enabled():
+            return h
+        return cast(Tensor, _Drop.apply(h, torch.empty(0, requires_grad=True)))
+
+
+class _Drop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, asking: Tensor) -> Tensor:
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
+        return None, None
+
+
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """The smallest piece that a cut may not split. `module` runs it and references the backbone's own modules."""
+    """The smallest piece that a cut may not split. `module` runs it and references the backbone's own modules.
+    checkpoint: which of the backbone's own checkpoints it runs in, by number.
+    """
 
     name: str
     module: nn.Module
     input: Boundary
     output: Boundary
+    checkpoint: int | None = None
 
     @property
     def changes_shape(self) -> bool:
@@ -121,25 +148,43 @@ Way = Callable[[nn.Module, Tensor], Tensor]
 
 
 def straight(module: nn.Module, h: Tensor) -> Tensor:
-    """The way in which a piece of the network is run: as it is. `scale.recompute` has another."""
+    """The way in which a piece of the network is run: as it is. `again` is another."""
     return module(h)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The way of units that the backbone itself runs in its checkpoint of this number: again, and together."""
+
+    number: int
+
+    def __call__(self, module: nn.Module, h: Tensor) -> Tensor:
+        return again(module, h)
+
+
+def _way(checkpoint: int | None) -> Way:
+    return straight if checkpoint is None else Checkpoint(checkpoint)
 
 
 class Block(nn.Sequential):
     """Consecutive units that share one loss; the last block also runs the network's own head.
 
-    names: of its units. boundary: what it hands on. ways: how each of its modules is run.
+    names: of its units. boundary: what it hands on. ways: how each of its modules is run; at first as the backbone's
+    own checkpoints have it, the one of the head by number.
     """
 
-    def __init__(self, units: Sequence[Unit], head: nn.Module | None = None) -> None:
+    def __init__(self, units: Sequence[Unit], head: nn.Module | None = None, checkpoint: int | None = None) -> None:
         super().__init__(*[u.module for u in units], *([] if head is None else [head]))
         self.names = tuple(u.name for u in units)
         self.boundary = units[-1].output
-        self.ways: list[Way] = [straight] * len(self)
+        numbers = [*[u.checkpoint for u in units], *([] if head is None else [checkpoint])]
+        self.ways = [_way(number) for number in numbers]
 
     def forward(self, h: Tensor) -> Tensor:
-        for way, module in zip(self.ways, self, strict=True):
-            h = way(module, h)
+        for way, pairs in itertools.groupby(zip(self.ways, self, strict=True), key=lambda pair: pair[0]):
+            modules = [module for _, module in pairs]
+            for module in [nn.Sequential(*modules)] if isinstance(way, Checkpoint) else modules:
+                h = way(module, h)
         return h
 
 
@@ -153,11 +198,13 @@ def units(backbone: nn.Module, example: Tensor) -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class Traced:
-    """A backbone's units, its own head (None where the last unit already gives the output), and where it was cut."""
+    """A backbone's units, its own head (None where the last unit already gives the output), and where it was cut.
+    checkpoint: which of the backbone's own the head runs in, by number."""
 
     units: list[Unit]
     head: nn.Module | None
     cut: Segments
+    checkpoint: int | None
 
 
 def trace_units(backbone: nn.Module, example: Tensor) -> Traced:
@@ -172,14 +219,19 @@ def trace_units(backbone: nn.Module, example: Tensor) -> Traced:
     for segment, following in zip(cut.units, rest, strict=True):
         stage += segment.enters != segment.leaves and bool(found)
         after = _boundary(segment, following, stage, image)
-        module = nn.Sequential(Clone(), segment.module) if segment.in_place else segment.module
-        found.append(Unit(segment.name, module, before, after))
+        found.append(Unit(segment.name, _runnable(segment, segment.in_place), before, after, segment.checkpoint))
         before = after
-    tail = cut.head.module if cut.head else None
+    tail, checkpoint = (_runnable(cut.head, False), cut.head.checkpoint) if cut.head else (None, None)
     # A last unit that turns maps into a vector is the network's own head, whatever its module is called.
     if tail is None and len(found) > 1 and len(found[-1].output.shape) < len(found[-1].input.shape):
-        tail = found.pop().module
-    return Traced(found, tail, cut)
+        last = found.pop()
+        tail, checkpoint = last.module, last.checkpoint
+    return Traced(found, tail, cut, checkpoint)
+
+
+def _runnable(segment: Segment, in_place: bool) -> nn.Module:
+    first = [Asks()] * segment.reentrant + [Clone()] * in_place
+    return nn.Sequential(*first, segment.module) if first else segment.module
 
 
 def split(traced: Traced, blocks: int | Sequence[str]) -> list[list[Unit]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from localgrad.core.auxiliary import Auxiliary, Method, Site, full_precision
-from localgrad.core.blocks import Block, Traced, split, trace_units
+from localgrad.core.blocks import Block, Traced, split, straight, trace_units
 from localgrad.core.couplings import MAN
 from localgrad.core.errors import UserError
 from localgrad.core.rebuild import Reads
@@ -160,7 +160,13 @@ def localize(
     if coupling is not None and len(groups) == 1:
         warnings.warn("a coupling has no effect on a single block", stacklevel=2)
     task = task or Classification(_outputs(traced))
-    built = [Block(g, head if g is groups[-1] else None) for g in groups]
+    built = [*map(Block, groups[:-1]), Block(groups[-1], head, traced.checkpoint)]
+    if traced.cut.packed:
+        warnings.warn(
+            f"the network has hooks on saved tensors, such as save_on_cpu, around '{traced.cut.packed[0]}': its blocks "
+            "are trained without them, and lg.recompute(model) saves memory in their place",
+            stacklevel=2,
+        )
     image = all_units[0].input
     auxiliaries = []
     for index, group in enumerate(groups[:-1]):
@@ -358,10 +364,11 @@ def table(model: LocalModel) -> str:
         own, extra = (list(m.parameters()) if m is not None else [] for m in (block, auxiliary))
         mib = sum(p.numel() * p.element_size() for p in own + extra) / 2**20
         first, last, count = block.names[0], block.names[-1], len(block.names)
+        again = sum(way is not straight for way in block.ways)
         rows.append(
             (
                 str(k),
-                first if count == 1 else f"{first} .. {last} ({count})",
+                (first if count == 1 else f"{first} .. {last} ({count})") + (f", {again} recomputed" if again else ""),
                 "logits" if auxiliary is None else "x".join(map(str, block.boundary.shape)),
                 "-" if auxiliary is None else str(auxiliary),
                 f"{sum(p.numel() for p in own):,}",

@@ -17,7 +17,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map
 
 from localgrad.core.errors import UserError
-from localgrad.core.trace import BATCHES, EVALUATION, NO_GRAD, VALUE, WRITES, has_tensor
+from localgrad.core.trace import AGAIN, BATCHES, EVALUATION, NO_GRAD, VALUE, WRITES, has_tensor
 
 
 class Held(nn.Module):
@@ -103,6 +103,7 @@ class Rebuild:
             now = node.args, node.kwargs
             args, kwargs = tree_map(choice, now, node.meta.get(EVALUATION, now))
             added: Any = graph.create_node(node.op, name_of(node) if own else node.target, args, kwargs, node.name)
+            added.meta[AGAIN] = node.meta[AGAIN]
             if node.meta[NO_GRAD] and isinstance(node.meta[VALUE][0], Tensor):
                 return graph.call_method("detach", (added,))
             return added

@@ -14,9 +14,23 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves, tree_map
 
+from localgrad.core.again import split_again
 from localgrad.core.errors import UserError
 from localgrad.core.rebuild import Rebuild, name_of
-from localgrad.core.trace import BATCHES, BORN, NO_GRAD, VALUE, WRITES, has_tensor, is_unit, trace, weighted_layers
+from localgrad.core.trace import (
+    AGAIN,
+    BATCHES,
+    BORN,
+    NO_GRAD,
+    PACKED,
+    REENTRANT,
+    VALUE,
+    WRITES,
+    has_tensor,
+    is_unit,
+    trace,
+    weighted_layers,
+)
 
 DRAWS = re.compile("rand|dropout|bernoulli|normal_|uniform_|multinomial")  # in names of functions of chance
 
@@ -25,6 +39,8 @@ DRAWS = re.compile("rand|dropout|bernoulli|normal_|uniform_|multinomial")  # in 
 class Segment:
     """A run of steps. enters, leaves: shapes of one sample of what crosses before and after it. reads: the first
     module with parameters that it calls, and the shape that it gave to it. in_place: whether it overwrites what enters.
+    checkpoint: which of the network's own it runs in, by number. packed: whether in other hooks on saved tensors.
+    reentrant: whether its modules enter reentrant ones.
     """
 
     name: str
@@ -33,6 +49,9 @@ class Segment:
     leaves: tuple[int, ...]
     reads: tuple[nn.Module, tuple[int, ...]] | None
     in_place: bool
+    checkpoint: int | None
+    packed: bool
+    reentrant: bool
 
 
 @dataclass(frozen=True)
@@ -40,7 +59,8 @@ class Segments:
     """Of a network: its units in order, its own head (None where the last unit ends it), and the places where it
     cannot be cut, each with the reason. places: all of them, legal or not, in their order. closed: modules whose
     forward cannot be followed, so that each lies within one unit, with the reason. gives: shapes of one sample of what
-    the network gives, in the structure in which it does."""
+    the network gives, in the structure in which it does. packed: units and head that the network runs with hooks of
+    its own on saved tensors."""
 
     units: list[Segment]
     head: Segment | None
@@ -48,6 +68,7 @@ class Segments:
     places: list[str]
     closed: dict[str, str]
     gives: Any
+    packed: list[str]
 
 
 def segments(backbone: nn.Module, example: Tensor) -> Segments:
@@ -136,13 +157,14 @@ class _Flow:
             found.append(self._segment(name, entering, run, leaving))
             entering = leaving
         gives = map_arg(self.output.args[0], lambda n: tree_map(_shape, n.meta[VALUE][0]))
+        packed = [segment.name for segment in found if segment.packed]
         head = None
         if len(found) > 1 and not self._begins_with_unit(runs[-1]):
             head = found.pop()
         starts = {self.place[n]: name_of(n) for n in self.steps if self._is_start(n)}
         legal = {end: segment.name for (_, end), segment in zip(bounds, found, strict=False)}
         order = {**{p: n for p, n in starts.items() if n in refused}, **legal}
-        return Segments(found, head, refused, [order[p] for p in sorted(order)], closed, gives)
+        return Segments(found, head, refused, [order[p] for p in sorted(order)], closed, gives, packed)
 
     def _is_start(self, node: fx.Node) -> bool:
         """Whether a unit begins at a step: at modules worth it, or at every layer with weights where there are none."""
@@ -247,7 +269,19 @@ class _Flow:
         alone = self.module(leaving) if only and not leaving.meta[NO_GRAD] else None
         built = self.rebuild.build(name, entering, run, leaving) if alone is None else alone
         overwritten = before._version != entering.meta[BORN]
-        return Segment(name, built, tuple(before.shape[1:]), tuple(after.shape[1:]), reads, overwritten)
+        checkpoint, *others = self._checkpoints(run) or [None]
+        if others:
+            checkpoint, built = None, split_again(built, AGAIN)
+        packed, reentrant = (any(node.meta[key] for node in run) for key in (PACKED, REENTRANT))
+        shapes = tuple(before.shape[1:]), tuple(after.shape[1:])
+        return Segment(name, built, *shapes, reads, overwritten, checkpoint, packed, reentrant)
+
+    def _checkpoints(self, run: Sequence[fx.Node]) -> list[int]:
+        """The network's own checkpoints that the layers of a run are in, by number; where no layer is in any, those of
+        its other steps."""
+        layers = [n for n in run if (m := self.module(n)) is not None and _has_parameters(m)]
+        found, least = ({n.meta[AGAIN]: None for n in steps if n.meta[AGAIN] is not None} for steps in (layers, run))
+        return list(found or least)
 
 
 def _shape(value: Any) -> Any:

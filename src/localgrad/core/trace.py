@@ -11,13 +11,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
+import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
+from torch.utils import checkpoint
 from torch.utils._pytree import tree_leaves, tree_map
 
 from localgrad.core.errors import UserError
@@ -30,6 +33,9 @@ BORN = "born"  # the version of a step's tensor as it was made
 EVALUATION = "evaluation"  # a step's arguments in evaluation
 NO_GRAD = "no_grad"  # whether a step ran without gradients
 WRITES = "writes"  # which tensors a step has changed in place
+AGAIN = "again"  # which of the network's own activation checkpoints a step runs in, by number
+REENTRANT = "reentrant"  # whether a module enters reentrant checkpoints
+PACKED = "packed"  # whether other hooks of the network would keep what a step saves for its backward pass
 
 
 def trace(backbone: nn.Module, example: Tensor) -> tuple[fx.Graph, dict[str, str]]:
@@ -47,7 +53,7 @@ def trace(backbone: nn.Module, example: Tensor) -> tuple[fx.Graph, dict[str, str
     while True:
         tracer = _Tracer(opened, example)
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), tracer.functions_as_steps():
                 graph = tracer.trace(_Whole(shapes.train()))
                 with contextlib.suppress(Exception):  # what cannot be followed in evaluation has no part in training
                     _note_evaluation(graph, _Tracer(opened, example, BATCHES[:1]).trace(_Whole(shapes.eval())))
@@ -190,6 +196,9 @@ class _Tracer(fx.Tracer):
         self.opened, self.example, self.batches = opened, example, batches
         self.stopped: str | None = None
         self._running = False
+        self._packing = _hooks()  # of whoever asks for the trace
+        self._checkpoints: dict[Any, int] = {}
+        self._reentered = False
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name.removeprefix("network").removeprefix(".") not in self.opened
@@ -197,9 +206,12 @@ class _Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Callable, args: Any, kwargs: Any) -> Any:
         if self._running:
             return forward(*args, **kwargs)
-        drawn = _random_state()
+        drawn, buffers = _random_state(), dict(m._buffers.items())
         try:
             given = super().call_module(m, forward, args, kwargs)
+            if any(isinstance(buffer, fx.Proxy) for buffer in m._buffers.values()):
+                m._buffers.update(buffers)
+                raise TypeError("it puts a new tensor in the place of a buffer, which could be changed by copy_")
             if _random_state() != drawn:
                 raise TypeError("it draws random numbers that do not follow its input")
             return given
@@ -225,10 +237,16 @@ class _Tracer(fx.Tracer):
         node = super().create_node(*args, **kwargs)
         if node.op != "output":
             node.meta[NO_GRAD] = not torch.is_grad_enabled()
+            own, others = (None if a is b else a for a, b in zip(_hooks(), self._packing, strict=True))
+            own = own and _innermost(_attribute(self.root, node.target) if node.op == "call_module" else None)
+            node.meta[AGAIN] = None if own is None else self._checkpoints.setdefault(own, len(self._checkpoints))
+            node.meta[PACKED] = others is not None
+            self._reentered = False
             read = [v for n in node.all_input_nodes if isinstance(v := n.meta[VALUE][0], Tensor)]
             versions = [v._version for v in read]
             with self._run():
                 node.meta[VALUE] = tuple(self._value(node, i) for i in range(len(self.batches)))
+            node.meta[REENTRANT] = self._reentered
             node.meta[WRITES] = [v for v, before in zip(read, versions, strict=True) if v._version != before]
             value = node.meta[VALUE][0]
             node.meta[BORN] = value._version if isinstance(value, Tensor) else 0
@@ -246,6 +264,35 @@ class _Tracer(fx.Tracer):
             random.setstate(python)
             np.random.set_state(numpy)  # noqa: NPY002
             self._running = False
+
+    @contextlib.contextmanager
+    def functions_as_steps(self) -> Iterator[None]:
+        """Makes one step of what an `autograd.Function` does, as its forward runs without gradients. A reentrant
+        checkpoint is such a function too, and runs as the others do."""
+        base: Any = torch.autograd.Function
+        own = vars(base)["apply"]
+
+        def apply(kind: Any, *args: Any, **kwargs: Any) -> Any:
+            if kind is checkpoint.CheckpointFunction:
+                self._reentered = True
+                function, keeps_random_state, *given = args
+                return checkpoint.checkpoint(
+                    function, *given, use_reentrant=False, preserve_rng_state=keeps_random_state
+                )
+            seen = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, fx.Proxy)]
+            if not seen or kind.__module__ == checkpoint.__name__:
+                return own.__get__(None, kind)(*args, **kwargs)
+
+            def applied(*args: Any, **kwargs: Any) -> Any:
+                return kind.apply(*args, **kwargs)
+
+            return seen[0].tracer.create_proxy("call_function", applied, args, kwargs)
+
+        base.apply = classmethod(apply)
+        try:
+            yield
+        finally:
+            base.apply = own
 
     def _value(self, node: fx.Node, which: int) -> Any:
         args, kwargs = tree_map(_without_value, map_arg((node.args, node.kwargs), lambda n: n.meta[VALUE][which]))
@@ -271,6 +318,30 @@ class _Tracer(fx.Tracer):
         if node.op == "call_method":
             return getattr(args[0], target)(*args[1:], **kwargs)
         return target(*args, **kwargs)
+
+
+def _hooks() -> tuple[Any, Any]:
+    """What keeps tensors for the backward pass now: the innermost checkpoint, and the innermost other hook."""
+    top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if top is None:
+        return None, None
+    if top[0].__module__ != checkpoint.__name__:
+        return None, top[0]
+    around = getattr(top[0], "_user_hooks", None)
+    return top[0], around and around[0]
+
+
+def _innermost(module: nn.Module | None) -> FrameType | None:
+    """The call that runs the innermost checkpoint, but for what the call of `module` enters by itself: that it does
+    whenever it is called."""
+    frame, found = sys._getframe(), None
+    while frame is not None:
+        if found is None and frame.f_globals.get("__name__") == checkpoint.__name__:
+            found = frame
+        elif found is not None and module is not None and frame.f_locals.get("self") is module:
+            found = None
+        frame = frame.f_back
+    return found
 
 
 def _random_state() -> tuple[Any, ...]:

@@ -132,7 +132,8 @@ def build_model(
     )
     if recipe.sync_batch_norm:
         sync_batch_norm(model.auxiliaries)
-    recompute(model, **recipe.again)
+    if recipe.recompute is not None:
+        recompute(model, **recipe.again)
     return model.to(memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]
 
 

@@ -1,19 +1,14 @@
 """Recompute inside a block: a unit's tensors are not kept for its backward pass but made again.
 
 Plain activation checkpointing, confined to a block, or to the branches of a coupling. Gradients, random draws and
-batch-norm statistics are those of the plain step, bit for bit; PyTorch's own checkpointing alone would update the
-statistics twice (pytorch issue 96136).
+buffers are those of the plain step, bit for bit (`core.again`).
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-
+from localgrad.core.again import again
 from localgrad.core.blocks import straight
 from localgrad.core.couplings import Link
 from localgrad.core.engine import LocalModel
@@ -23,7 +18,8 @@ from localgrad.core.errors import unknown
 def recompute(
     model: LocalModel, *, units: bool | Sequence[str] = True, couplings: bool | Sequence[int] = False
 ) -> LocalModel:
-    """Sets what `model` makes again in the backward pass, and returns it.
+    """Sets what `model` makes again in the backward pass, and returns it. A model of a backbone that has checkpoints of
+    its own has these until then.
 
     units: all, none, or those named. The network's own head counts to its last unit's block and is always kept.
     couplings: each branch of every coupling, or of those of the blocks listed. `recompute(model, units=False)` undoes
@@ -42,20 +38,3 @@ def recompute(
             if isinstance(link, Link):
                 link.way = again if here else straight
     return model
-
-
-def again(module: nn.Module, h: Tensor) -> Tensor:
-    """`module(h)`, of which only `h` is kept; run again in the backward pass."""
-    return checkpoint(module, h, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), _keeping(module)))
-
-
-@contextlib.contextmanager
-def _keeping(module: nn.Module) -> Iterator[None]:
-    """Buffers as they were, whatever is run inside: the first run has updated them."""
-    kept = [buffer.clone() for buffer in module.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in zip(module.buffers(), kept, strict=True):
-                buffer.copy_(value)

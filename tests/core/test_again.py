@@ -1,0 +1,362 @@
+"""A unit that is run again finds what its first run found, and leaves what that one left."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import deque
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.ao import quantization
+from torch.nn.utils import parametrizations, spectral_norm
+
+import localgrad as lg
+from localgrad.core import again
+from localgrad.scale import memory
+
+
+class Adapting(nn.Module):
+    """A convolution, then what a subclass makes of [B, 8, H, W]."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.before = nn.Conv2d(channels, 8, 3, padding=1)
+        self.after = nn.Conv2d(8, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.count, self.seen, self.chance = 0, deque(maxlen=3), random.Random(1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.after(self.adapt(self.before(h)).relu())
+
+    def adapt(self, h: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class RunningMean(Adapting):
+    def adapt(self, h: Tensor) -> Tensor:
+        h = h - self.mean.view(-1, 1, 1)
+        self.mean.lerp_(h.detach().mean((0, 2, 3)).to(self.mean.dtype) + 1, 0.3)
+        return h
+
+
+class BehindItsBack(Adapting):
+    def adapt(self, h: Tensor) -> Tensor:
+        self.mean.data.add_(0.3)
+        return h + self.mean.view(-1, 1, 1)
+
+
+class Replaced(Adapting):
+    def adapt(self, h: Tensor) -> Tensor:
+        self.mean = self.mean * 0.9 + h.detach().mean().to(self.mean.dtype) + 0.2
+        return h * (1 + self.mean.view(-1, 1, 1))
+
+
+class Lazy(Adapting):
+    def adapt(self, h: Tensor) -> Tensor:
+        if not hasattr(self, "first"):
+            self.register_buffer("first", h.detach().mean((0, 2, 3)).clone())
+            return 2 * h
+        return h - self.get_buffer("first").view(-1, 1, 1)
+
+
+class Counter(Adapting):
+    def adapt(self, h: Tensor) -> Tensor:
+        self.steps += 1
+        return h / self.steps
+
+
+class InPython(Adapting):
+    def adapt(self, h: Tensor) -> Tensor:
+        self.count += 1
+        self.seen.append(self.count)
+        return h * sum(self.seen)
+
+
+class Draws(Adapting):
+    def adapt(self, h: Tensor) -> Tensor:
+        factor = random.random() + self.chance.random() + float(np.random.rand())  # noqa: NPY002
+        return nn.functional.dropout(h * factor, 0.3, self.training)
+
+
+class Jitter:
+    def __call__(self, h: Tensor) -> Tensor:
+        return h * np.random.rand()  # noqa: NPY002
+
+
+class DrawsElsewhere(Adapting):
+    """By objects that it holds, and helpers that it calls."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.jitters = [Jitter()]
+
+    def adapt(self, h: Tensor) -> Tensor:
+        return self.jitters[0](h) * drawn()
+
+
+def drawn() -> float:
+    return 1 + random.random()
+
+
+class ReadsStatistics(Adapting):
+    def adapt(self, h: Tensor) -> Tensor:
+        before = self.norm.running_mean.view(-1, 1, 1) + 1  # pyright: ignore
+        return (self.norm(h) + h) * before - self.norm.running_var.view(-1, 1, 1)  # pyright: ignore
+
+
+class Helped(Adapting):
+    def adapt(self, h: Tensor) -> Tensor:
+        return centred(h, self.norm)
+
+
+def centred(h: Tensor, norm: nn.Module) -> Tensor:
+    return norm(h) * (1 + norm.running_mean.view(-1, 1, 1))  # pyright: ignore
+
+
+class Renorm(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        assert self.running_var is not None
+        factor = (self.running_var + self.eps).sqrt().clone().view(-1, 1, 1)
+        return super().forward(input) * factor
+
+
+class Norms(Adapting):
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        norms = (Renorm(8), nn.BatchNorm2d(8), nn.BatchNorm2d(8, track_running_stats=False))
+        self.norms = nn.Sequential(*norms, nn.BatchNorm2d(8), nn.InstanceNorm2d(8, track_running_stats=True))
+
+    def adapt(self, h: Tensor) -> Tensor:
+        return self.norms(h)
+
+
+class Views(Adapting):
+    """Two buffers in the memory of a third."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.register_buffer("both", torch.zeros(2, 8))
+        self.register_buffer("second", self.both[1])
+
+    def adapt(self, h: Tensor) -> Tensor:
+        self.second += 0.4
+        return h * (1 + self.both[1].view(-1, 1, 1))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self.second = self.both[1]
+        return self
+
+
+class Codebook(Adapting):
+    """Vectors that follow the averages of what is nearest to them (van den Oord et al., NeurIPS 2017, appendix A)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.register_buffer("codes", torch.randn(6, 8, generator=torch.Generator().manual_seed(1)))
+        self.register_buffer("size", torch.zeros(6))
+        self.register_buffer("sums", self.codes.clone())
+
+    def adapt(self, h: Tensor) -> Tensor:
+        flat = h.detach().permute(0, 2, 3, 1).reshape(-1, 8).to(self.codes.dtype)
+        nearest = torch.cdist(flat, self.codes).argmin(1)
+        chosen = self.codes[nearest].view(h.shape[0], *h.shape[2:], 8).permute(0, 3, 1, 2).to(h.dtype)
+        if self.training:
+            one = nn.functional.one_hot(nearest, 6).to(flat.dtype)
+            self.size.data.mul_(0.5).add_(one.sum(0), alpha=0.5)
+            self.sums.data.mul_(0.5).add_(one.T @ flat, alpha=0.5)
+            self.codes.data.copy_(self.sums / self.size.clamp(min=0.1)[:, None])
+        return h * chosen + (h - chosen)
+
+
+class Observed(Adapting):
+    """A hook reads and moves what is not the module's own code's."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.norm.register_forward_hook(lambda norm, _, out: out * (1 + norm.running_mean.sum()))  # pyright: ignore
+
+    def adapt(self, h: Tensor) -> Tensor:
+        return self.norm(h)
+
+
+class Old(nn.Sequential):
+    def __init__(self, channels: int) -> None:
+        one, two = nn.Conv2d(channels, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        super().__init__(spectral_norm(one), nn.ReLU(), spectral_norm(two))
+
+
+class New(nn.Sequential):
+    def __init__(self, channels: int) -> None:
+        one, two = nn.Conv2d(channels, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        normed = map(parametrizations.spectral_norm, (one, two))
+        super().__init__(next(normed), nn.ReLU(inplace=True), next(normed), nn.Dropout(0.1))
+
+
+class Fused(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.one, self.norm, self.relu = nn.Conv2d(channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()
+        self.two = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.two(self.relu(self.norm(self.one(h))))
+
+
+class Switched(Adapting):
+    """Plain batch norms, of which the network's own code changes one kind each time."""
+
+    def adapt(self, h: Tensor) -> Tensor:
+        self.norm.momentum = None if self.count % 2 else 0.1
+        self.norm.eval() if self.count == 2 else self.norm.train()
+        if h.device.type != "meta":  # where a network is traced, a norm without momentum asks for values
+            self.count += 1
+        return self.norm(h)
+
+
+OWN = [RunningMean, BehindItsBack, Replaced, Counter, InPython, Draws, ReadsStatistics, Helped, Norms, Views, Codebook]
+ALL = [*OWN, Lazy, New, Switched, DrawsElsewhere, Observed]
+
+
+def network(unit: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(unit(3), unit(8), unit(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+
+
+def steps(backbone: nn.Module, again: bool, how: dict[str, Any], **step: Any) -> list[Any]:
+    """Losses, gradients and all state of some steps, and where the random generators stand."""
+    dtype = next(backbone.parameters()).dtype
+    torch.manual_seed(1)
+    x, y = torch.randn(4, 3, 12, 12, dtype=dtype), torch.arange(4)
+    model = lg.localize(copy.deepcopy(backbone), example=x, **how)
+    if again:
+        lg.recompute(model, couplings=True)
+    torch.manual_seed(2)
+    random.seed(2)
+    np.random.seed(2)  # noqa: NPY002
+    optimizer = torch.optim.SGD(lg.param_groups(model), lr=0.01)
+    seen: list[Any] = []
+    for n in range(4):
+        seen += lg.local_backward(model, x, y, micro_batch=(n % 2, 2), **step).losses
+        if n % 2:
+            seen += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+            optimizer.step()
+            optimizer.zero_grad()
+    seen += [*model.parameters(), *model.buffers(), torch.get_rng_state()]
+    seen += [(m.count, list(m.seen), m.chance.random()) for m in model.modules() if isinstance(m, Adapting)]
+    return [*seen, random.random(), float(np.random.rand())]  # noqa: NPY002
+
+
+def assert_same(backbone: nn.Module, how: dict[str, Any], **step: Any) -> None:
+    plain, again = (steps(backbone, again, how, **step) for again in (False, True))
+    assert len(plain) == len(again)
+    for a, b in zip(plain, again, strict=True):
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+MAN = {"method": lg.dgl("0c1f"), "blocks": 2, "coupling": lg.MAN(0.9)}
+
+
+@pytest.mark.parametrize("unit", ALL)
+def test_units_that_depend_on_what_they_update(unit: type[nn.Module]) -> None:
+    assert_same(network(unit), MAN)
+    assert_same(network(unit), {"method": lg.bp()}, autocast=torch.bfloat16)
+    assert_same(network(unit).double(), {"method": lg.bp()})
+
+
+def test_hooks_that_make_a_weight() -> None:  # such a unit cannot be copied, so it has no coupling
+    assert_same(network(Old), {"method": lg.dgl("0c1f"), "blocks": 2})
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_quantization_aware_training(fused: bool) -> None:
+    backbone = network(Fused).train()
+    backbone.qconfig = quantization.get_default_qat_qconfig("fbgemm")  # pyright: ignore
+    if fused:  # its convolution reads the statistics of a batch norm
+        layers = [[f"{i}.one", f"{i}.norm", f"{i}.relu"] for i in range(3)]
+        quantization.fuse_modules_qat(backbone, layers, inplace=True)
+    assert_same(quantization.prepare_qat(backbone, inplace=True), MAN)
+
+
+class Shared(nn.Module):
+    """Units that read and move one buffer, in their code and in the network's own."""
+
+    def __init__(self, other: bool) -> None:
+        super().__init__()
+        self.register_buffer("level", torch.ones(()))
+        self.units = nn.Sequential(
+            *[nn.Sequential(nn.Conv2d(c, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1)) for c in (3, 8, 8)]
+        )
+        self.norm = nn.BatchNorm2d(8, affine=False)
+        self.head, self.other = nn.Linear(8, 10), other
+
+    def forward(self, h: Tensor) -> Tensor:
+        for unit in self.units:
+            h = self.norm(unit(h)) * self.level.clone() if self.other else unit(h * self.level.clone())
+            self.level.add_(0.5)
+        return self.head(h.mean((2, 3)))
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_buffer_that_several_units_move(other: bool) -> None:
+    torch.manual_seed(0)
+    assert_same(Shared(other), {"method": lg.bp()})
+
+
+def test_a_state_that_is_shared_by_reference() -> None:
+    memo: dict[int, Any] = {}
+    base = torch.arange(6.0).view(2, 3).t()
+    state = {"base": base, "row": base[1], "list": [base, deque([base[0]])], "none": None}
+    state["twice"] = state["list"]
+    other = {name: again._copied(value, memo) for name, value in state.items()}
+    other["row"] += 10
+    assert other["base"].stride() == base.stride()
+    assert torch.equal(other["base"][1], base[1] + 10)
+    assert other["list"][0] is other["base"]
+    assert other["twice"] is other["list"]
+    assert torch.equal(base, torch.arange(6.0).view(2, 3).t())
+
+
+def test_a_graph_may_be_used_twice() -> None:
+    model = lg.recompute(lg.localize(network(RunningMean), method=lg.bp(), example=torch.zeros(2, 3, 12, 12)))
+    loss = model.blocks[0](torch.ones(2, 3, 12, 12)).square().sum()
+    loss.backward(retain_graph=True)
+    learning = [p for p in model.parameters() if p.grad is not None]
+    once = [2 * p.grad for p in learning if p.grad is not None]
+    loss.backward()
+    assert once
+    assert all(torch.equal(a, p.grad) for a, p in zip(once, learning, strict=True) if p.grad is not None)
+
+
+@pytest.mark.parametrize("unit", [RunningMean, ReadsStatistics, Codebook, New, Norms])
+def test_its_memory_is_predicted(unit: type[nn.Module]) -> None:
+    x, y = torch.randn(4, 3, 12, 12), torch.arange(4)
+    model = lg.recompute(lg.localize(network(unit), example=x, **MAN), couplings=True)
+
+    def optimizers(own: lg.LocalModel) -> list[torch.optim.Optimizer]:
+        return [torch.optim.SGD(lg.param_groups(own), lr=0.1, momentum=0.9)]
+
+    made = optimizers(model)
+    memory.training_step(model, made, x, y)
+    measured = lg.measure_peak(lambda: memory.training_step(model, made, x, y), model=model, optimizers=made)
+    assert lg.predict_peak(model, 4, optimizers).total == measured.total
+
+
+def test_nothing_is_kept_of_plain_batch_norm() -> None:
+    def kept(norm: nn.Module) -> int:
+        unit = nn.Sequential(nn.Conv2d(3, 8, 1), norm, nn.ReLU())
+        before = again._Before(unit)
+        return sum(isinstance(v, Tensor) for *_, state in before.kept for v in state.values())
+
+    assert kept(nn.BatchNorm2d(8)) == 0
+    assert kept(nn.BatchNorm2d(8, momentum=None)) == kept(nn.BatchNorm2d(8).eval()) == kept(Renorm(8)) == 3
+    assert (
+        sum(isinstance(v, Tensor) for *_, state in again._Before(ReadsStatistics(3)).kept for v in state.values()) == 5
+    )

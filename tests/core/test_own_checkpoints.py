@@ -1,0 +1,261 @@
+"""A network's own activation checkpoints become recomputed units: no more memory than the plain loop's, and nothing is
+detached."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+import localgrad as lg
+from localgrad.core.blocks import Checkpoint, straight
+from localgrad.scale import memory
+
+X, Y = torch.randn(8, 3, 24, 24, generator=torch.Generator().manual_seed(1)), torch.arange(8)
+HOW = [{"method": lg.bp()}, {"method": lg.dgl("0c1f"), "blocks": 3}]
+
+
+def unit(channels: int = 32) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU())
+
+
+class Network(nn.Module):
+    def __init__(self, reentrant: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.layers = nn.Sequential(*[unit() for _ in range(6)])
+        self.head = nn.Linear(32, 10)
+        self.checkpoint = partial(checkpoint, use_reentrant=reentrant)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.run(self.stem(x)).mean((2, 3)))
+
+    def run(self, h: Tensor) -> Tensor:
+        return self.layers(h)
+
+
+class EachLayer(Network):
+    def run(self, h: Tensor) -> Tensor:
+        for layer in self.layers:
+            h = self.checkpoint(layer, h)
+        return h
+
+
+class Segments(Network):
+    def run(self, h: Tensor) -> Tensor:
+        return checkpoint_sequential(self.layers, 3, h, **self.checkpoint.keywords)
+
+
+class Closures(Network):
+    def run(self, h: Tensor) -> Tensor:
+        for layer in self.layers:
+            h = self.checkpoint(lambda h, layer=layer: functional.gelu(layer(h)) + h, h)
+        return h
+
+
+class Skips(Network):
+    """One unit, as each tensor is read again at the end."""
+
+    def run(self, h: Tensor) -> Tensor:
+        kept = []
+        for layer in self.layers[:3]:
+            h = self.checkpoint(layer, h)
+            kept.append(h)
+        for layer in self.layers[3:]:
+            h = self.checkpoint(lambda a, b, layer=layer: layer(a + b), h, kept.pop())
+        return h
+
+
+class Whole(Network):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.checkpoint(super().forward, x)
+
+
+class Nested(Network):
+    def run(self, h: Tensor) -> Tensor:
+        return self.checkpoint(self.inner, h)
+
+    def inner(self, h: Tensor) -> Tensor:
+        for layer in self.layers:
+            h = self.checkpoint(layer, h)
+        return h
+
+
+class Layer(nn.Module):
+    """Enters a checkpoint when it is called, as layers of transformers do."""
+
+    own: Any = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unit = unit()
+
+    def __call__(self, h: Tensor) -> Tensor:
+        return self.own(super().__call__, h) if self.own and self.training else super().__call__(h)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.unit(h) + h
+
+
+class Stage(Layer):
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.blocks = nn.ModuleList([Layer() for _ in range(3)])
+
+    def forward(self, h: Tensor) -> Tensor:
+        for block in self.blocks:
+            h = block(h)
+        return h
+
+
+class OfLayers(Network):
+    def __init__(self, kinds: tuple[type, ...], reentrant: bool = False) -> None:
+        super().__init__(reentrant)
+        self.layers = nn.ModuleList([Stage(), Stage()])
+        for module in self.modules():
+            if type(module) in kinds:
+                module.own = self.checkpoint  # pyright: ignore
+
+    def run(self, h: Tensor) -> Tensor:
+        for stage in self.layers:
+            h = stage(h)
+        return h
+
+
+def gradients(net: nn.Module) -> list[Tensor | None]:
+    found = [p.grad for p in net.parameters()]
+    net.zero_grad()
+    return found
+
+
+def check(net: nn.Module, x: Tensor = X) -> list[lg.LocalModel]:
+    """Backpropagation has the gradients and the memory of the plain loop, and a cut into blocks no more of it."""
+    models = [lg.localize(copy.deepcopy(net), example=x, **how) for how in HOW]
+    net.train()
+    torch.manual_seed(2)
+    plain = lg.measure_peak(lambda: functional.cross_entropy(net(x), Y[: len(x)]).backward()).total
+    expected = gradients(net)
+    for model in models:
+        torch.manual_seed(2)
+        assert (
+            lg.measure_peak(lambda model=model: lg.local_backward(model, x, Y[: len(x)])).total < 1.001 * plain + 1000
+        )
+        found = gradients(model.backbone)
+        assert all(g is not None for g in found)
+        if model is models[0]:
+            assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))  # pyright: ignore
+    return models
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", [EachLayer, Segments, Closures, Skips])
+def test_in_a_forward_of_ones_own(kind: type[Network], reentrant: bool) -> None:
+    check(kind(reentrant))
+
+
+@pytest.mark.parametrize("kind", [Whole, Nested])
+def test_one_around_the_network_or_around_others(kind: type[Network]) -> None:
+    check(kind())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kinds", [(Layer,), (Stage,), (Layer, Stage)])
+@pytest.mark.filterwarnings("ignore:None of the inputs")  # the plain loop's, of one reentrant checkpoint in another
+def test_entered_by_the_call_of_a_layer(kinds: tuple[type, ...], reentrant: bool) -> None:
+    model = check(OfLayers(kinds, reentrant))[1]
+    ways = {way for block in model.blocks for way in block.ways} - {straight}
+    assert ways == ({Checkpoint(0), Checkpoint(1)} if Stage in kinds else set())  # a layer's own stays its own
+
+
+def test_units_of_one_checkpoint_run_again_together_and_an_explicit_choice_replaces_it() -> None:
+    model = check(Segments())[0]
+    assert model.blocks[0].ways == [straight, *[Checkpoint(0)] * 2, *[Checkpoint(1)] * 2, *[straight] * 3]
+    assert "7 recomputed" not in repr(model)
+    assert "4 recomputed" in repr(model)
+    lg.recompute(model, units=["layers.5"])
+    assert [way is straight for way in model.blocks[0].ways] == [*[True] * 6, False, True]
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "convnext_atto", "resnet18"])
+def test_networks_of_timm(name: str) -> None:
+    timm = pytest.importorskip("timm")
+    small = {"img_size": 64, "window_size": 2, "embed_dim": 24} if "swin" in name else {}
+    torch.manual_seed(0)
+    net = timm.create_model(name, num_classes=10, **small)
+    net.set_grad_checkpointing(True)
+    x = torch.randn(2, 3, 64, 64)
+    assert "recomputed" in repr(lg.localize(net, method=lg.bp(), example=x))
+    check(net, x)
+
+
+def test_statistics_move_once_and_memory_is_predicted() -> None:
+    net = EachLayer()
+    for i, layer in enumerate(net.layers):
+        layer.insert(1, nn.BatchNorm2d(32))  # pyright: ignore
+        layer.append(nn.Dropout(0.1 * i))  # pyright: ignore
+    model = check(net)[1]
+    assert {int(b) for name, b in model.backbone.named_buffers() if "batches" in name} == {1}
+
+    def optimizers(own: lg.LocalModel) -> list[torch.optim.Optimizer]:
+        return [torch.optim.SGD(lg.param_groups(own), lr=0.1, momentum=0.9)]
+
+    made = optimizers(model)
+    memory.training_step(model, made, X, Y)
+    peak = lg.measure_peak(lambda: memory.training_step(model, made, X, Y), model=model, optimizers=made).total
+    assert lg.predict_peak(model, 8, optimizers).total == peak
+
+
+class Offloads(Network):
+    def run(self, h: Tensor) -> Tensor:
+        with save_on_cpu():
+            return self.layers(h)
+
+
+class Around(EachLayer):
+    def run(self, h: Tensor) -> Tensor:
+        with saved_tensors_hooks(lambda t: t, lambda t: t):
+            return super().run(h)
+
+
+@pytest.mark.parametrize("kind", [Offloads, Around])
+def test_other_hooks_on_saved_tensors_warn(kind: type[Network]) -> None:
+    with pytest.warns(UserWarning, match=r"save_on_cpu, around 'layers.0': .* lg.recompute\(model\)"):
+        lg.localize(kind(), example=X, **HOW[1])
+
+
+def test_hooks_of_whoever_cuts_are_not_the_network_s() -> None:
+    with warnings.catch_warnings(), save_on_cpu():
+        warnings.simplefilter("error")
+        models = [checkpoint(lambda: lg.localize(Network(), example=X, **HOW[1]), use_reentrant=False)]
+    assert {way for model in models for block in model.blocks for way in block.ways} == {straight}
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return -ctx.factor * gradients[0], None
+
+
+class Reverses(Network):
+    def run(self, h: Tensor) -> Tensor:
+        for layer in self.layers:
+            h = layer(Reversed.apply(h, 0.5))
+        return h
+
+
+def test_a_function_with_a_backward_of_its_own_is_not_followed_into() -> None:
+    check(Reverses())
