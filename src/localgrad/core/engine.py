@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,9 @@ from torch.utils._pytree import tree_map_only
 
 from localgrad.core.auxiliary import Auxiliary, Method, Site, full_precision
 from localgrad.core.blocks import Block, Traced, split, trace_units
+from localgrad.core.copies import computed
 from localgrad.core.couplings import MAN
+from localgrad.core.door import Door, check_call, check_making, no_local_model
 from localgrad.core.errors import UserError
 from localgrad.core.rebuild import Reads
 from localgrad.core.task import Classification, Task
@@ -55,6 +58,14 @@ class LocalModel(nn.Module):
         self.method = method
         self.task = task
         self.image = image
+        self.door = Door()
+
+    def __deepcopy__(self, memo: dict) -> LocalModel:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        memo.update(computed(self, memo))
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
 
     def forward(self, x: Tensor) -> Any:
         return self.backbone(x)
@@ -120,9 +131,12 @@ def localize(
     blocks: how many, or the last unit of each (`units(backbone, example)` lists the names); by default 4, or `bp`'s 1.
     coupling: `MAN()`, `MANPlusPlus()`, `DeepMAN()` or None. example: a normalised input batch [B, C, H, W]; only its
     shape counts. task: by default classification into as many classes as the backbone gives logits. Copies of the
-    coupling start from the backbone's weights as they are now: load a checkpoint first. Raises UserError for cuts that
-    cannot be.
+    coupling start from the backbone's weights as they are now: load a checkpoint first. Make the optimizer afterwards,
+    of `param_groups(model)`, or auxiliaries would not be trained. A backbone in evaluation mode is put into training
+    mode, as `backbone.train()` does; in any other, each module keeps its mode, as frozen batch norms do. Raises
+    UserError for cuts that cannot be.
     """
+    check_making(backbone, example, task)
     for name, value, kind in (("method", method, Method), ("coupling", coupling, MAN | None)):
         if not isinstance(value, kind):
             raise UserError(f"{name} takes what its function gives, such as lg.dgl() or lg.MAN(), not {value!r}")
@@ -151,10 +165,20 @@ def localize(
             head=method.head,
         )
         auxiliaries.append(_auxiliary(site, method, coupling))
-    parameter = next(backbone.parameters())
+    device = next(backbone.parameters()).device
     for auxiliary in auxiliaries:
-        auxiliary.to(parameter.device, parameter.dtype)
-    return LocalModel(backbone, built, auxiliaries, method, task, tuple(example.shape[1:])).train()
+        auxiliary.to(device).train()
+    if not backbone.training:
+        backbone.train()
+    return LocalModel(backbone, built, auxiliaries, method, task, tuple(example.shape[1:]))
+
+
+def localized(model: Any, what: str) -> LocalModel:
+    """`model`, or the one that torch.compile has wrapped. Raises UserError for anything else that `what` was given."""
+    plain = model if isinstance(model, LocalModel) else getattr(model, "_orig_mod", None)
+    if not isinstance(plain, LocalModel):
+        raise no_local_model(model, what, LocalModel)
+    return plain
 
 
 def local_backward(
@@ -182,15 +206,18 @@ def local_backward(
         loss = criterion(block[K-1](h), targets); backward(loss)
 
     x: normalised inputs [B, C, H, W]. y: targets [B]. images: [B, C, H, W] in [0, 1] for reconstruction, by default x
-    un-normalised with the method's mean and std. scale: every loss is multiplied by it before its backward pass (for
-    accumulation and gradient scalers). autocast: a dtype to compute each block's forward pass in. check(k, loss): is
-    called when block k has its gradients, before its coupling moves; what it raises ends the step there.
-    after_block(k): is called when the coupling has moved; a step of the block's optimizer belongs there. micro_batch:
-    (which, of how many) when gradients are accumulated: averages move once per optimizer step, and with `form="pull"`
-    as the next step begins, when the copy has taken its gradient step. None leaves them to `model.move_averages`, for
-    a caller who may yet drop the step. blocks: neighbours that shall be trained, instead of all; x is then what the
-    block before them hands on, and images have no default.
+    un-normalised with the method's mean and std. scale: every loss is multiplied by it before its backward pass: 1 / n
+    to accumulate n batches, and with a gradient scaler `scaler.scale(torch.ones(()))`, on the model's device, for a
+    scaler steps only after its `scale` was called (its `get_scale()` alone is not enough). autocast: a dtype to compute
+    each block's forward pass in. check(k, loss): is called when block k has its gradients, before its coupling moves;
+    what it raises ends the step there. after_block(k): is called when the coupling has moved; a step of the block's
+    optimizer belongs there. micro_batch: (which, of how many) when gradients are accumulated: averages move once per
+    optimizer step, and with `form="pull"` as the next step begins, when the copy has taken its gradient step. None
+    leaves them to `model.move_averages`, for a caller who may yet drop the step. blocks: neighbours that shall be
+    trained, instead of all; x is then what the block before them hands on, and images have no default.
     """
+    model = localized(model, "local_backward")
+    check_call(x, y, scale, autocast)
     blocks = blocks or range(len(model.blocks))
     shape = tuple(model.blocks[blocks[0] - 1].boundary.shape) if blocks[0] else model.image
     model.task.check_targets(y)
@@ -199,6 +226,7 @@ def local_backward(
         raise UserError(
             f"inputs of shape {tuple(x.shape)} for {len(y)} targets: this model was localized for {expected}"
         )
+    model.door.admit(model, blocks, x, y, images, autocast)
     if images is None and not blocks[0] and model.needs_images(blocks):
         images = model.method.images(x)
     first, last = (False, False) if micro_batch is None else (micro_batch[0] == 0, micro_batch[0] == micro_batch[1] - 1)
@@ -266,6 +294,7 @@ def param_groups(
     fewer than two dimensions). lr: one for all blocks or one for each. Of both, the optimizer's own by default. EMA
     copies and frozen parameters never enter; a block that is wholly frozen has an empty group.
     """
+    model = localized(model, "param_groups")
     count = len(model.blocks)
     if isinstance(lr, Sequence) and len(lr) != count:
         raise UserError(f"lr lists {len(lr)} learning rates for {count} blocks")
@@ -317,10 +346,29 @@ def _auxiliary(site: Site, method: Method, coupling: MAN | None) -> Auxiliary:
         beyond = site.downstream[site.downstream.index(end) + 1 :]
         site = replace(site, boundary=end.output, downstream=beyond, head=site.head or coupling.head)
     assert method.terms is not None
-    return Auxiliary(momentum, method.terms(site))
+    auxiliary = Auxiliary(momentum, method.terms(site))
+    for head in auxiliary.heads.values():
+        _cast(head, site.boundary.dtype)
+    return auxiliary
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> torch.dtype:
+    """Casts what a method has made to the dtype that reaches it, and returns that which it hands on. Copies of units
+    keep the dtypes of their sources."""
+    copied = [m for m in module.modules() if hasattr(m, "gives")]
+    if not copied:
+        module.to(dtype)
+    elif copied[0] is module:
+        return cast(torch.dtype, module.gives)
+    else:
+        for child in module.children():
+            dtype = _cast(child, dtype)
+    return dtype
 
 
 def _backward(loss: Tensor, scale: float | Tensor) -> None:
+    if not loss.requires_grad:  # of a block that is frozen, and so is its auxiliary
+        return
     (loss if isinstance(scale, float) and scale == 1.0 else loss * scale).backward()
 
 

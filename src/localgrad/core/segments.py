@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.nn.modules.batchnorm import _NormBase
@@ -25,6 +26,7 @@ DRAWS = re.compile("rand|dropout|bernoulli|normal_|uniform_|multinomial")  # in 
 class Segment:
     """A run of steps. enters, leaves: shapes of one sample of what crosses before and after it. reads: the first
     module with parameters that it calls, and the shape that it gave to it. in_place: whether it overwrites what enters.
+    entered, left: the dtypes of what crosses before and after it.
     """
 
     name: str
@@ -33,6 +35,8 @@ class Segment:
     leaves: tuple[int, ...]
     reads: tuple[nn.Module, tuple[int, ...]] | None
     in_place: bool
+    entered: torch.dtype
+    left: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -116,12 +120,13 @@ class _Flow:
         return [n for n in self.steps if self.place[n] <= after < self.last_use[n]]
 
     def is_cut(self, after: int) -> bool:
-        """Whether one tensor crosses there, whose first dimension is the batch, and no parameters are shared across."""
+        """Whether one tensor of real numbers crosses there, whose first dimension is the batch, and no parameters are
+        shared across."""
         crossing = self.crossing(after)
         if len(crossing) != 1 or any(self.place[a] <= after < self.place[b] for a, b in self.shared):
             return False
         values = crossing[0].meta[VALUE]
-        tensors = all(isinstance(v, Tensor) and v.ndim > 1 for v in values)
+        tensors = all(isinstance(v, Tensor) and v.ndim > 1 and v.is_floating_point() for v in values)
         return tensors and [len(v) for v in values] == list(BATCHES)
 
     def segments(self, closed: dict[str, str]) -> Segments:
@@ -196,6 +201,10 @@ class _Flow:
             return "nothing crosses there"
         if not others:
             value = crossing[0].meta[VALUE][0]
+            if isinstance(value, Tensor) and not value.is_floating_point():
+                return (
+                    f"a tensor of {str(value.dtype).removeprefix('torch.')} numbers crosses, and heads read real ones"
+                )
             given = (
                 f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             )
@@ -247,7 +256,8 @@ class _Flow:
         alone = self.module(leaving) if only and not leaving.meta[NO_GRAD] else None
         built = self.rebuild.build(name, entering, run, leaving) if alone is None else alone
         overwritten = before._version != entering.meta[BORN]
-        return Segment(name, built, tuple(before.shape[1:]), tuple(after.shape[1:]), reads, overwritten)
+        shapes = tuple(before.shape[1:]), tuple(after.shape[1:])
+        return Segment(name, built, *shapes, reads, overwritten, before.dtype, after.dtype)
 
 
 def _shape(value: Any) -> Any:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from localgrad.core.couplings import Momentum, Past, update_ema
-from localgrad.core.engine import LocalModel, StepResult, local_backward
+from localgrad.core.engine import LocalModel, StepResult, local_backward, localized
 from localgrad.core.errors import UserError
 from localgrad.core.rebuild import Held
 from localgrad.scale.replicas import Ranks, SyncBatchNorm
@@ -63,6 +63,7 @@ class Stage:
     """
 
     def __init__(self, model: LocalModel, shares: Sequence[int], *, timeout: timedelta | None = None) -> None:
+        model = localized(model, "Stage")
         self.ranks = Ranks(dist.get_rank(), dist.get_world_size())
         rank, count = self.ranks.rank, self.ranks.count
         if len(shares) != count or sum(shares) != len(model.blocks) or min(shares) < 1:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from localgrad.core.blocks import straight
 from localgrad.core.couplings import Link
-from localgrad.core.engine import LocalModel
+from localgrad.core.engine import LocalModel, localized
 from localgrad.core.errors import unknown
 
 
@@ -29,6 +29,7 @@ def recompute(
     couplings: each branch of every coupling, or of those of the blocks listed. `recompute(model, units=False)` undoes
     it. Raises UserError for a name that is no unit.
     """
+    model = localized(model, "recompute")
     names = [name for block in model.blocks for name in block.names]
     chosen = set(names) if units is True else set(units or ())
     for name in chosen - set(names):
