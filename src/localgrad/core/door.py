@@ -181,7 +181,7 @@ class Door:
         key = (x.dtype, x.device, dtype, first.device, autocast)
         if (x.dtype, x.device) == (dtype, first.device) or key in self._tried:
             return
-        if _fails(model.blocks[0][0], x[:2], x[:2].to(first.device, dtype), autocast):
+        if _fails(model.blocks[0][0], x[:2], torch.zeros_like(x[:2], dtype=dtype, device=first.device), autocast):
             if x.device != first.device:
                 raise UserError(f"x is on {x.device} and the model on {first.device}: x.to('{first.device}')")
             also = "; of bytes, x.float() / 255, normalised" if x.dtype == torch.uint8 else ""
@@ -213,6 +213,7 @@ class Door:
                         "(model.auxiliaries.requires_grad_(False) says that they shall stay as they are)",
                         stacklevel=4,
                     )
+                    return
 
 
 def _probes(model: LocalModel, k: int) -> tuple[nn.Parameter, nn.Parameter] | None:
@@ -245,17 +246,16 @@ def _unhooked(module: nn.Module) -> nn.Module:
     return module
 
 
-def _fails(unit: nn.Module, x: Tensor, converted: Tensor, autocast: torch.dtype | None) -> bool:
-    """Whether a unit cannot take `x`, but the same input as the network has it."""
-    with _undisturbed(converted.device), contextlib.suppress(*ODD):
+def _fails(unit: nn.Module, x: Tensor, right: Tensor, autocast: torch.dtype | None) -> bool:
+    """Whether a unit can take `right`, and not `x`."""
+    cast_to = contextlib.nullcontext() if autocast is None else torch.autocast(right.device.type, autocast)
+    with _undisturbed(right.device), contextlib.suppress(*ODD), cast_to:
         copied = _unhooked(duplicate(unit)).eval()
-        cast_to = contextlib.nullcontext() if autocast is None else torch.autocast(converted.device.type, autocast)
-        with cast_to:
-            copied(converted)
-            try:
-                copied(x)
-            except ODD:
-                return True
+        wanted = copied(right)
+        try:
+            return copied(x).device != wanted.device
+        except ODD:
+            return True
     return False
 
 
