@@ -132,9 +132,9 @@ def localize(
     coupling: `MAN()`, `MANPlusPlus()`, `DeepMAN()` or None. example: a normalised input batch [B, C, H, W]; only its
     shape counts. task: by default classification into as many classes as the backbone gives logits. Copies of the
     coupling start from the backbone's weights as they are now: load a checkpoint first. Make the optimizer afterwards,
-    of `param_groups(model)`, or auxiliaries would not be trained. A backbone in evaluation mode is put into training
-    mode, as `backbone.train()` does; in any other, each module keeps its mode, as frozen batch norms do. Raises
-    UserError for cuts that cannot be.
+    of `param_groups(model)`, or auxiliaries would not be trained. The backbone is put into training mode, as
+    `backbone.train()` does; but where it is in that mode already, those of its modules that are in evaluation mode, as
+    frozen batch norms are, stay there. Raises UserError for cuts that cannot be.
     """
     check_making(backbone, example, task)
     for name, value, kind in (("method", method, Method), ("coupling", coupling, MAN | None)):
@@ -168,8 +168,10 @@ def localize(
     device = next(backbone.parameters()).device
     for auxiliary in auxiliaries:
         auxiliary.to(device).train()
-    if not backbone.training:
-        backbone.train()
+    frozen = [m for m in backbone.modules() if backbone.training and not m.training]
+    backbone.train()
+    for module in frozen:
+        module.training = False
     return LocalModel(backbone, built, auxiliaries, method, task, tuple(example.shape[1:]))
 
 
