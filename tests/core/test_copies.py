@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -67,7 +67,9 @@ COMPUTED: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
     "lstm": (lstm_of_norms, torch.ones(3, 2, 4), "weight_hh_l0"),
     "gru": (lambda: parametrizations.orthogonal(nn.GRU(4, 5), "weight_hh_l0"), torch.ones(3, 2, 4), "weight_hh_l0"),
     "older weight norm": (lambda: weight_norm(nn.Conv2d(3, 5, 3)), torch.ones(2, 3, 4, 4), "weight"),
-    "older weight norm, one for all": (lambda: weight_norm(nn.Linear(4, 5), dim=None), torch.ones(2, 4), "weight"),
+    "older weight norm, one for all": (
+        lambda: weight_norm(nn.Linear(4, 5), dim=cast(int, None)), torch.ones(2, 4), "weight"
+    ),
     "older weight norm of a bias": (lambda: weight_norm(nn.Linear(4, 5), "bias"), torch.ones(2, 4), "bias"),
     "older weight norm of an lstm": (
         lambda: weight_norm(nn.LSTM(4, 5), "weight_hh_l0"), torch.ones(3, 2, 4), "weight_hh_l0"
@@ -123,13 +125,14 @@ def test_what_is_drawn_has_the_spread_of_a_plain_layer(name: str) -> None:
 
 
 def test_norms_hold_for_what_is_drawn() -> None:
-    conv, linear = parametrizations.spectral_norm(nn.Conv2d(3, 5, 3)), parametrizations.orthogonal(nn.Linear(4, 4))
+    conv: Any = parametrizations.spectral_norm(nn.Conv2d(3, 5, 3))
+    linear: Any = parametrizations.orthogonal(nn.Linear(4, 4))
     for module in (conv, linear):
         draw_anew(module)
         weight = module.eval().weight.detach().flatten(1)
         assert float(torch.linalg.matrix_norm(weight, 2)) == pytest.approx(1, abs=0.02)
     torch.testing.assert_close(linear.weight @ linear.weight.mT, torch.eye(4), atol=1e-5, rtol=0)
-    pruned = prune.l1_unstructured(nn.Linear(4, 5), "weight", 0.5)
+    pruned: Any = prune.l1_unstructured(nn.Linear(4, 5), "weight", 0.5)
     draw_anew(pruned)
     assert torch.equal(pruned.weight == 0, pruned.weight_mask == 0)
 
@@ -138,7 +141,8 @@ def test_a_weight_that_nothing_tells_how_to_draw_is_said() -> None:
     class Own(nn.Linear):
         def __init__(self) -> None:
             super().__init__(4, 4)
-            self.factor = nn.Parameter(self._parameters.pop("weight").detach())
+            self.factor = nn.Parameter(torch.randn(4, 4))
+            del self._parameters["weight"]
 
         @property
         def weight(self) -> Tensor:

@@ -130,7 +130,7 @@ def test_complex_buffers_are_averaged_and_counters_copied() -> None:
     for module, value in ((source, 4 + 8j), (average, 0j)):
         module.register_buffer("phase", torch.tensor([value]))
     lg.update_ema(average, source, 0.75, buffers=True)
-    assert torch.equal(average.phase, torch.tensor([1 + 2j]))
+    assert torch.equal(average.get_buffer("phase"), torch.tensor([1 + 2j]))
 
 
 def test_no_cut_lies_where_no_real_numbers_cross() -> None:

@@ -18,11 +18,20 @@ from torch.nn import functional as F
 
 import localgrad as lg
 
-METHODS = [lg.bp(), lg.dgl(), lg.predsim(), lg.infopro(contrast=True), lg.infopro(weights=[(1, 1)] * 2), lg.auglocal()]
+METHODS = [
+    lg.bp(),
+    lg.dgl(),
+    lg.predsim(),
+    lg.infopro(contrast=True),
+    lg.infopro(weights=[(1.0, 1.0)] * 2),
+    lg.auglocal(),
+]
 
 
 class Between(nn.Module):
     """Does between its units what needs steps of many kinds: functions, tables, constants, writes."""
+
+    table: Tensor
 
     def __init__(self) -> None:
         super().__init__()

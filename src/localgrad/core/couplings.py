@@ -130,8 +130,8 @@ class Link(nn.Module):
         self.learnable = source.copy(fresh=not pull).requires_grad_() if spec.learnable else None
         self.ema = source.copy(fresh=False).requires_grad_(False) if spec.ema and not pull and not alone else None
         parameter = next(source.module.parameters(), None)
-        like = {} if parameter is None else {"device": parameter.device}
-        scale = torch.ones((), dtype=source.output.dtype, **like)
+        device = None if parameter is None else parameter.device
+        scale = torch.ones((), dtype=source.output.dtype, device=device)
         self.scale = nn.Parameter(scale) if spec.scaled and not alone else None
         self.way = straight
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from localgrad.core.auxiliary import Auxiliary, Method, Site, full_precision
+from localgrad.core.auxiliary import Auxiliary, Method, Site, cast_head, full_precision
 from localgrad.core.blocks import Block, Traced, split, trace_units
 from localgrad.core.copies import computed
 from localgrad.core.couplings import MAN
@@ -350,22 +350,8 @@ def _auxiliary(site: Site, method: Method, coupling: MAN | None) -> Auxiliary:
     assert method.terms is not None
     auxiliary = Auxiliary(momentum, method.terms(site))
     for head in auxiliary.heads.values():
-        _cast(head, site.boundary.dtype)
+        cast_head(head, site.boundary.dtype)
     return auxiliary
-
-
-def _cast(module: nn.Module, dtype: torch.dtype) -> torch.dtype:
-    """Casts what a method has made to the dtype that reaches it, and returns that which it hands on. Copies of units
-    keep the dtypes of their sources."""
-    copied = [m for m in module.modules() if hasattr(m, "gives")]
-    if not copied:
-        module.to(dtype)
-    elif copied[0] is module:
-        return cast(torch.dtype, module.gives)
-    else:
-        for child in module.children():
-            dtype = _cast(child, dtype)
-    return dtype
 
 
 def _backward(loss: Tensor, scale: float | Tensor) -> None:

@@ -71,8 +71,9 @@ class Run(fx.GraphModule):
     constants of what depends on no input."""
 
     def __reduce__(self) -> tuple[Any, ...]:
+        by_name: Any = _Step.of
         steps = [
-            (node.op, _by_name(node.target), *map_arg((node.args, node.kwargs), lambda n: _Step(n.name)), node.name)
+            (node.op, _by_name(node.target), *map_arg((node.args, node.kwargs), by_name), node.name)
             for node in self.graph.nodes
         ]
         held = {name: value for name, value in vars(self).items() if name not in ("_graph", "_code")}
@@ -88,6 +89,10 @@ class _Step:
 
     name: str
 
+    @classmethod
+    def of(cls, node: fx.Node) -> _Step:
+        return cls(node.name)
+
 
 @dataclass(frozen=True)
 class _Function:
@@ -99,8 +104,9 @@ class _Function:
 
 def _by_name(target: Any) -> Any:
     module, name = getattr(target, "__module__", None), getattr(target, "__name__", None)
-    known = isinstance(module, str) and isinstance(name, str) and getattr(sys.modules.get(module), name, None) is target
-    return _Function(module, name) if known else target
+    if isinstance(module, str) and isinstance(name, str) and getattr(sys.modules.get(module), name, None) is target:
+        return _Function(module, name)
+    return target
 
 
 def _unpickled_run(name: str, steps: Sequence[tuple[Any, ...]]) -> Run:
