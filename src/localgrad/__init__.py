@@ -19,17 +19,10 @@ if TYPE_CHECKING:
     from localgrad.core.backbones import CifarResNet, build
     from localgrad.core.blocks import Block, Boundary, Unit, units
     from localgrad.core.couplings import MAN, DeepMAN, MANPlusPlus, update_ema
-    from localgrad.core.engine import (
-        BlockResult,
-        LocalModel,
-        StepResult,
-        block_steps,
-        local_backward,
-        localize,
-        param_groups,
-    )
+    from localgrad.core.engine import BlockResult, StepResult, block_steps, local_backward
     from localgrad.core.errors import RunError, UserError
     from localgrad.core.methods import auglocal, bp, dgl, infopro, infopro_weights, predsim
+    from localgrad.core.model import LocalModel, localize, param_groups
     from localgrad.core.task import Classification
     from localgrad.scale.memory import PeakBytes, measure_peak, predict_peak
     from localgrad.scale.pipeline import Stage, least_lag
@@ -54,6 +47,7 @@ _HOME = {
         "param_groups",
     ),
     "core.errors": ("RunError", "UserError"),
+    "core.model": ("LocalModel", "localize", "param_groups"),
     "core.methods": ("auglocal", "bp", "dgl", "infopro", "infopro_weights", "predsim"),
     "core.task": ("Classification",),
     "scale.memory": ("PeakBytes", "measure_peak", "predict_peak"),

@@ -243,8 +243,9 @@ def steps(backbone: nn.Module, again: bool, how: dict[str, Any], **step: Any) ->
     optimizer = torch.optim.SGD(lg.param_groups(model), lr=0.01)
     seen: list[Any] = []
     for n in range(4):
-        seen += lg.local_backward(model, x, y, micro_batch=(n % 2, 2), **step).losses
+        seen += [done.loss for done in lg.block_steps(model, x, y, **step)]
         if n % 2:
+            model.move_averages()
             seen += [p.grad.clone() for p in model.parameters() if p.grad is not None]
             optimizer.step()
             optimizer.zero_grad()

@@ -164,6 +164,71 @@ def test_one_sample_more_or_less_is_no_matter_of_the_example() -> None:
     assert lg.local_backward(model, x, y).logits.shape == (6, 10)
 
 
+# Modes
+
+
+class Frozen(nn.Module):
+    """Keeps its batch norms in evaluation mode, however it is called."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+    def train(self, mode: bool = True) -> Frozen:
+        super().train(mode)
+        freeze(self)
+        return self
+
+
+def freeze(network: nn.Module) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("build", [resnet, vgg, composite])
+@pytest.mark.parametrize("coupling", [None, lg.DeepMAN(0.5)], ids=str)
+def test_modules_keep_their_modes(build: Callable[[], nn.Module], coupling: lg.MAN | None) -> None:
+    network = build()
+    freeze(network)
+    modes = [m.training for m in network.modules()]
+    statistics = {k: b.clone() for k, b in network.named_buffers()}
+    model = lg.localize(network, blocks=2, method=lg.dgl("0c1f"), coupling=coupling, example=batch()[0])
+    assert [m.training for m in network.modules()] == modes
+    assert all(m.training for m in model.auxiliaries.modules())
+    frozen = {id(m) for m in network.modules() if not m.training}
+    assert all(m.training for b in model.blocks for m in b.modules() if id(m) not in frozen)
+    lg.local_backward(model, *batch())
+    lg.local_backward(lg.recompute(model, couplings=True), *batch())
+    assert_same(statistics, dict(network.named_buffers()))
+    model.zero_grad()
+    own, (x, y) = sgd(lg.param_groups(model)), batch()
+    training_step(model, [own], x, y)
+    measured = lg.measure_peak(lambda: training_step(model, [own], x, y), model=model, optimizers=[own])
+    assert lg.predict_peak(model, 4, lambda m: [sgd(lg.param_groups(m))]).total == measured.total
+
+
+def test_a_network_in_evaluation_mode_is_put_into_training_mode_as_it_does_itself() -> None:
+    model = local(backbone=resnet().eval())
+    assert model.training
+    assert all(m.training for m in model.modules())
+    frozen = lg.localize(Frozen(resnet()).eval(), blocks=2, method=lg.dgl("0c1f"), example=batch()[0])
+    assert {type(m) for m in frozen.backbone.modules() if not m.training} == {nn.BatchNorm2d}
+
+
+def test_a_plan_counts_frozen_units_apart_from_those_that_look_alike() -> None:
+    network = resnet()
+    freeze(network.get_submodule("layer1.1"))
+    network.get_submodule("layer2.2").requires_grad_(False)
+    units = lg.Planner(network, batch()[0], method=lg.bp()).costs
+    kept = dict(zip(units.names, (cost.gradients for cost in units.units[0]), strict=True))
+    assert kept["layer1.1"] < kept["layer1.0"] == kept["layer1.2"]
+    assert kept["layer2.2"] == 0 < kept["layer2.1"]
+
+
 # What warns, what is refused
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from localgrad.core.couplings import DeepMAN
-from localgrad.core.engine import LocalModel, local_backward
+from localgrad.core.engine import local_backward
 from localgrad.core.errors import UserError
+from localgrad.core.model import LocalModel
 from localgrad.run.build import build_model, check_single, coupling_of, machine_for, method_of
 from localgrad.run.data import DATASETS, Data, Images
 from localgrad.run.recipe import Recipe

@@ -9,7 +9,7 @@ import pytest
 
 from localgrad.cli import main
 from localgrad.core.errors import UserError
-from localgrad.run.arguments import parse_bytes
+from localgrad.core.sizes import parse_bytes
 from localgrad.run.recipe import Recipe, read_plan, read_recipe
 from localgrad.run.runlog import summary_rows
 

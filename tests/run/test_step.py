@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from localgrad.cli import main
-from localgrad.core.engine import LocalModel
 from localgrad.core.errors import RunError, UserError
+from localgrad.core.model import LocalModel
 from localgrad.core.task import Classification
 from localgrad.run import data as data_room
 from localgrad.run.build import build_model, machine_for

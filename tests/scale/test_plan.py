@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -138,3 +138,13 @@ def test_no_chain_under_the_cap_is_faster(network: Costs, cap: int) -> None:
         assert sum(f.seconds for f in chain) == pytest.approx(best)
         assert [f.i for f in chain] == [0, *(f.j + 1 for f in chain[:-1])]
         assert all(f.peak <= cap for f in chain)
+
+
+def test_a_budget_is_a_number_of_bytes_or_text() -> None:
+    made = planner(coupling=None)
+    assert made.fastest("1 GiB") == made.fastest(2**30) == made.fastest(2.0**30)
+    for budget in cast("list[Any]", [True, None, "8 apples", -1, float("nan"), [2**30]]):
+        with pytest.raises(UserError, match="budget takes"):
+            made.fastest(budget)
+        with pytest.raises(UserError, match="budget takes"):  # before anything is traced
+            lg.plan(lg.build("resnet20", classes=10), torch.zeros(4, 3, 8, 8), budget, method=lg.dgl("0c1f"))

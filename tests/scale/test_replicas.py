@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +11,10 @@ import torch
 import torch.distributed as dist
 from spawned import on_ranks
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import localgrad as lg
+from localgrad.core.errors import UserError
 from localgrad.core.methods import METHODS
 from localgrad.scale.replicas import Ranks, Replicas, SyncBatchNorm, _buckets, sync_batch_norm
 
@@ -152,3 +156,32 @@ def test_one_rank_needs_no_group() -> None:
     ranks.broadcast([tensor])
     assert (ranks.first, ranks.broadcast_object(3), ranks.all_gather_object("a")) == (True, 3, ["a"])
     assert (ranks.gather_object("a"), ranks.all_reduce_sum([1.5]), ranks.all_reduce_max([1.5])) == (["a"], [1.5], [1.5])
+
+
+def at_the_door() -> list[torch.Tensor]:
+    """Another model is named; a batch of one on each rank is a batch of two to a norm over the ranks; what `Replicas`
+    has changed in a model can be pickled."""
+    x, y = torch.randn(1, 3, 8, 8), torch.tensor([1])
+    backbone = lg.sync_batch_norm(lg.build("resnet20", classes=10))
+    model = lg.localize(backbone, blocks=2, method=lg.predsim("1c2f"), example=x)
+    lg.sync_batch_norm(model.auxiliaries)
+    wrapped: Any = DistributedDataParallel(model)
+    calls = (
+        lambda: lg.local_backward(wrapped, x, y),
+        lambda: lg.Replicas(wrapped),
+        lambda: lg.Stage(wrapped, (1, 1)),
+        lambda: lg.localize(wrapped, method=lg.bp(), example=x),
+    )
+    for call in calls:
+        with pytest.raises(UserError, match="averages nothing of K separate backward passes"):
+            call()
+    replicas = lg.Replicas(model)
+    twin = pickle.loads(pickle.dumps(model))
+    losses = [torch.stack(lg.local_backward(m, x, y).losses) for m in (model, twin)]
+    replicas.finish()
+    return losses
+
+
+def test_the_door_stands_on_every_rank(tmp_path: Path) -> None:
+    for one, other in on_ranks(at_the_door, tmp_path):
+        assert torch.equal(one, other)

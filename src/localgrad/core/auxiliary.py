@@ -120,3 +120,17 @@ class Auxiliary(nn.Module):
 def full_precision(x: Tensor) -> Tensor:
     """x, in float32 if autocast has left it in half precision."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def cast_head(module: nn.Module, dtype: torch.dtype) -> torch.dtype:
+    """Casts what a method has made to the dtype that reaches it, and returns that which it hands on. Copies of units
+    keep the dtypes of their sources."""
+    copied = [m for m in module.modules() if hasattr(m, "gives")]
+    if not copied:
+        module.to(dtype)
+    elif copied[0] is module:
+        return module.gives  # pyright: ignore[reportReturnType]
+    else:
+        for child in module.children():
+            dtype = cast_head(child, dtype)
+    return dtype

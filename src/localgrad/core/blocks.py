@@ -5,16 +5,18 @@ A unit or block references the modules that it runs, never copies or renames the
 
 from __future__ import annotations
 
-import copy
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from localgrad.core.again import again
+from localgrad.core.copies import draw_anew, duplicate
+from localgrad.core.door import check_network
 from localgrad.core.errors import UserError, unknown
 from localgrad.core.segments import Segment, Segments, segments
 
@@ -26,8 +28,8 @@ class Boundary:
     """What crosses between two units: the shape of one sample, its layout, and how many shape changes came before.
 
     layout: "NCHW" or "NHWC" feature maps, "NLC" tokens or "NC" vectors. prefix: tokens before those of the image, the
-    class token first. grid: on which those of the image lie. Heads read it through `to_map` and `summary`; nobody
-    guesses from `ndim`.
+    class token first. grid: on which those of the image lie. dtype: in which it arrives, without autocast. Heads read
+    it through `to_map` and `summary`; nobody guesses from `ndim`.
     """
 
     shape: tuple[int, ...]
@@ -35,6 +37,7 @@ class Boundary:
     stage: int
     prefix: int = 0
     grid: tuple[int, int] | None = None
+    dtype: torch.dtype = field(default=torch.float32, repr=False)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -65,7 +68,7 @@ class Boundary:
         norm: list[nn.Module] = [nn.LayerNorm(self.channels)] if self.layout in ("NLC", "NHWC") else []
         if not self.prefix:
             return norm, self
-        return [ClassToken(), *norm], Boundary((self.channels,), "NC", self.stage)
+        return [ClassToken(), *norm], Boundary((self.channels,), "NC", self.stage, dtype=self.dtype)
 
 
 class ToMap(nn.Module):
@@ -134,13 +137,12 @@ class Unit:
         return self.input.shape != self.output.shape
 
     def copy(self, *, fresh: bool) -> nn.Module:
-        """A copy with parameters of its own; `fresh` draws them anew (a bare parameter keeps its value)."""
-        module = copy.deepcopy(self.module)
+        """A copy with parameters of its own; `fresh` draws them anew (`draw_anew`). Its `gives` is the dtype that
+        it hands on."""
+        module = duplicate(self.module)
         if fresh:
-            for part in module.modules():
-                reset = getattr(part, "reset_parameters", getattr(part, "_reset_parameters", None))
-                if callable(reset):
-                    reset()
+            draw_anew(module)
+        vars(module)["gives"] = self.output.dtype
         return module
 
 
@@ -169,14 +171,14 @@ def _way(checkpoint: int | None) -> Way:
 class Block(nn.Sequential):
     """Consecutive units that share one loss; the last block also runs the network's own head.
 
-    names: of its units. boundary: what it hands on. ways: how each of its modules is run; at first as the backbone's
-    own checkpoints have it, the one of the head by number.
+    names: of its units. entering, boundary: what it reads and hands on. ways: how each of its modules is run; at first
+    as the backbone's own checkpoints have it, the one of the head by number.
     """
 
     def __init__(self, units: Sequence[Unit], head: nn.Module | None = None, checkpoint: int | None = None) -> None:
         super().__init__(*[u.module for u in units], *([] if head is None else [head]))
         self.names = tuple(u.name for u in units)
-        self.boundary = units[-1].output
+        self.entering, self.boundary = units[0].input, units[-1].output
         numbers = [*[u.checkpoint for u in units], *([] if head is None else [checkpoint])]
         self.ways = [_way(number) for number in numbers]
 
@@ -209,16 +211,17 @@ class Traced:
 
 def trace_units(backbone: nn.Module, example: Tensor) -> Traced:
     """Cuts `backbone` into its units. Raises UserError for a network that cannot be cut."""
+    check_network(backbone, example)
     cut = segments(backbone, example)
     found: list[Unit] = []
     stage = 0
     rest = [*cut.units[1:], cut.head]
     entering = tuple(example.shape[1:])
     image = (entering[-2], entering[-1]) if len(entering) == 3 else (1, 1)
-    before = Boundary(entering, "NCHW" if len(entering) == 3 else "NC", stage)
+    before = Boundary(entering, "NCHW" if len(entering) == 3 else "NC", stage, dtype=cut.units[0].entered)
     for segment, following in zip(cut.units, rest, strict=True):
         stage += segment.enters != segment.leaves and bool(found)
-        after = _boundary(segment, following, stage, image)
+        after = replace(_boundary(segment, following, stage, image), dtype=segment.left)
         found.append(Unit(segment.name, _runnable(segment, segment.in_place), before, after, segment.checkpoint))
         before = after
     tail, checkpoint = (_runnable(cut.head, False), cut.head.checkpoint) if cut.head else (None, None)
@@ -241,9 +244,9 @@ def split(traced: Traced, blocks: int | Sequence[str]) -> list[list[Unit]]:
     names = [u.name for u in traced.units]
     if isinstance(blocks, str):
         blocks = [blocks]
-    if isinstance(blocks, bool | float) or (
-        not isinstance(blocks, int) and not all(isinstance(b, str) for b in blocks)
-    ):
+    if isinstance(blocks, Integral) and not isinstance(blocks, bool):
+        blocks = int(blocks)  # one of numpy's, say
+    elif not (isinstance(blocks, Iterable) and all(isinstance(b, str) for b in blocks)):
         raise UserError(f"blocks takes a whole number or names of units, not {blocks}")
     if isinstance(blocks, int):
         if not 1 <= blocks <= len(names):

@@ -6,7 +6,6 @@ code is followed, not the ECCV text, where they differ (`form="pull"` is the tex
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.core.blocks import Unit, Way, select_path, straight
+from localgrad.core.copies import duplicate
 from localgrad.core.errors import UserError
 
 FORMS = ("branches", "pull")
@@ -130,8 +130,9 @@ class Link(nn.Module):
         self.learnable = source.copy(fresh=not pull).requires_grad_() if spec.learnable else None
         self.ema = source.copy(fresh=False).requires_grad_(False) if spec.ema and not pull and not alone else None
         parameter = next(source.module.parameters(), None)
-        like = {} if parameter is None else {"device": parameter.device, "dtype": parameter.dtype}
-        self.scale = nn.Parameter(torch.ones((), **like)) if spec.scaled and not alone else None
+        device = None if parameter is None else parameter.device
+        scale = torch.ones((), dtype=source.output.dtype, device=device)
+        self.scale = nn.Parameter(scale) if spec.scaled and not alone else None
         self.way = straight
 
     def forward(self, h: Tensor) -> Tensor:
@@ -169,7 +170,7 @@ class Momentum(nn.Module):
         """How far the averaged branches are from their sources: the norm of the difference of all their parameters,
         over the sources' norm. None without an averaged branch."""
         both = [zip(a.parameters(), s.parameters(), strict=True) for a, s in self._followed()]
-        pairs = [(a.detach().float(), s.detach().float()) for pair in both for a, s in pair]
+        pairs = [(_real(a), _real(s)) for pair in both for a, s in pair]
         if not pairs:
             return None
         apart = nn.utils.get_total_norm([a - s for a, s in pairs])
@@ -203,7 +204,7 @@ class Past(nn.Module):
         super().__init__()
         self.lag, self.every, self.elsewhere = lag, every, False
         count = -(-lag // every) + 1
-        self.states = nn.ModuleList(copy.deepcopy(source).requires_grad_(False) for _ in range(count))
+        self.states = nn.ModuleList(duplicate(source).requires_grad_(False) for _ in range(count))
         self.register_buffer("turn", torch.zeros((), dtype=torch.int64))
 
     def forward(self, source: nn.Module) -> nn.Module:
@@ -226,19 +227,24 @@ class Past(nn.Module):
 def update_ema(average: nn.Module, source: nn.Module, momentum: float, *, buffers: bool = False) -> None:
     """`average <- momentum * average + (1 - momentum) * source` for each parameter, in place and in one fused pass.
 
-    buffers: floating-point buffers are averaged too, and others (counters) copied.
+    buffers: buffers of real or complex numbers are averaged too, and others (counters) copied.
     """
     averaged: list[Tensor] = list(average.parameters())
     sources: list[Tensor] = list(source.parameters())
     if buffers:
         for a, s in zip(average.buffers(), source.buffers(), strict=True):
-            if a.is_floating_point():
+            if a.is_floating_point() or a.is_complex():
                 averaged.append(a)
                 sources.append(s)
             else:
                 a.copy_(s)
     if averaged:
         torch._foreach_lerp_(averaged, sources, 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _real(parameter: Tensor) -> Tensor:
+    value = parameter.detach()
+    return (torch.view_as_real(value) if value.is_complex() else value).float()
 
 
 COUPLINGS = {"none": None, "man": MAN, "man++": MANPlusPlus, "deep-man": DeepMAN}

@@ -28,12 +28,12 @@ def dgl(head: str | None = None, *, channels: int = 128, hidden: int = 512) -> M
     head: another classifier (`heads.HEADS`) instead of the paper's; its 1x1 convolutions have `channels`, its linear
     layers `hidden` features. Greedy learning (ICML 2019) is `dgl("0c1f")`.
     """
+    return Method("dgl", partial(_dgl, channels=channels, hidden=hidden), head)
 
-    def terms(site: Site) -> dict[str, Term]:
-        own = partial(heads.dgl_classifier, channels=channels, hidden=hidden)
-        return {"classifier": Term(_classifier(site, own), site.task.criterion)}
 
-    return Method("dgl", terms, head)
+def _dgl(site: Site, *, channels: int, hidden: int) -> dict[str, Term]:
+    own = partial(heads.dgl_classifier, channels=channels, hidden=hidden)
+    return {"classifier": Term(_classifier(site, own), site.task.criterion)}
 
 
 def predsim(head: str | None = None, *, beta: float = 0.99) -> Method:
@@ -41,15 +41,15 @@ def predsim(head: str | None = None, *, beta: float = 0.99) -> Method:
     ICML 2019): `(1 - beta) * cross-entropy + beta * similarity matching` (eq. 3), beta from 0 to 1."""
     if not 0 <= beta <= 1:
         raise UserError(f"beta must lie between 0 and 1, not {beta}")
+    return Method("predsim", partial(_predsim, beta=beta), head)
 
-    def terms(site: Site) -> dict[str, Term]:
-        matching = partial(objectives.similarity_matching, classes=site.task.classes)
-        return {
-            "classifier": Term(_classifier(site, heads.predsim_classifier), site.task.criterion, 1 - beta),
-            "similarity": Term(heads.similarity(site.boundary), matching, beta, pairs=True),
-        }
 
-    return Method("predsim", terms, head)
+def _predsim(site: Site, *, beta: float) -> dict[str, Term]:
+    matching = partial(objectives.similarity_matching, classes=site.task.classes)
+    return {
+        "classifier": Term(_classifier(site, heads.predsim_classifier), site.task.criterion, 1 - beta),
+        "similarity": Term(heads.similarity(site.boundary), matching, beta, pairs=True),
+    }
 
 
 def infopro(
@@ -74,28 +74,31 @@ def infopro(
     """
     if not temperature > 0:
         raise UserError(f"temperature must be above 0, not {temperature}")
-
-    def terms(site: Site) -> dict[str, Term]:
-        large = min(site.image[1:]) >= IMAGENET_SIZE
-        if weights is None:
-            pair = (5.0, 0.75) if large else infopro_weights(site.index, site.count)
-        elif len(weights) == site.count:
-            pair = weights[site.index]
-        else:
-            raise UserError(f"infopro got {len(weights)} pairs of weights for {site.count} auxiliaries")
-        cifar = partial(heads.classifier, "1c2f", width=site.width, hidden=features)
-        own = heads.imagenet_classifier if large else cifar
-        if contrast:  # the same classifier, but its outputs are components to compare, not logits
-            embedding = _classifier(replace(site, task=Classification(features)), own)
-            compare = partial(objectives.supervised_contrastive, temperature=temperature)
-            classify = Term(embedding, compare, pair[1], pairs=True)
-        else:
-            classify = Term(_classifier(site, own), site.task.criterion, pair[1])
-        decode = heads.imagenet_decoder if large else Decoder
-        reconstruct = Term(decode(site.boundary, site.image), objectives.reconstruction, pair[0], against="images")
-        return {"classifier": classify, "decoder": reconstruct}
-
+    terms = partial(_infopro, contrast=contrast, temperature=temperature, features=features, weights=weights)
     return Method("infopro", terms, head, mean, std)
+
+
+def _infopro(
+    site: Site, *, contrast: bool, temperature: float, features: int, weights: list[tuple[float, float]] | None
+) -> dict[str, Term]:
+    large = min(site.image[1:]) >= IMAGENET_SIZE
+    if weights is None:
+        pair = (5.0, 0.75) if large else infopro_weights(site.index, site.count)
+    elif len(weights) == site.count:
+        pair = weights[site.index]
+    else:
+        raise UserError(f"infopro got {len(weights)} pairs of weights for {site.count} auxiliaries")
+    cifar = partial(heads.classifier, "1c2f", width=site.width, hidden=features)
+    own = heads.imagenet_classifier if large else cifar
+    if contrast:  # the same classifier, but its outputs are components to compare, not logits
+        embedding = _classifier(replace(site, task=Classification(features)), own)
+        compare = partial(objectives.supervised_contrastive, temperature=temperature)
+        classify = Term(embedding, compare, pair[1], pairs=True)
+    else:
+        classify = Term(_classifier(site, own), site.task.criterion, pair[1])
+    decode = heads.imagenet_decoder if large else Decoder
+    reconstruct = Term(decode(site.boundary, site.image), objectives.reconstruction, pair[0], against="images")
+    return {"classifier": classify, "decoder": reconstruct}
 
 
 def infopro_weights(index: int, count: int) -> tuple[float, float]:
@@ -118,15 +121,15 @@ def auglocal(head: str | None = None, *, depth: int = 6, shrink: float = 0.5) ->
     """
     if depth < 1 or not 0 <= shrink <= 1:
         raise UserError(f"auglocal takes a depth of at least 1 unit and a shrink from 0 to 1, not {depth} and {shrink}")
+    return Method("auglocal", partial(_auglocal, depth=depth, shrink=shrink), head)
 
-    def terms(site: Site) -> dict[str, Term]:
-        wanted = round(objectives.ramp(depth, (1 - shrink) * depth, site.index, site.count))
-        path = select_path(site.downstream, max(wanted, sum(u.changes_shape for u in site.downstream)))
-        boundary = path[-1].output if path else site.boundary
-        end = heads.classifier(site.head or "0c1f", boundary, site.task, width=site.width)
-        return {"classifier": Term(nn.Sequential(*[u.copy(fresh=True) for u in path], end), site.task.criterion)}
 
-    return Method("auglocal", terms, head)
+def _auglocal(site: Site, *, depth: int, shrink: float) -> dict[str, Term]:
+    wanted = round(objectives.ramp(depth, (1 - shrink) * depth, site.index, site.count))
+    path = select_path(site.downstream, max(wanted, sum(u.changes_shape for u in site.downstream)))
+    boundary = path[-1].output if path else site.boundary
+    end = heads.classifier(site.head or "0c1f", boundary, site.task, width=site.width)
+    return {"classifier": Term(nn.Sequential(*[u.copy(fresh=True) for u in path], end), site.task.criterion)}
 
 
 def _classifier(site: Site, own) -> nn.Module:

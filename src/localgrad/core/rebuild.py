@@ -7,13 +7,16 @@ there belong to the first unit that reads them, and the others read them as they
 from __future__ import annotations
 
 import copy
+import importlib
 import operator
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.node import map_arg
+from torch.fx.node import map_aggregate, map_arg
 from torch.utils._pytree import tree_map
 
 from localgrad.core.errors import UserError
@@ -61,6 +64,67 @@ class ByMode(nn.Module):
 
     def forward(self) -> Any:
         return self.values[self.network[0].training]
+
+
+class Run(fx.GraphModule):
+    """A run of steps. Pickled as its steps: PyTorch's own way would follow the code once more when it is read, and make
+    constants of what depends on no input."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        by_name: Any = _Step.of
+        steps = [
+            (node.op, _by_name(node.target), *map_arg((node.args, node.kwargs), by_name), node.name)
+            for node in self.graph.nodes
+        ]
+        held = {name: value for name, value in vars(self).items() if name not in ("_graph", "_code")}
+        return _unpickled_run, (type(self).__name__, steps), held
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Stands for a step where it is an argument."""
+
+    name: str
+
+    @classmethod
+    def of(cls, node: fx.Node) -> _Step:
+        return cls(node.name)
+
+
+@dataclass(frozen=True)
+class _Function:
+    """Stands for a function that its module knows by its name, but which pickle does not find there."""
+
+    module: str
+    name: str
+
+
+def _by_name(target: Any) -> Any:
+    module, name = getattr(target, "__module__", None), getattr(target, "__name__", None)
+    if isinstance(module, str) and isinstance(name, str) and getattr(sys.modules.get(module), name, None) is target:
+        return _Function(module, name)
+    return target
+
+
+def _unpickled_run(name: str, steps: Sequence[tuple[Any, ...]]) -> Run:
+    graph = fx.Graph()
+    made: dict[str, fx.Node] = {}
+
+    def step(value: Any) -> Any:
+        return made[value.name] if isinstance(value, _Step) else value
+
+    for op, target, args, kwargs, own in steps:
+        found = (
+            getattr(importlib.import_module(target.module), target.name) if isinstance(target, _Function) else target
+        )
+        args, kwargs = map_aggregate((args, kwargs), step)
+        made[own] = graph.create_node(op, found, args, kwargs, own)
+    return Run(
+        {node.target: nn.Module() for node in graph.nodes if node.op in ("call_module", "get_attr")}, graph, name
+    )
 
 
 class Rebuild:
@@ -131,7 +195,7 @@ class Rebuild:
             if node not in env:
                 env[node] = add(node) if node in self.depends else beside(node)
         graph.output(map_arg(leaving, place))
-        return fx.GraphModule(roots, graph, type(self.backbone).__name__)
+        return Run(roots, graph, type(self.backbone).__name__)
 
     def _with_beside(self, run: Sequence[fx.Node], leaving: Any) -> list[fx.Node]:
         """The steps of a run, and those beside the chain that they read or that write there before, in their order."""

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.nn.modules.batchnorm import _NormBase
@@ -40,7 +41,7 @@ class Segment:
     """A run of steps. enters, leaves: shapes of one sample of what crosses before and after it. reads: the first
     module with parameters that it calls, and the shape that it gave to it. in_place: whether it overwrites what enters.
     checkpoint: which of the network's own it runs in, by number. packed: whether in other hooks on saved tensors.
-    reentrant: whether its modules enter reentrant ones.
+    reentrant: whether its modules enter reentrant ones. entered, left: the dtypes of what crosses before and after it.
     """
 
     name: str
@@ -52,6 +53,8 @@ class Segment:
     checkpoint: int | None
     packed: bool
     reentrant: bool
+    entered: torch.dtype
+    left: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -137,12 +140,13 @@ class _Flow:
         return [n for n in self.steps if self.place[n] <= after < self.last_use[n]]
 
     def is_cut(self, after: int) -> bool:
-        """Whether one tensor crosses there, whose first dimension is the batch, and no parameters are shared across."""
+        """Whether one tensor of real numbers crosses there, whose first dimension is the batch, and no parameters are
+        shared across."""
         crossing = self.crossing(after)
         if len(crossing) != 1 or any(self.place[a] <= after < self.place[b] for a, b in self.shared):
             return False
         values = crossing[0].meta[VALUE]
-        tensors = all(isinstance(v, Tensor) and v.ndim > 1 for v in values)
+        tensors = all(isinstance(v, Tensor) and v.ndim > 1 and v.is_floating_point() for v in values)
         return tensors and [len(v) for v in values] == list(BATCHES)
 
     def segments(self, closed: dict[str, str]) -> Segments:
@@ -218,6 +222,10 @@ class _Flow:
             return "nothing crosses there"
         if not others:
             value = crossing[0].meta[VALUE][0]
+            if isinstance(value, Tensor) and not value.is_floating_point():
+                return (
+                    f"a tensor of {str(value.dtype).removeprefix('torch.')} numbers crosses, and heads read real ones"
+                )
             given = (
                 f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             )
@@ -273,8 +281,8 @@ class _Flow:
         if others:
             checkpoint, built = None, split_again(built, AGAIN)
         packed, reentrant = (any(node.meta[key] for node in run) for key in (PACKED, REENTRANT))
-        shapes = tuple(before.shape[1:]), tuple(after.shape[1:])
-        return Segment(name, built, *shapes, reads, overwritten, checkpoint, packed, reentrant)
+        shapes, dtypes = (tuple(before.shape[1:]), tuple(after.shape[1:])), (before.dtype, after.dtype)
+        return Segment(name, built, *shapes, reads, overwritten, checkpoint, packed, reentrant, *dtypes)
 
     def _checkpoints(self, run: Sequence[fx.Node]) -> list[int]:
         """The network's own checkpoints that the layers of a run are in, by number; where no layer is in any, those of

@@ -62,6 +62,8 @@ class Classification:
     def check_targets(self, targets: Tensor) -> None:
         """Raises UserError unless targets are [B] integer classes; values are compared on the CPU only, because
         reading them from another device would stall it."""
+        if not isinstance(targets, Tensor):
+            raise UserError(f"targets must be a tensor of one int64 class a sample, not a {type(targets).__name__}")
         if targets.ndim != 1 or targets.dtype != torch.int64:
             raise UserError(f"targets must be one int64 class a sample, not {tuple(targets.shape)} {targets.dtype}")
         if (

@@ -23,6 +23,7 @@ from torch.fx.node import map_arg
 from torch.utils import checkpoint
 from torch.utils._pytree import tree_leaves, tree_map
 
+from localgrad.core.copies import held_tensors
 from localgrad.core.errors import UserError
 
 BATCHES = (5, 7)  # two sizes without a common share
@@ -126,6 +127,7 @@ def without_values(module: Module, device: str | None = None) -> Module:
     CPU standing in for the meta device."""
     memo: dict[int, Any] = {}
     attributes = [v for m in module.modules() for v in vars(m).values() if isinstance(v, Tensor)]
+    attributes += [t for t in held_tensors(module) if t.grad_fn is not None]  # those in lists too, as an LSTM's weights
     for tensor in (*module.parameters(), *module.buffers(), *attributes):
         place = device or ("cpu" if tensor.is_meta else tensor.device)
         other = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=place)
@@ -299,8 +301,7 @@ class _Tracer(fx.Tracer):
         target: Any = node.target
         if node.op == "placeholder":
             size = (self.batches[which], *self.example.shape[1:])
-            like = next(self.root.parameters(), self.example) if self.example.is_floating_point() else self.example
-            return torch.empty(size, dtype=like.dtype, device="meta")
+            return torch.empty(size, dtype=input_dtype(self.root, self.example.dtype), device="meta")
         if node.op == "get_attr":
             return _attribute(self.root, target)
         return tree_map(_without_value, self._called(node, target, args, kwargs))
@@ -342,6 +343,13 @@ def _innermost(module: nn.Module | None) -> FrameType | None:
             found = None
         frame = frame.f_back
     return found
+
+
+def input_dtype(network: nn.Module, example: torch.dtype) -> torch.dtype:
+    """The dtype of a network's input: an example's, if it is none of real numbers or if parameters have it too, or else
+    that of the first parameter of real numbers."""
+    own = [p.dtype for p in network.parameters() if p.is_floating_point()]
+    return example if not example.is_floating_point or example in own or not own else own[0]
 
 
 def _random_state() -> tuple[Any, ...]:

@@ -147,19 +147,6 @@ class List:
     """Where to look for data."""
 
 
-def parse_bytes(text: str) -> int:
-    """8GiB, 500 MiB, 1e9: bytes. Raises UserError."""
-    number = text.strip().lower().removesuffix("b").removesuffix("i")
-    power = {"k": 10, "m": 20, "g": 30, "t": 40}.get(number[-1:], 0)
-    try:
-        size = int(float(number[:-1] if power else number) * 2**power)
-    except (ValueError, OverflowError):
-        size = 0
-    if size < 1:
-        raise UserError(f"--budget takes bytes as 8GiB or 500MiB, not '{text}'")
-    return size
-
-
 def parse_lists(pairs: Sequence[str]) -> dict[str, list[Any]]:
     """Recipe fields with several values from KEY=VALUE,VALUE pairs, where a value is a list joined by slashes. Raises
     UserError."""

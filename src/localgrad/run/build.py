@@ -19,9 +19,10 @@ from torch import nn
 from localgrad.core.auxiliary import Method
 from localgrad.core.backbones import build
 from localgrad.core.couplings import COUPLINGS, MAN
-from localgrad.core.engine import LocalModel, local_backward, localize
+from localgrad.core.engine import local_backward
 from localgrad.core.errors import UserError
 from localgrad.core.methods import METHODS
+from localgrad.core.model import LocalModel, localize
 from localgrad.core.task import Classification
 from localgrad.run.checkpoint import MODEL, load_backbone, read_weights
 from localgrad.run.data import DATASETS, Data, DataInfo, check_classes, load

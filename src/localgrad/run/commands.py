@@ -17,8 +17,9 @@ from rich.table import Table
 
 from localgrad.core.backbones import CIFAR_RESNETS
 from localgrad.core.errors import RunError, UserError
+from localgrad.core.sizes import parse_bytes
 from localgrad.run import data as data_room
-from localgrad.run.arguments import Compare, Eval, Export, List, Plan, Probe, Report, Train, parse_bytes
+from localgrad.run.arguments import Compare, Eval, Export, List, Plan, Probe, Report, Train
 from localgrad.run.build import backbone_of, data_of, info_of, machine_for, planner_for
 from localgrad.run.checkpoint import MODEL, classes_json, load_backbone, read_weights, save_weights
 from localgrad.run.files import check_folder, check_system, write_text

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from localgrad.core.engine import BlockResult, LocalModel, block_steps
+from localgrad.core.engine import BlockResult, block_steps
 from localgrad.core.errors import RunError, UserError
+from localgrad.core.model import LocalModel
 from localgrad.run.build import Machine
 from localgrad.run.recipe import Recipe, Saving
 from localgrad.run.runlog import StepRecord

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from localgrad.core.engine import param_groups
 from localgrad.core.errors import RunError
+from localgrad.core.model import param_groups
 from localgrad.run.build import Machine, optimizer_of
 from localgrad.run.modes import Alone
 from localgrad.run.recipe import Recipe

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from localgrad.core.engine import LocalModel
 from localgrad.core.errors import RunError, UserError
+from localgrad.core.model import LocalModel
 from localgrad.core.task import Classification
 from localgrad.run import checkpoint as checkpoints
 from localgrad.run import data as data_room

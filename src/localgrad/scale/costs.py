@@ -14,7 +14,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from localgrad.core.auxiliary import Auxiliary, full_precision
-from localgrad.core.engine import LocalModel, autocasting
+from localgrad.core.engine import autocasting
+from localgrad.core.model import LocalModel
+from localgrad.core.trace import input_dtype
 from localgrad.scale.memory import MemoryMeter, on_fake_tensors
 from localgrad.scale.recompute import recompute
 
@@ -83,9 +85,11 @@ class Costs:
 
 def trace_costs(model: LocalModel, batch_size: int, autocast: torch.dtype | None = None) -> Costs:
     """Costs of `model`, which has a block for each unit. Pieces that look alike are traced once; nothing is run."""
+    model.door.check_size(model, batch_size)
     plain, again = (_trace(model, batch_size, autocast, again=again) for again in (False, True))
     names = tuple(block.names[0] for block in model.blocks)
-    batch = batch_size * math.prod(model.image) * next(model.parameters()).element_size()
+    dtype = input_dtype(model.backbone, model.blocks[0].entering.dtype)
+    batch = batch_size * math.prod(model.image) * dtype.itemsize
     images = batch if any(auxiliary.needs_images for _, auxiliary in model.isolated) else 0
     return Costs(names, (plain[0], again[0]), (plain[1], again[1]), batch, images)
 
@@ -121,10 +125,11 @@ def _trace(
 
 
 def looks(module: nn.Module) -> str:
-    """What tells a module from others that cost another amount: layers, sizes, steps."""
-    sizes = [(name, tuple(p.shape)) for name, p in module.named_parameters()]
+    """What tells a module from others that cost another amount: layers, sizes, what is frozen, modes, steps."""
+    sizes = [(name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in module.named_parameters()]
+    modes = "".join(str(int(m.training)) for m in module.modules())
     steps = [m.code for m in module.modules() if isinstance(m, torch.fx.GraphModule)]
-    return f"{nn.Module.__repr__(module)} {sizes} {steps}"
+    return f"{nn.Module.__repr__(module)} {sizes} {modes} {steps}"
 
 
 class _End(torch.autograd.Function):

@@ -18,9 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from localgrad.core.engine import LocalModel, block_steps
+from localgrad.core.engine import block_steps
+from localgrad.core.model import LocalModel, localized
 from localgrad.core.task import Task
-from localgrad.core.trace import without_values
+from localgrad.core.trace import input_dtype, without_values
 
 KINDS: tuple[str, ...] = ("parameters", "gradients", "optimizer", "activations", "auxiliaries")
 Optimizers = Sequence[torch.optim.Optimizer]
@@ -184,6 +185,8 @@ def predict_peak(
     A copy of the model is stepped twice on fake tensors, which have shapes and no values. optimizers: makes those of
     the copy: one, or with `step_as_you_go` one for each block. Seconds for a network of ImageNet's size.
     """
+    model = localized(model, "predict_peak")
+    model.door.check_size(model, batch_size)
     with on_fake_tensors(model, batch_size) as (copied, x, y):
         own = optimizers(copied)
 
@@ -204,7 +207,8 @@ def on_fake_tensors(model: LocalModel, batch_size: int) -> Iterator[tuple[LocalM
         weight = next((p for p in copied.parameters() if p.ndim == 4), next(copied.parameters()))
         last = weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if last and len(model.image) == 3 else torch.contiguous_format
-        x = torch.empty(batch_size, *model.image, device=weight.device, dtype=weight.dtype).to(memory_format=layout)
+        dtype = input_dtype(copied.backbone, model.blocks[0].entering.dtype)
+        x = torch.empty(batch_size, *model.image, device=weight.device, dtype=dtype).to(memory_format=layout)
         yield copied, x, torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
 
 

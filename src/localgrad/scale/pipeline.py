@@ -19,8 +19,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from localgrad.core.couplings import Momentum, Past, update_ema
-from localgrad.core.engine import BlockResult, LocalModel, check_batch, run_blocks
+from localgrad.core.engine import BlockResult, check_step, run_blocks
 from localgrad.core.errors import UserError
+from localgrad.core.model import LocalModel, localized
 from localgrad.core.rebuild import Held
 from localgrad.scale.replicas import Ranks, SyncBatchNorm
 
@@ -60,6 +61,7 @@ class Stage:
     """
 
     def __init__(self, model: LocalModel, shares: Sequence[int], *, timeout: timedelta | None = None) -> None:
+        model = localized(model, "Stage")
         self.ranks = Ranks(dist.get_rank(), dist.get_world_size())
         rank, count = self.ranks.rank, self.ranks.count
         if len(shares) != count or sum(shares) != len(model.blocks) or min(shares) < 1:
@@ -103,11 +105,10 @@ class Stage:
         Raises:
             UserError: the batch has another size than the first one.
         """
-        if x is not None:
-            check_batch(self.model, x, y)
         if x is not None and images is None and self.model.needs_images(self.blocks):
             images = self.model.method.images(x)
         h = self._receive() if self.ranks.rank else cast(Tensor, x)
+        check_step(self.model, self.blocks, h, y, images=images, scale=scale, autocast=autocast)
         done = None
         for done in run_blocks(self.model, self.blocks, h, y, images=images, scale=scale, autocast=autocast):
             self._sources.arrive()

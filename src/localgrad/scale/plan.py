@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from localgrad.core.auxiliary import Method
 from localgrad.core.blocks import units
 from localgrad.core.couplings import MAN
-from localgrad.core.engine import LocalModel, localize, param_groups
+from localgrad.core.door import check_network
 from localgrad.core.errors import UserError
 from localgrad.core.methods import dgl
+from localgrad.core.model import LocalModel, localize, param_groups
+from localgrad.core.sizes import bytes_of
 from localgrad.core.task import Task
 from localgrad.core.trace import without_values
 from localgrad.scale.costs import trace_costs
@@ -79,6 +81,7 @@ class Planner:
         autocast: torch.dtype | None = None,
         speed: Speed | None = None,
     ) -> None:
+        check_network(backbone, example)
         shapes, one = without_values(backbone, "meta"), torch.empty_like(example[:1], device="meta")
         self._coupling = coupling
         cuttable = method if method.terms else dgl("0c1f")  # to tell the units' costs; no head of it is in a plan
@@ -145,10 +148,13 @@ class Planner:
                 best.append(plan)
         return best
 
-    def fastest(self, budget: int, blocks: int | None = None, *, several: bool = False, as_you_go: bool = True) -> Plan:
+    def fastest(
+        self, budget: int | float | str, blocks: int | None = None, *, several: bool = False, as_you_go: bool = True
+    ) -> Plan:
         """The fastest plan whose step takes at most `budget` bytes, by exact prediction; of as many blocks as asked
         for, or of `several`: not BP with units recomputed, which is one block. as_you_go: whether it may step as it
         goes. Raises UserError if none does, saying the least that would do and what holds it."""
+        budget = bytes_of(budget)
         ways = (False, True) if as_you_go else (False,)
         plans = [plan for go in ways if (plan := self._fitting(budget, go, blocks, several))]
         if plans:
@@ -234,13 +240,15 @@ class Planner:
         )
 
 
-def plan(backbone: nn.Module, example: Tensor, budget: int, **how: Any) -> Plan:
-    """The fastest plan for `backbone` whose training step on a batch like `example` takes at most `budget` bytes.
+def plan(backbone: nn.Module, example: Tensor, budget: int | float | str, **how: Any) -> Plan:
+    """The fastest plan for `backbone` whose training step on a batch like `example` takes at most `budget` bytes,
+    which may be text such as "2GiB".
 
     how: method, coupling, task, optimizer, autocast and speed, as for `Planner`. Train it with
     `plan.apply(localize(backbone, blocks=plan.blocks, ...))`. Raises UserError if none fits, saying the least that
     would do.
     """
+    budget = bytes_of(budget)
     return Planner(backbone, example, **how).fastest(budget)
 
 

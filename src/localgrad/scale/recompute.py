@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from localgrad.core.again import again
 from localgrad.core.blocks import straight
 from localgrad.core.couplings import Link
-from localgrad.core.engine import LocalModel
 from localgrad.core.errors import unknown
+from localgrad.core.model import LocalModel, localized
 
 
 def recompute(
@@ -25,6 +25,7 @@ def recompute(
     couplings: each branch of every coupling, or of those of the blocks listed. `recompute(model, units=False)` undoes
     it. Raises UserError for a name that is no unit.
     """
+    model = localized(model, "recompute")
     names = [name for block in model.blocks for name in block.names]
     chosen = set(names) if units is True else set(units or ())
     for name in chosen - set(names):

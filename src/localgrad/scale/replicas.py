@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from localgrad.core.auxiliary import Auxiliary, Term
-from localgrad.core.engine import LocalModel
+from localgrad.core.model import LocalModel, localized
 
 BUCKET = 25 * 2**20  # bytes that travel together, as many as DistributedDataParallel takes
 
@@ -107,6 +107,7 @@ class Replicas:
     """
 
     def __init__(self, model: LocalModel, *, bucket: int = BUCKET) -> None:
+        model = localized(model, "Replicas")
         self.ranks = Ranks(dist.get_rank(), dist.get_world_size())
         self.model = model
         self.bucket = bucket
@@ -152,8 +153,10 @@ class SyncBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         alone = self.alone or not dist.is_initialized() or dist.get_world_size() == 1
-        if alone or not self.training or input.device.type == "meta":
+        if alone or not self.training:
             return super().forward(input)
+        if input.device.type == "meta":
+            return torch.empty_like(input)  # one value a channel here is one of several over the ranks
         x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
         places = [d for d in range(x.ndim) if d != 1]
         shape = [1, -1, *[1] * (x.ndim - 2)]

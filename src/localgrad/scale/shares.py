@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from localgrad.core.engine import LocalModel, block_steps
+from localgrad.core.engine import block_steps
 from localgrad.core.errors import UserError
+from localgrad.core.model import LocalModel, localized
 
 REPEATS = 3  # timed passes, after a warm-up
 
@@ -46,6 +47,7 @@ def shares_of(seconds: Sequence[float], ranks: int, ends: Sequence[float] = ()) 
 def block_seconds(model: LocalModel, x: Tensor, y: Tensor, *, autocast: torch.dtype | None = None) -> list[float]:
     """How long each block takes for a batch, median of a few passes, which leave the model and PyTorch's random
     generator as they were."""
+    model = localized(model, "block_seconds")
     devices = [x.device] if x.device.type == "cuda" else []
     kept = [b.clone() for b in model.buffers()]
     passes: list[list[float]] = []

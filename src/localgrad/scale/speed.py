@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.core.blocks import Unit, trace_units
+from localgrad.core.copies import duplicate
 from localgrad.core.engine import autocasting
 from localgrad.scale.costs import Work, WorkMeter, looks
 
@@ -37,7 +37,7 @@ def calibrate(backbone: nn.Module, example: Tensor, *, autocast: torch.dtype | N
     the times. Seconds."""
     from sklearn.linear_model import LinearRegression  # a second, which only those who plan shall wait
 
-    units = trace_units(copy.deepcopy(backbone).train(), example).units
+    units = trace_units(duplicate(backbone).train(), example).units
     different = {f"{looks(unit.module)} {unit.input.shape}": unit for unit in units}
     runs = [_timed(unit, example, autocast) for unit in different.values()]
     # Relative errors count, so each row is divided by its time. Neither speed can be negative.

@@ -1,0 +1,157 @@
+"""Copies of modules, those whose weights are computed from other parameters included: by `nn.utils.parametrizations`,
+or before each call by the older `nn.utils.weight_norm`, `nn.utils.spectral_norm` and `nn.utils.prune`."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
+
+Module = TypeVar("Module", bound=nn.Module)
+SETTLE = 15  # passes of spectral norm's power iteration, as many as PyTorch takes when it registers the norm
+
+
+def held_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Tensors that `module` and its parts hold: parameters, buffers, and plain attributes, in lists as well."""
+    for part in module.modules():
+        yield from (leaf for leaf in tree_leaves(list(vars(part).values())) if isinstance(leaf, Tensor))
+
+
+def computed(module: nn.Module, memo: Mapping[int, Any] | None = None) -> dict[int, Any]:
+    """A memo for `copy.deepcopy`, which refuses tensors with a graph: the values of those that `module` holds and that
+    `memo` lacks."""
+    found = {id(t): t for t in held_tensors(module) if t.grad_fn is not None}
+    return {key: t.detach().clone() for key, t in found.items() if key not in (memo or {})}
+
+
+def duplicate(module: Module) -> Module:
+    """A deep copy. A tensor that is computed at each call has its value until then."""
+    return copy.deepcopy(module, computed(module))
+
+
+@torch.no_grad()
+def draw_anew(module: nn.Module) -> None:
+    """Draws the parameters of `module` anew, each part by its `reset_parameters`; a bare parameter keeps its value.
+
+    A weight that is computed is drawn as if it were a parameter, and what it is computed from then follows: through the
+    `right_inverse` of its parametrizations, as when they are registered, or as direction and norm, or as the original.
+    """
+    for part in list(module.modules()):
+        reset = getattr(part, "reset_parameters", getattr(part, "_reset_parameters", None))
+        if not callable(reset):
+            continue
+        names = _computed_names(part)
+        if names:
+            _draw_computed(part, names)
+        else:
+            _draw(part, reset)
+
+
+def _draw(part: nn.Module, reset: Callable[[], object]) -> None:
+    before = [(p, p._version, p.clone()) for p in part.parameters(recurse=False) if p.ndim > 1]
+    reset()
+    left = before and all(p._version == version and torch.equal(p, old) for p, version, old in before)
+    if left and _has_computed_attribute(part):
+        warnings.warn(
+            f"a copy of {type(part).__name__} is not drawn anew and begins as its source: its reset_parameters writes "
+            "into a tensor that is computed; compute it with torch.nn.utils.parametrizations instead",
+            stacklevel=2,
+        )
+
+
+def _has_computed_attribute(part: nn.Module) -> bool:
+    own = type(part).__mro__[: type(part).__mro__.index(nn.Module)]
+    properties = any(isinstance(value, property) for kind in own for value in vars(kind).values())
+    return properties or any(isinstance(value, Tensor) for value in vars(part).values())
+
+
+def _computed_names(part: nn.Module) -> list[str]:
+    """Names of the tensors of `part` that are computed from others in a way that is known here."""
+    names = list(part.parametrizations) if parametrize.is_parametrized(part) else []  # pyright: ignore
+    return names + [n for n, value in vars(part).items() if isinstance(value, Tensor) and _older(part, n)]
+
+
+def _older(part: nn.Module, name: str) -> list[str]:
+    """The parameters from which the older functions compute `name`: the original, or norm and direction."""
+    own = part._parameters
+    return next((names for names in ([f"{name}_orig"], [f"{name}_g", f"{name}_v"]) if all(n in own for n in names)), [])
+
+
+def _draw_computed(part: Any, names: list[str]) -> None:
+    plain = _plain(part, names)
+    getattr(plain, "reset_parameters", getattr(plain, "_reset_parameters", None))()  # pyright: ignore[reportOptionalCall]
+    for name in names:
+        drawn = getattr(plain, name).detach()
+        if not parametrize.is_parametrized(part, name):
+            _follow(part, name, drawn)
+        elif not _through(part.parametrizations[name], drawn):
+            warnings.warn(
+                f"a copy of {type(part).__name__} begins with its source's {name}: what reset_parameters draws is "
+                "nothing that its parametrization can give",
+                stacklevel=2,
+            )
+    for hook in part._forward_pre_hooks.values():
+        if type(hook).__module__.startswith("torch.nn.utils."):
+            hook(part, ())  # which computes the tensor, as before each call
+
+
+def _plain(part: Any, names: list[str]) -> nn.Module:
+    """`part`, with parameters in the place of the tensors that it computes; everything else is `part`'s own."""
+    plain: Any = object.__new__(parametrize.type_before_parametrizations(part))
+    vars(plain).update({name: value for name, value in vars(part).items() if name not in names})
+    inner = {origin for name in names for origin in _older(part, name)}
+    drawn = {name: nn.Parameter(getattr(part, name).detach().clone()) for name in names}
+    plain._parameters = {n: p for n, p in part._parameters.items() if n not in inner} | drawn
+    plain._modules = {n: m for n, m in part._modules.items() if n != "parametrizations"}
+    return plain
+
+
+def _follow(part: Any, name: str, drawn: Tensor) -> None:
+    """What the older functions compute `name` from, for the value `drawn`."""
+    first, *direction = (part._parameters[n] for n in _older(part, name))
+    if direction:
+        direction[0].copy_(drawn)
+        over = [d for d in range(drawn.ndim) if first.ndim == 0 or first.shape[d] == 1]
+        drawn = torch.linalg.vector_norm(drawn, dim=over, keepdim=first.ndim > 0) if over else drawn.abs()
+    first.copy_(drawn)
+
+
+def _through(steps: Any, drawn: Tensor) -> bool:
+    """Gives a parametrized tensor the value `drawn`, as far as its steps can be inverted; says whether they could."""
+    origins = [steps.original] if steps.is_tensor else [getattr(steps, f"original{i}") for i in range(steps.ntensors)]
+    before = [origin.clone() for origin in origins]
+    try:
+        value: Any = drawn
+        for step in reversed(steps):
+            # PyTorch takes the value as it is, too, when it registers a step that has no inverse.
+            with contextlib.suppress(NotImplementedError, AttributeError):
+                value = step.right_inverse(value)
+        for origin, new in zip(origins, [value] if steps.is_tensor else value, strict=True):
+            origin.copy_(new)
+        _settle(steps)
+        right = bool(torch.isfinite(steps()).all())
+    except (RuntimeError, ValueError, TypeError):
+        right = False
+    if not right:
+        for origin, old in zip(origins, before, strict=True):
+            origin.copy_(old)
+    return right
+
+
+def _settle(steps: Any) -> None:
+    """Lets spectral norm find the largest singular value of a weight that is new to it."""
+    iterated = [step for step in steps if hasattr(step, "n_power_iterations")]
+    modes = [step.training for step in iterated]
+    for step in iterated:
+        step.train()
+    for _ in range(SETTLE if iterated else 0):
+        steps()
+    for step, mode in zip(iterated, modes, strict=True):
+        step.train(mode)

@@ -1,0 +1,289 @@
+"""Checks at the door: what callers hand to this library is looked at before anything changes.
+
+A mistake is one sentence, a `UserError`. What looks right at the first glance costs a few comparisons; only what looks
+odd is tried on a copy, once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import warnings
+from collections.abc import Iterator, Sequence
+from numbers import Real
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from localgrad.core.copies import duplicate
+from localgrad.core.errors import UserError
+from localgrad.core.task import Classification
+from localgrad.core.trace import input_dtype, without_values
+
+if TYPE_CHECKING:
+    from localgrad.core.auxiliary import Auxiliary
+    from localgrad.core.model import LocalModel
+
+SURE = 3  # steps in a row that leave an auxiliary as it was, after which nobody seems to train it
+ODD = (RuntimeError, TypeError, ValueError)  # what layers raise for inputs of another dtype or device
+OUTSIDE = "call it outside torch.no_grad() and torch.inference_mode()"
+
+
+def check_network(backbone: object, example: object) -> None:
+    """Raises UserError for what is no network, or no batch to cut it by."""
+    if not isinstance(backbone, nn.Module):
+        raise UserError(f"the network to cut is an nn.Module, not {_kind(backbone)}")
+    if hasattr(backbone, "_orig_mod"):
+        raise UserError(
+            "a network that torch.compile has wrapped cannot be cut: give the network itself, and compile the blocks "
+            "afterwards, as in model.blocks[0].compile()"
+        )
+    if isinstance(backbone, DistributedDataParallel):
+        raise UserError(
+            "DistributedDataParallel averages nothing of K separate backward passes: give the network itself, and "
+            "average the gradients with lg.Replicas(model)"
+        )
+    check_tensor("example", example)
+    shape = tuple(cast(Tensor, example).shape)
+    if len(shape) < 2 or 0 in shape:
+        raise UserError(f"example takes a batch of one sample or more, such as [B, C, H, W], not shape {shape}")
+
+
+def check_making(backbone: nn.Module, example: object, task: object) -> None:
+    """Raises UserError where no trainable model could be made of `backbone`."""
+    check_network(backbone, example)
+    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in backbone.parameters()):
+        raise UserError(
+            "what is made under torch.inference_mode() cannot be trained: make the network and localize it outside"
+        )
+    missing = [name for name in ("criterion", "check_targets") if not callable(getattr(task, name, None))]
+    if task is not None and (missing or isinstance(task, type)):
+        raise UserError(
+            f"task takes an object with the methods of lg.Classification(classes), not {_kind(task)}: a loss of your "
+            "own belongs into the criterion of a subclass"
+        )
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raises UserError for what is no tensor that can be trained on."""
+    if isinstance(value, tuple | list | dict):
+        raise UserError(f"{name} takes one tensor, the inputs alone, as x of a batch (x, y), not {_kind(value)}")
+    if isinstance(value, np.ndarray):
+        raise UserError(f"{name} takes a tensor, not an array of numpy: torch.from_numpy(...) makes one")
+    if not isinstance(value, Tensor):
+        raise UserError(f"{name} takes a tensor, not {_kind(value)}")
+
+
+def check_call(x: object, y: object, scale: object, autocast: object) -> None:
+    """Raises UserError for arguments of a step that are of the wrong kind."""
+    if not torch.is_grad_enabled():
+        raise UserError(f"gradients are switched off, so nothing can be trained: {OUTSIDE}")
+    check_tensor("x", x)
+    for name, value in (("x", x), ("y", y)):
+        if isinstance(value, Tensor) and value.is_inference():
+            raise UserError(f"{name} was made under torch.inference_mode(): train on {name}.clone()")
+    if not (autocast is None or (isinstance(autocast, torch.dtype) and autocast.is_floating_point)):
+        raise UserError(f"autocast takes a dtype, such as torch.bfloat16, or None, not {autocast!r}")
+    number = isinstance(scale, Real) and not isinstance(scale, bool)
+    if number and scale == scale:
+        return
+    if not (isinstance(scale, Tensor) and scale.numel() == 1 and scale.is_floating_point()):
+        given = scale if number else _kind(scale)
+        raise UserError(f"scale takes a number or a tensor of one, such as scaler.scale(torch.ones(())), not {given}")
+
+
+def no_local_model(model: object, what: str, kind: type[nn.Module]) -> UserError:
+    """The error for something else in the place of a `LocalModel`, which is `kind`."""
+    text = f"{what} takes the LocalModel that lg.localize gives, not {_kind(model)}"
+    if isinstance(model, DistributedDataParallel | DataParallel):
+        return UserError(
+            f"{text}, which averages nothing of K separate backward passes, nor does what it wraps: leave it out, run "
+            "one process for each device, and average with lg.Replicas(model)"
+        )
+    if isinstance(model, nn.Module) and any(isinstance(m, kind) for m in model.modules()):
+        return UserError(f"{text}: give it the one within")
+    if isinstance(model, nn.Module):
+        return UserError(f"{text}: lg.localize(network, method=..., example=x) makes one of a network")
+    return UserError(text)
+
+
+class Door:
+    """What the steps of one model have shown so far. A copy of the model begins anew."""
+
+    def __init__(self) -> None:
+        self._tried: set[tuple[Any, ...]] = set()
+        self._modules: list[nn.Module] = []
+        self._alone: dict[tuple[bool, ...], str | None] = {}
+        self._probes: dict[int, tuple[nn.Parameter, nn.Parameter] | None] = {}
+        self._versions: dict[int, tuple[int, int]] = {}
+        self._left: dict[int, int] = {}
+        self._said = False
+
+    def __deepcopy__(self, memo: dict) -> Door:
+        return Door()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Door, ()
+
+    def admit(
+        self,
+        model: LocalModel,
+        blocks: Sequence[int],
+        x: Tensor,
+        y: Any,
+        images: Any,
+        autocast: torch.dtype | None,
+    ) -> None:
+        """Raises UserError for a step that could not be taken; x has the right shape."""
+        if not len(x):
+            raise UserError("an empty batch has no loss: give one sample or more")
+        if isinstance(y, Tensor) and y.device != x.device and isinstance(model.task, Classification):
+            raise UserError(f"x is on {x.device} and y on {y.device}: y.to(x.device)")
+        if images is not None and model.needs_images(blocks):
+            check_tensor("images", images)
+            if images.shape != (len(x), *model.image):
+                raise UserError(f"images of shape {tuple(images.shape)} are not those of {(len(x), *model.image)}")
+        first = next(model.blocks[blocks[0]].parameters(), None)
+        if first is not None and not blocks[0]:
+            self._check_kind(model, x, first, autocast)
+        if not (x.requires_grad or (first is not None and first.requires_grad)) and not any(
+            p.requires_grad for k in blocks for module in model.parts(k) for p in module.parameters()
+        ):
+            raise UserError("every parameter is frozen, so nothing can be trained: requires_grad_() on some of them")
+        self.check_size(model, len(x))
+        self._watch(model, blocks)
+
+    def check_size(self, model: LocalModel, batch_size: int) -> None:
+        """Raises UserError for a batch of one sample where a batch norm would see one value a channel."""
+        if batch_size < 1:
+            raise UserError(f"a batch has one sample or more, not {batch_size}")
+        if batch_size > 1:
+            return
+        self._modules = self._modules or list(model.modules())
+        modes = tuple([module.training for module in self._modules])
+        if modes not in self._alone:
+            self._alone[modes] = _refuses_one(model)
+        if (what := self._alone[modes]) is not None:
+            raise UserError(
+                f"a batch of one sample cannot train {what}, where a batch norm would see one value a channel: give "
+                "two samples or more (drop_last=True leaves a smaller last batch out)"
+                + (', or take a head without batch norm, as lg.dgl("0c1f")' if what.startswith("the head") else "")
+            )
+
+    def _check_kind(self, model: LocalModel, x: Tensor, first: Tensor, autocast: torch.dtype | None) -> None:
+        """Raises UserError for an input of another dtype or device than the network takes. One that may be right, as
+        the network converts it, is tried on a copy of the first unit."""
+        given = model.blocks[0].entering.dtype
+        dtype = first.dtype if given.is_floating_point and first.is_floating_point() else given
+        key = (x.dtype, x.device, dtype, first.device, autocast)
+        if (x.dtype, x.device) == (dtype, first.device) or key in self._tried:
+            return
+        if _fails(model.blocks[0][0], x[:2], torch.zeros_like(x[:2], dtype=dtype, device=first.device), autocast):
+            if x.device != first.device:
+                raise UserError(f"x is on {x.device} and the model on {first.device}: x.to('{first.device}')")
+            also = "; of bytes, x.float() / 255, normalised" if x.dtype == torch.uint8 else ""
+            raise UserError(f"x is {x.dtype}, and this network takes {dtype}: x.to({dtype}){also}")
+        self._tried.add(key)
+
+    def _watch(self, model: LocalModel, blocks: Sequence[int]) -> None:
+        """Warns, once, where an optimizer steps a block and not its auxiliary: optimizers change parameters in place,
+        which PyTorch counts for each."""
+        for k in () if self._said else blocks:
+            if k not in self._probes:
+                self._probes[k] = _probes(model, k)
+            probes = self._probes[k]
+            if probes is None:
+                continue
+            own, head = probes
+            now = own._version, head._version
+            before = self._versions.get(k, now)
+            self._versions[k] = now
+            if now[1] != before[1]:
+                self._left[k] = 0
+            elif now[0] != before[0] and own.requires_grad and head.requires_grad:
+                self._left[k] = self._left.get(k, 0) + 1
+                if self._left[k] >= SURE or (own.grad is None and head.grad is not None):
+                    self._said = True
+                    warnings.warn(
+                        f"the optimizer steps block {k} but not its auxiliary, which then learns nothing while its "
+                        "gradients may grow: make the optimizer after localize, of lg.param_groups(model) "
+                        "(model.auxiliaries.requires_grad_(False) says that they shall stay as they are)",
+                        stacklevel=5,
+                    )
+                    return
+
+
+def _probes(model: LocalModel, k: int) -> tuple[nn.Parameter, nn.Parameter] | None:
+    """A trainable parameter of block k, and the last of its auxiliary's heads, which a loss always reaches."""
+    if k >= len(model.auxiliaries):
+        return None
+    own = next((p for p in model.blocks[k].parameters() if p.requires_grad), None)
+    heads = [p for p in cast("Auxiliary", model.auxiliaries[k]).heads.parameters() if p.requires_grad]
+    return None if own is None or not heads else (own, heads[-1])
+
+
+@contextlib.contextmanager
+def _undisturbed(device: torch.device) -> Iterator[None]:
+    """Random generators are put back."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+def _unhooked(module: nn.Module) -> nn.Module:
+    """A copied module without the hooks of its user, who shall see nothing of what is tried here."""
+    for part in module.modules():
+        for hooks in (part._forward_hooks, part._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if not type(hook).__module__.startswith("torch.nn.utils.")]:
+                del hooks[key]
+    return module
+
+
+def _fails(unit: nn.Module, x: Tensor, right: Tensor, autocast: torch.dtype | None) -> bool:
+    """Whether a unit can take `right`, and not `x`."""
+    cast_to = contextlib.nullcontext() if autocast is None else torch.autocast(right.device.type, autocast)
+    with _undisturbed(right.device), contextlib.suppress(*ODD), cast_to:
+        copied = _unhooked(duplicate(unit)).eval()
+        wanted = copied(right)
+        try:
+            return copied(x).device != wanted.device
+        except ODD:
+            return True
+    return False
+
+
+def _refuses_one(model: LocalModel) -> str | None:
+    """The part of `model` that cannot be trained on one sample: it is run on tensors without values."""
+    what = ""
+    with _undisturbed(torch.device("cpu")), torch.device("meta"):
+        try:
+            copied = without_values(model, "meta")
+            _unhooked(copied)
+            dtype = input_dtype(copied.backbone, copied.blocks[0].entering.dtype)
+            h = torch.empty(1, *copied.image, dtype=dtype)
+            for k, block in enumerate(copied.blocks):
+                what = f"block {k} (up to '{block.names[-1]}')"
+                h = block(h)
+                for auxiliary in cast("list[Auxiliary]", copied.auxiliaries[k : k + 1]):
+                    what = f"the coupling of the auxiliary of block {k} (behind '{block.names[-1]}')"
+                    z = h if auxiliary.coupling is None else auxiliary.coupling(h)
+                    for name, head in auxiliary.heads.items():
+                        what = f"the head '{name}' of the auxiliary of block {k} (behind '{block.names[-1]}')"
+                        head(z)
+        except Exception as error:  # what a network does without values may fail in many ways
+            return what if "more than 1 value per channel" in str(error) else None
+    return None
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"

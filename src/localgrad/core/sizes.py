@@ -1,0 +1,31 @@
+"""Sizes in bytes, as people write them."""
+
+from __future__ import annotations
+
+from numbers import Real
+
+from localgrad.core.errors import UserError
+
+
+def parse_bytes(text: str, what: str = "--budget") -> int:
+    """8GiB, 500 MiB, 1e9: bytes. Raises UserError."""
+    number = text.strip().lower().removesuffix("b").removesuffix("i")
+    power = {"k": 10, "m": 20, "g": 30, "t": 40}.get(number[-1:], 0)
+    try:
+        size = int(float(number[:-1] if power else number) * 2**power)
+    except (ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise UserError(f"{what} takes bytes as 8GiB or 500MiB, not '{text}'")
+    return size
+
+
+def bytes_of(budget: object) -> int:
+    """A budget in bytes, as a number or as text like "2GiB". Raises UserError.
+
+    >>> bytes_of("2GiB"), bytes_of(5e8)
+    (2147483648, 500000000)
+    """
+    if isinstance(budget, str | Real) and not isinstance(budget, bool):
+        return parse_bytes(str(budget), "budget")
+    raise UserError(f'budget takes a number of bytes, or text such as "2GiB", not {budget!r}')

@@ -1,0 +1,293 @@
+"""Mistakes at the door: one sentence each, before anything has changed; and what looks odd but is right, taken."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from small import assert_same, batch, gradients, local, resnet, state
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import localgrad as lg
+from localgrad.core.errors import UserError
+
+# What localize is given
+
+
+class Twice(nn.Module):
+    """Wraps a network, as a trainer's own module does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+X, Y = batch()
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ((X, Y), r"the inputs alone, as x of a batch \(x, y\), not a tuple"),
+        ([X, Y], "not a list"),
+        ({"pixel_values": X}, "not a dict"),
+        (X.numpy(), "not an array of numpy"),
+        (None, "example takes a tensor, not a NoneType"),
+        ("x", "example takes a tensor, not a str"),
+        (torch.tensor(1.0), r"one sample or more, such as \[B, C, H, W\], not shape \(\)"),
+        (X[0, 0, 0], r"not shape \(8,\)"),
+        (X[:0], r"not shape \(0, 3, 8, 8\)"),
+        (X[:, :, :0], r"not shape \(4, 3, 0, 8\)"),
+    ],
+)
+def test_an_example_is_one_batch_of_inputs(example: Any, message: str) -> None:
+    how: dict[str, Any] = {"method": lg.dgl("0c1f")}
+    for call in (
+        lambda: lg.localize(resnet(), example=example, **how),
+        lambda: lg.units(resnet(), example),
+        lambda: lg.Planner(resnet(), example, **how),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (lambda: torch.compile(resnet(), backend="eager"), "torch.compile has wrapped cannot be cut"),
+        (lambda: nn.Linear, "is an nn.Module, not the class Linear"),
+        (lambda: "resnet20", "is an nn.Module, not a str"),
+        (lambda: resnet().state_dict(), "is an nn.Module, not an OrderedDict"),
+    ],
+)
+def test_what_is_no_network_is_refused(network: Callable[[], Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        lg.localize(network(), method=lg.dgl(), example=X)
+
+
+@pytest.mark.parametrize("blocks", [np.int64(3), np.uint8(3), np.array(["layer1.0", "layer2.1"])])
+def test_numbers_and_names_of_numpy_are_taken(blocks: Any) -> None:
+    model = lg.localize(resnet(), blocks=blocks, method=lg.dgl("0c1f"), example=X)
+    assert len(model.blocks) == 3
+
+
+@pytest.mark.parametrize("blocks", [True, np.bool_(True), 3.0, np.float32(3), np.array([1, 2]), [1, 2], len, {}.items])
+def test_other_blocks_are_refused(blocks: Any) -> None:
+    with pytest.raises(UserError, match="blocks takes a whole number or names of units"):
+        lg.localize(resnet(), blocks=blocks, method=lg.dgl(), example=X)
+
+
+@pytest.mark.parametrize("task", [nn.CrossEntropyLoss(), F.cross_entropy, lg.Classification, 10])
+def test_a_task_is_no_loss_function(task: Any) -> None:
+    with pytest.raises(UserError, match=r"task takes an object with the methods of lg.Classification\(classes\)"):
+        lg.localize(resnet(), method=lg.dgl(), example=X, task=task)
+
+
+def test_nothing_is_made_in_inference_mode() -> None:
+    with torch.inference_mode(), pytest.raises(UserError, match="cannot be trained: make the network and localize it"):
+        lg.localize(resnet(), method=lg.dgl(), example=X)
+    with torch.inference_mode():
+        network = resnet()
+    with pytest.raises(UserError, match="cannot be trained"):
+        lg.localize(network, method=lg.dgl(), example=X)
+
+
+def test_a_model_that_is_made_without_gradients_learns() -> None:
+    with torch.no_grad():
+        model = local(lg.MAN())
+    lg.local_backward(model, X, Y)
+    assert all(p.grad is not None for k in range(4) for p in model.members(k))
+
+
+# What a step is given
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": X.numpy()}, "x takes a tensor, not an array of numpy"),
+        ({"x": X.tolist()}, "x takes one tensor, the inputs alone"),
+        ({"x": (X, Y)}, "x takes one tensor, the inputs alone"),
+        ({"x": {"image": X}}, "not a dict"),
+        ({"x": (99 * X).to(torch.uint8)}, r"x is torch.uint8, and this network takes torch.float32.*x.float\(\) / 255"),
+        ({"x": X.long()}, "x is torch.int64, and this network takes torch.float32"),
+        ({"x": X.double()}, r"x is torch.float64, and this network takes torch.float32: x.to\(torch.float32\)"),
+        ({"x": X.to(torch.complex64)}, "x is torch.complex64"),
+        ({"x": X.bfloat16()}, "x is torch.bfloat16"),
+        ({"x": X.to("meta"), "y": Y.to("meta")}, r"x is on meta and the model on cpu: x.to\('cpu'\)"),
+        ({"y": Y.to("meta")}, r"x is on cpu and y on meta: y.to\(x.device\)"),
+        ({"x": X[:0], "y": Y[:0]}, "an empty batch has no loss"),
+        ({"y": Y.numpy()}, "targets must be a tensor of one int64 class a sample, not a ndarray"),
+        ({"y": Y.tolist()}, "targets must be a tensor of one int64 class a sample, not a list"),
+        ({"y": None}, "not a NoneType"),
+        ({"autocast": True}, "autocast takes a dtype, such as torch.bfloat16, or None, not True"),
+        ({"autocast": "bf16"}, "not 'bf16'"),
+        ({"autocast": torch.int8}, "not torch.int8"),
+        ({"scale": "2"}, "scale takes a number or a tensor of one"),
+        ({"scale": None}, "not a NoneType"),
+        ({"scale": True}, "not a bool"),
+        ({"scale": float("nan")}, "not nan"),
+        ({"scale": torch.ones(4)}, "not a Tensor"),
+        ({"scale": torch.amp.GradScaler("cpu")}, r"such as scaler.scale\(torch.ones\(\(\)\)\), not a GradScaler"),
+    ],
+)
+def test_a_step_of_the_wrong_kind_is_refused_before_anything_moves(change: dict[str, Any], message: str) -> None:
+    model = local(lg.MAN(0.0))
+    given: dict[str, Any] = {"x": X, "y": Y} | change
+    kept, drawn = state(model), torch.get_rng_state()
+    for _ in range(2):
+        with pytest.raises(UserError, match=message):
+            lg.local_backward(model, **given)
+    assert_same(model.state_dict(), kept)
+    assert not gradients(model)
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
+@pytest.mark.parametrize("images", [X.numpy(), X[:2], X[:, :1], [X]])
+def test_images_are_those_of_the_inputs(images: Any) -> None:
+    model = lg.localize(resnet(), method=lg.infopro(), example=X)
+    with pytest.raises(UserError, match="images"):
+        lg.local_backward(model, X, Y, images=images)
+    assert not gradients(model)
+
+
+@pytest.mark.parametrize("scale", [2, 2.0, np.float32(2), np.float64(2), torch.tensor(2.0), torch.tensor([2.0])])
+def test_every_number_is_a_scale(scale: Any) -> None:
+    model = local()
+    other = copy.deepcopy(model)
+    lg.local_backward(model, X, Y, scale=scale)
+    lg.local_backward(other, X, Y, scale=2.0)
+    assert_same(gradients(model), gradients(other))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.set_grad_enabled(False)])
+def test_a_step_needs_gradients(mode: Callable[[], Any]) -> None:
+    model = local()
+    with mode(), pytest.raises(UserError, match="gradients are switched off"):
+        lg.local_backward(model, X, Y)
+    with torch.inference_mode():
+        made = X + 1
+    with pytest.raises(UserError, match=r"x was made under torch.inference_mode\(\): train on x.clone\(\)"):
+        lg.local_backward(model, made, Y)
+    lg.local_backward(model, made.clone(), Y)
+
+
+def test_a_network_that_converts_its_input_gets_it_as_it_is() -> None:
+    class Bytes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.units = nn.Sequential(
+                *[nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)) for _ in range(3)]
+            )
+            self.fc = nn.Linear(3, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.units(x.float() / 255).mean((2, 3)))
+
+    network = Bytes()
+    x = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    for example in (x, X):
+        model = lg.localize(copy.deepcopy(network), blocks=2, method=lg.dgl("0c1f"), example=example)
+        plain = lg.localize(copy.deepcopy(network), blocks=1, method=lg.bp(), example=example)
+        for _ in range(2):
+            assert torch.equal(lg.local_backward(model, x, Y).logits, lg.local_backward(plain, x.double(), Y).logits)
+
+
+def test_a_network_of_whole_numbers_is_told_where_it_gets_others() -> None:
+    network = nn.Sequential(nn.Embedding(20, 6), nn.Flatten(), nn.Linear(48, 6), nn.ReLU(), nn.Linear(6, 10))
+    tokens = torch.randint(20, (4, 8))
+    model = lg.localize(network, blocks=2, method=lg.dgl("0c1f"), example=tokens)
+    lg.local_backward(model, tokens, Y)
+    lg.local_backward(model, tokens.int(), Y)
+    with pytest.raises(UserError, match=r"x is torch.float32, and this network takes torch.int64"):
+        lg.local_backward(model, tokens.float(), Y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_of_another_dtype_takes_it(dtype: torch.dtype) -> None:
+    model = local(lg.MAN()).to(dtype)
+    lg.local_backward(model, X.to(dtype), Y)
+    with pytest.raises(UserError, match=f"x is torch.float32, and this network takes {dtype}"):
+        lg.local_backward(model, X, Y)
+    lg.local_backward(local(), X.bfloat16(), Y, autocast=torch.bfloat16)
+
+
+def test_what_a_hook_sees_is_a_step_and_no_try() -> None:
+    seen: list[Any] = []
+    model = local()
+    of_one = lg.localize(model.backbone, blocks=2, method=lg.dgl("0c1f"), example=X)
+    for module in model.backbone.modules():
+        module.register_forward_hook(lambda m, args, out: seen.append(out))
+    with pytest.raises(UserError):
+        lg.local_backward(model, X.double(), Y)
+    lg.local_backward(of_one, X[:1], Y[:1])
+    assert all(tensor.device.type == "cpu" for tensor in seen)
+    seen.clear()
+    lg.local_backward(model, X.bfloat16(), Y, autocast=torch.bfloat16)
+    calls = len(seen)
+    seen.clear()
+    lg.local_backward(model, X.bfloat16(), Y, autocast=torch.bfloat16)
+    assert len(seen) == calls > 20
+
+
+def test_where_everything_is_frozen_nothing_can_be_trained() -> None:
+    for blocks, method in ((1, lg.bp()), (3, lg.dgl("0c1f"))):
+        model = lg.localize(resnet(), blocks=blocks, method=method, example=X).requires_grad_(False)
+        with pytest.raises(UserError, match="every parameter is frozen, so nothing can be trained"):
+            lg.local_backward(model, X, Y)
+        x = X.clone().requires_grad_()
+        lg.local_backward(model, x, Y)  # as for an image that shall fool the network
+        assert x.grad is not None
+
+
+def test_a_block_that_is_frozen_with_its_auxiliary_is_passed_over() -> None:
+    model = local()
+    model.blocks[1].requires_grad_(False)
+    model.auxiliaries[1].requires_grad_(False)
+    lg.local_backward(model, X, Y)
+    assert all(p.grad is not None for k in (0, 2, 3) for p in model.members(k))
+    assert not model.members(1)
+
+
+# What only a LocalModel can do
+
+
+def everything(model: Any) -> dict[str, Callable[[], object]]:
+    return {
+        "local_backward": lambda: lg.local_backward(model, X, Y),
+        "param_groups": lambda: lg.param_groups(model),
+        "recompute": lambda: lg.recompute(model),
+        "predict_peak": lambda: lg.predict_peak(model, 4, lambda m: []),
+        "block_seconds": lambda: lg.block_seconds(model, X, Y),
+        "Replicas": lambda: lg.Replicas(model),
+        "Stage": lambda: lg.Stage(model, (1,)),
+    }
+
+
+@pytest.mark.parametrize("name", everything(None))
+def test_another_model_is_named_with_what_to_do(name: str) -> None:
+    wrapped = {
+        "lg.localize.* makes one of a network": resnet(),
+        "averages nothing of K separate backward passes.*lg.Replicas": nn.DataParallel(local()),
+        "not a Twice: give it the one within": Twice(local()),
+        "gives, not a NoneType$": None,
+        "gives, not the class LocalModel$": lg.LocalModel,
+    }
+    for message, model in wrapped.items():
+        with pytest.raises(UserError, match=f"{name} takes the LocalModel that lg.localize gives, not .*"):
+            everything(model)[name]()
+        with pytest.raises(UserError, match=message):
+            everything(model)[name]()
+
+
+def test_a_compiled_model_is_the_model() -> None:
+    model = local()
+    twin = copy.deepcopy(model)
+    lg.local_backward(cast(lg.LocalModel, torch.compile(model, backend="eager")), X, Y)
+    lg.local_backward(twin, X, Y)
+    assert_same(gradients(model), gradients(twin))
