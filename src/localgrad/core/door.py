@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from numbers import Real
@@ -211,9 +212,17 @@ class Door:
                         f"the optimizer steps block {k} but not its auxiliary, which then learns nothing while its "
                         "gradients may grow: make the optimizer after localize, of lg.param_groups(model) "
                         "(model.auxiliaries.requires_grad_(False) says that they shall stay as they are)",
-                        stacklevel=5,
+                        stacklevel=_callers_level(),
                     )
                     return
+
+
+def _callers_level() -> int:
+    """The `stacklevel` with which a warning of the caller of this function names a line of the user's program."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("localgrad."):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _probes(model: LocalModel, k: int) -> tuple[nn.Parameter, nn.Parameter] | None:
