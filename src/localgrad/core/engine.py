@@ -18,6 +18,7 @@ from localgrad.core.couplings import MAN
 from localgrad.core.errors import UserError
 from localgrad.core.rebuild import Reads
 from localgrad.core.task import Classification, Task
+from localgrad.core.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class LocalModel(nn.Module):
     """A backbone, the K blocks that reference its modules, and the auxiliaries of the first K - 1.
 
     backbone: the user's own network, untouched; calling the model calls it. blocks[k]: runs block k.
-    auxiliaries[k]: what trains it. image: shape of one input. `print(model)` shows a table.
+    auxiliaries[k]: what trains it. image: shape of one input. watch: tells whether the backbone is still what was cut.
+    `print(model)` shows a table.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class LocalModel(nn.Module):
         method: Method,
         task: Task,
         image: tuple[int, ...],
+        watch: Watch,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -55,6 +58,7 @@ class LocalModel(nn.Module):
         self.method = method
         self.task = task
         self.image = image
+        self.watch = watch
 
     def forward(self, x: Tensor) -> Any:
         return self.backbone(x)
@@ -154,7 +158,13 @@ def localize(
     parameter = next(backbone.parameters())
     for auxiliary in auxiliaries:
         auxiliary.to(parameter.device, parameter.dtype)
-    return LocalModel(backbone, built, auxiliaries, method, task, tuple(example.shape[1:])).train()
+    watch = traced.cut.watch
+    for source in (s for auxiliary in auxiliaries if auxiliary.coupling for s in auxiliary.coupling.sources):
+        watch.copies(source.name, source.module)
+    if silent := watch.silent():
+        told = f"local_backward does not call the hooks of {', '.join(silent)}"
+        warnings.warn(f"{told}: it calls the units within, so hook those", stacklevel=2)
+    return LocalModel(backbone, built, auxiliaries, method, task, tuple(example.shape[1:]), watch).train()
 
 
 def local_backward(
@@ -191,6 +201,7 @@ def local_backward(
     a caller who may yet drop the step. blocks: neighbours that shall be trained, instead of all; x is then what the
     block before them hands on, and images have no default.
     """
+    model.watch.check(model.backbone)
     blocks = blocks or range(len(model.blocks))
     shape = tuple(model.blocks[blocks[0] - 1].boundary.shape) if blocks[0] else model.image
     model.task.check_targets(y)
@@ -245,6 +256,7 @@ def block_backward(
     auxiliary = cast(Auxiliary, model.auxiliaries[k])
     with autocasting(h, autocast):
         h = block(h)
+        block.check(h)
         outputs = auxiliary(h)
     part = auxiliary.losses(outputs, y, images)
     del outputs  # or they would live on through the backward pass

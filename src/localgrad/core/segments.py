@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from localgrad.core.errors import UserError
 from localgrad.core.rebuild import Rebuild, name_of
 from localgrad.core.trace import BATCHES, BORN, NO_GRAD, VALUE, WRITES, has_tensor, is_unit, trace, weighted_layers
+from localgrad.core.watch import Watch
 
 DRAWS = re.compile("rand|dropout|bernoulli|normal_|uniform_|multinomial")  # in names of functions of chance
 
@@ -40,7 +41,7 @@ class Segments:
     """Of a network: its units in order, its own head (None where the last unit ends it), and the places where it
     cannot be cut, each with the reason. places: all of them, legal or not, in their order. closed: modules whose
     forward cannot be followed, so that each lies within one unit, with the reason. gives: shapes of one sample of what
-    the network gives, in the structure in which it does."""
+    the network gives, in the structure in which it does. watch: tells whether the network is still what was cut."""
 
     units: list[Segment]
     head: Segment | None
@@ -48,6 +49,7 @@ class Segments:
     places: list[str]
     closed: dict[str, str]
     gives: Any
+    watch: Watch
 
 
 def segments(backbone: nn.Module, example: Tensor) -> Segments:
@@ -142,7 +144,8 @@ class _Flow:
         starts = {self.place[n]: name_of(n) for n in self.steps if self._is_start(n)}
         legal = {end: segment.name for (_, end), segment in zip(bounds, found, strict=False)}
         order = {**{p: n for p, n in starts.items() if n in refused}, **legal}
-        return Segments(found, head, refused, [order[p] for p in sorted(order)], closed, gives)
+        watch = Watch(self.backbone, filter(None, map(self.rebuild.taken, self.nodes)))
+        return Segments(found, head, refused, [order[p] for p in sorted(order)], closed, gives, watch)
 
     def _is_start(self, node: fx.Node) -> bool:
         """Whether a unit begins at a step: at modules worth it, or at every layer with weights where there are none."""

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import random
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
 from localgrad.core.errors import UserError
+from localgrad.core.hooks import BACKWARD, FORWARD, call_with, touches_nothing
+from localgrad.core.threads import RandomState, alone, numpy_lock, one_trace
 
 BATCHES = (5, 7)  # two sizes without a common share
 VALUE = "value"  # of a step for each of BATCHES, in its `meta`
@@ -32,14 +34,31 @@ NO_GRAD = "no_grad"  # whether a step ran without gradients
 WRITES = "writes"  # which tensors a step has changed in place
 
 
+TRIES = 8  # until a step at which the random state has moved each time must have moved it itself
+
+
 def trace(backbone: nn.Module, example: Tensor) -> tuple[fx.Graph, dict[str, str]]:
     """The steps of `backbone` on a batch like `example` [B, ...], and the modules that had to be one step each because
-    their forward cannot be followed, with the reason; nothing is run on real tensors.
+    their forward cannot be followed, with the reason; nothing is run on real tensors, and no hooks but those that
+    touch nothing else. Other threads go on meanwhile, and their traces wait.
 
     Raises UserError for a network whose own forward cannot be followed, naming the module that stopped it.
     """
+    with one_trace():
+        try:
+            return _trace(backbone, example, touches_nothing)
+        except UserError:
+            hooks = [hook for m in backbone.modules() for kind in FORWARD for hook in getattr(m, kind).values()]
+            if not all(map(touches_nothing, hooks)):  # one may unpack what a module gives, as of an nn.GRU
+                with contextlib.suppress(UserError):
+                    return _trace(backbone, example, lambda hook: True)
+            raise
+
+
+def _trace(backbone: nn.Module, example: Tensor, runs: Callable[[Callable], bool]) -> tuple[fx.Graph, dict[str, str]]:
+    """`trace`, with those of the units' hooks that `runs` chooses."""
     try:
-        shapes = without_values(backbone, "meta")
+        shapes = without_values(backbone, "meta", hooks=runs)
     except Exception as error:  # what a network holds may refuse to be copied in its own way
         raise UserError(f"{type(backbone).__name__} cannot be copied: {str(error).splitlines()[0]}") from error
     opened = _opened(shapes)
@@ -48,9 +67,9 @@ def trace(backbone: nn.Module, example: Tensor) -> tuple[fx.Graph, dict[str, str
         tracer = _Tracer(opened, example)
         try:
             with torch.enable_grad():
-                graph = tracer.trace(_Whole(shapes.train()))
+                graph = tracer.steps(shapes.train())
                 with contextlib.suppress(Exception):  # what cannot be followed in evaluation has no part in training
-                    _note_evaluation(graph, _Tracer(opened, example, BATCHES[:1]).trace(_Whole(shapes.eval())))
+                    _note_evaluation(graph, _Tracer(opened, example, BATCHES[:1]).steps(shapes.eval()))
             return graph, closed
         except Exception as error:  # symbolic tracing fails in as many ways as Python has control flow
             stopped = tracer.stopped or ""
@@ -115,16 +134,23 @@ def _opened(network: nn.Module) -> set[str]:
     return found
 
 
-def without_values(module: Module, device: str | None = None) -> Module:
+def without_values(
+    module: Module, device: str | None = None, *, hooks: Callable[[Callable], bool] = touches_nothing
+) -> Module:
     """A copy whose tensors have the shapes and formats of `module`'s and no values; on `device`, or where they are, the
-    CPU standing in for the meta device."""
+    CPU standing in for the meta device. hooks: which of the hooks around forward passes it has, too."""
     memo: dict[int, Any] = {}
     attributes = [v for m in module.modules() for v in vars(m).values() if isinstance(v, Tensor)]
     for tensor in (*module.parameters(), *module.buffers(), *attributes):
         place = device or ("cpu" if tensor.is_meta else tensor.device)
         other = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=place)
         memo[id(tensor)] = nn.Parameter(other, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else other
-    return copy.deepcopy(module, memo)
+    tables = [getattr(m, kind) for m in module.modules() for kind in (*FORWARD, *BACKWARD)]
+    memo.update((id(table), OrderedDict()) for table in tables)
+    copied = copy.deepcopy(module, memo)
+    for table in tables:  # when all modules are copied, so that a method of one as a hook is that of its copy
+        memo[id(table)].update((number, copy.deepcopy(h, memo)) for number, h in table.items() if hooks(h))
+    return copied
 
 
 class _Whole(nn.Module):
@@ -181,7 +207,8 @@ class _Proxy(fx.Proxy):
 
 class _Tracer(fx.Tracer):
     """opened: names of the modules whose forward is followed. batches: sizes to try. stopped: the innermost module that
-    could not be followed."""
+    could not be followed. moved: the number of the step before which the state of a random generator had moved, and the
+    module whose forward it was in."""
 
     proxy_buffer_attributes = True
 
@@ -189,27 +216,60 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.opened, self.example, self.batches = opened, example, batches
         self.stopped: str | None = None
+        self.moved: set[tuple[int, str]] = set()
         self._running = False
+        self._thread: int | None = None
+        self._left: RandomState | None = None
+        self.lock = numpy_lock()
+
+    def steps(self, network: nn.Module) -> fx.Graph:
+        """The steps of `network`, in whose forward nothing is drawn that does not follow its input. Another thread may
+        draw at any moment, but hardly each time before the same step."""
+        again: list[_Tracer] = [self]
+        self._thread = threading.get_ident()
+        try:
+            with self.lock:
+                graph = self.trace(_Whole(network))
+                while (drawn := set.intersection(*(t.moved for t in again))) and not alone() and len(again) < TRIES:
+                    again.append(_Tracer(self.opened, self.example, self.batches))
+                    again[-1]._thread = self._thread
+                    again[-1].trace(_Whole(network))
+        finally:
+            self.stopped = again[-1].stopped
+            for tracer in again:  # what PyTorch was made to call may outlive it, where another thread traces too
+                tracer._thread = None
+        if drawn:
+            self.stopped = min(drawn)[1]
+            raise TypeError("it draws random numbers that do not follow its input")
+        return graph
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name.removeprefix("network").removeprefix(".") not in self.opened
+        return _name(module_qualified_name) not in self.opened
 
     def call_module(self, m: nn.Module, forward: Callable, args: Any, kwargs: Any) -> Any:
-        if self._running:
+        if threading.get_ident() != self._thread:
+            if any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves((args, kwargs))):
+                raise TypeError("it runs its parts in threads of their own")
             return forward(*args, **kwargs)
-        drawn = _random_state()
-        try:
-            given = super().call_module(m, forward, args, kwargs)
-            if _random_state() != drawn:
-                raise TypeError("it draws random numbers that do not follow its input")
+
+        def followed(*args: Any, **kwargs: Any) -> Any:
+            given = call_with(m, m.forward, args, kwargs)
+            self._look()
             return given
+
+        if self._running:
+            return call_with(m, m.forward, args, kwargs)
+        self._look()
+        try:
+            return super().call_module(m, followed, args, kwargs)
         except Exception:
             if self.stopped is None:
-                self.stopped = self.path_of_module(m).removeprefix("network").removeprefix(".")
+                self.stopped = _name(self.path_of_module(m))
             raise
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict) -> Any:
-        return attr_val if self._running else super().getattr(attr, attr_val, parameter_proxy_cache)
+        foreign = self._running or threading.get_ident() != self._thread
+        return attr_val if foreign else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -236,16 +296,28 @@ class _Tracer(fx.Tracer):
 
     @contextlib.contextmanager
     def _run(self) -> Iterator[None]:
-        """Modules called inside are run, not traced; what they draw is put back."""
-        self._running = True
-        python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+        """Modules called inside are run, not traced; what they draw is put back, where no other thread draws."""
+        self._look()
+        before, self._running = self._left, True
+        self.lock.release()
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with torch.no_grad():
                 yield
         finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
+            self.lock.acquire()
             self._running = False
+            self._left = RandomState()
+            if before is not None and self._left.state != before.state and alone():
+                before.put_back()
+                self._left = before
+
+    def _look(self) -> None:
+        """Notes whether random numbers were drawn since the last step."""
+        now = RandomState()
+        if self._left is not None and now.state != self._left.state:
+            inside = next(reversed(self.module_stack.values()), ("",))[0]
+            self.moved.add((len(self.graph.nodes), _name(inside)))
+        self._left = now
 
     def _value(self, node: fx.Node, which: int) -> Any:
         args, kwargs = tree_map(_without_value, map_arg((node.args, node.kwargs), lambda n: n.meta[VALUE][which]))
@@ -273,9 +345,9 @@ class _Tracer(fx.Tracer):
         return target(*args, **kwargs)
 
 
-def _random_state() -> tuple[Any, ...]:
-    numpy = np.random.get_state(legacy=False)["state"]  # noqa: NPY002  # pyright: ignore
-    return random.getstate(), torch.get_rng_state().numpy().tobytes(), numpy["pos"], numpy["key"].tobytes()
+def _name(path: str) -> str:
+    """A module's name in the network, of its path below `_Whole`."""
+    return path.removeprefix("network").removeprefix(".")
 
 
 def _attribute(root: nn.Module, target: str) -> Any:
