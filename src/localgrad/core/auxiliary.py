@@ -65,11 +65,12 @@ class Method:
             raise UserError(f"{self.name} recovers images from mean and std: give both or neither")
 
     def images(self, x: Tensor) -> Tensor:
-        """The image in [0, 1] of a normalised input, both [B, C, H, W]; without mean and std the input is taken for
-        the image itself."""
+        """The image in [0, 1] of a normalised input, both [B, C, H, W] or [B, C, L]; without mean and std the input is
+        taken for the image itself."""
         if self.mean is None or self.std is None:
             return x.clamp(0, 1)
-        mean, std = (torch.tensor(v, dtype=x.dtype, device=x.device).view(-1, 1, 1) for v in (self.mean, self.std))
+        like = [-1, *[1] * (x.ndim - 2)]
+        mean, std = (torch.tensor(v, dtype=x.dtype, device=x.device).view(like) for v in (self.mean, self.std))
         return (x * std + mean).clamp(0, 1)
 
 

@@ -18,6 +18,8 @@ from localgrad.core.again import again
 from localgrad.core.copies import draw_anew, duplicate
 from localgrad.core.door import check_network
 from localgrad.core.errors import UserError, unknown
+from localgrad.core.hooks import FORWARD
+from localgrad.core.rows import reads_row, writes_row
 from localgrad.core.segments import Segment, Segments, segments
 
 MOST_PREFIX = 5  # class, distillation and register tokens
@@ -27,8 +29,9 @@ MOST_PREFIX = 5  # class, distillation and register tokens
 class Boundary:
     """What crosses between two units: the shape of one sample, its layout, and how many shape changes came before.
 
-    layout: "NCHW" or "NHWC" feature maps, "NLC" tokens or "NC" vectors. prefix: tokens before those of the image, the
-    class token first. grid: on which those of the image lie. dtype: in which it arrives, without autocast. Heads read
+    layout: "NCHW" or "NHWC" feature maps, "NCL" maps of one row, as `nn.Conv1d` has them, "NLC" tokens or "NC" vectors.
+    prefix: tokens before those of the image, the class token first. grid: on which those of the image lie. dtype: in
+    which it arrives, without autocast. Heads read
     it through `to_map` and `summary`; nobody guesses from `ndim`.
     """
 
@@ -44,6 +47,8 @@ class Boundary:
         """Height and width of the map, or of the tokens' grid; a vector is a map of one pixel."""
         if self.layout == "NC":
             return 1, 1
+        if self.layout == "NCL":
+            return 1, self.shape[1]
         if self.layout == "NLC":
             return self.grid or (self.shape[0] - self.prefix, 1)
         height = self.layout.index("H") - 1
@@ -51,12 +56,12 @@ class Boundary:
 
     @property
     def channels(self) -> int:
-        return self.shape[0] if self.layout in ("NCHW", "NC") else self.shape[-1]
+        return self.shape[0] if self.layout in ("NCHW", "NCL", "NC") else self.shape[-1]
 
     def to_map(self) -> list[nn.Module]:
         """Modules that turn what crosses, [B, *shape], into a map [B, C, H, W]: none where it is one already."""
-        if self.layout == "NC":
-            return [nn.Unflatten(1, (self.channels, 1, 1))]
+        if self.layout in ("NC", "NCL"):
+            return [nn.Unflatten(1, (self.channels, 1, 1) if self.layout == "NC" else (self.channels, 1))]
         return [] if self.layout == "NCHW" else [ToMap(self.size, self.prefix)]
 
     def summary(self) -> tuple[list[nn.Module], Boundary]:
@@ -189,6 +194,14 @@ class Block(nn.Sequential):
                 h = way(module, h)
         return h
 
+    def check(self, h: Tensor) -> None:
+        """Raises UserError where its hooks make it hand on another shape than the one for which the auxiliary is."""
+        if h.shape[1:] != self.boundary.shape and any(getattr(m, kind) for m in self.modules() for kind in FORWARD):
+            raise UserError(
+                f"'{self.names[-1]}' hands on {tuple(h.shape[1:])} and not {self.boundary.shape}, as it did when the "
+                "network was cut: hooks that change a shape belong into the forward of a module, before localize"
+            )
+
 
 def units(backbone: nn.Module, example: Tensor) -> list[str]:
     """Names of the units of `backbone`, in order: `blocks=[...]` cuts after those that it lists.
@@ -218,10 +231,11 @@ def trace_units(backbone: nn.Module, example: Tensor) -> Traced:
     rest = [*cut.units[1:], cut.head]
     entering = tuple(example.shape[1:])
     image = (entering[-2], entering[-1]) if len(entering) == 3 else (1, 1)
-    before = Boundary(entering, "NCHW" if len(entering) == 3 else "NC", stage, dtype=cut.units[0].entered)
+    kinds = {2: reads_row(entering, cut.units[0]) or "NLC", 3: "NCHW"}
+    before = Boundary(entering, kinds.get(len(entering), "NC"), stage, dtype=cut.units[0].entered)
     for segment, following in zip(cut.units, rest, strict=True):
         stage += segment.enters != segment.leaves and bool(found)
-        after = replace(_boundary(segment, following, stage, image), dtype=segment.left)
+        after = replace(_boundary(segment, before, following, stage, image), dtype=segment.left)
         found.append(Unit(segment.name, _runnable(segment, segment.in_place), before, after, segment.checkpoint))
         before = after
     tail, checkpoint = (_runnable(cut.head, False), cut.head.checkpoint) if cut.head else (None, None)
@@ -298,16 +312,21 @@ def select_path(downstream: Sequence[Unit], depth: int) -> list[Unit]:
     return [downstream[i] for i in sorted(changing + spread)]
 
 
-def _boundary(segment: Segment, following: Segment | None, stage: int, image: tuple[int, int]) -> Boundary:
+def _boundary(
+    segment: Segment, before: Boundary, following: Segment | None, stage: int, image: tuple[int, int]
+) -> Boundary:
     """What leaves a segment; its layout is told by what reads it, or read the like before."""
     shape = segment.leaves
+    itself = segment if segment.enters == shape else None
     if len(shape) == 1:
         return Boundary(shape, "NC", stage)
     if len(shape) == 2:
-        return Boundary(shape, "NLC", stage, *_grid(shape[0], image))
+        told = reads_row(shape, following) or (itself and before.layout) or writes_row(shape, segment) or before.layout
+        return (
+            Boundary(shape, "NCL", stage) if told == "NCL" else Boundary(shape, "NLC", stage, *_grid(shape[0], image))
+        )
     if len(shape) != 3:
         raise UserError(f"behind '{segment.name}', {shape} crosses: neither a map, nor tokens, nor a vector")
-    itself = segment if segment.enters == shape else None
     return Boundary(shape, _read_as(shape, following) or _read_as(shape, itself) or "NCHW", stage)
 
 

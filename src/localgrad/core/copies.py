@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
+
+from localgrad.core.hooks import BACKWARD, FORWARD, touches_nothing
 
 Module = TypeVar("Module", bound=nn.Module)
 SETTLE = 15  # passes of spectral norm's power iteration, as many as PyTorch takes when it registers the norm
@@ -34,6 +37,26 @@ def computed(module: nn.Module, memo: Mapping[int, Any] | None = None) -> dict[i
 def duplicate(module: Module) -> Module:
     """A deep copy. A tensor that is computed at each call has its value until then."""
     return copy.deepcopy(module, computed(module))
+
+
+def without_values(
+    module: Module, device: str | None = None, *, hooks: Callable[[Callable], bool] = touches_nothing
+) -> Module:
+    """A copy whose tensors have the shapes and formats of `module`'s and no values; on `device`, or where they are, the
+    CPU standing in for the meta device. hooks: which of the hooks around forward passes it has, too."""
+    memo: dict[int, Any] = {}
+    attributes = [v for m in module.modules() for v in vars(m).values() if isinstance(v, Tensor)]
+    attributes += [t for t in held_tensors(module) if t.grad_fn is not None]  # those in lists too, as an LSTM's weights
+    for tensor in (*module.parameters(), *module.buffers(), *attributes):
+        place = device or ("cpu" if tensor.is_meta else tensor.device)
+        other = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=place)
+        memo[id(tensor)] = nn.Parameter(other, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else other
+    tables = [getattr(m, kind) for m in module.modules() for kind in (*FORWARD, *BACKWARD)]
+    memo.update((id(table), OrderedDict()) for table in tables)
+    copied = copy.deepcopy(module, memo)
+    for table in tables:  # when all modules are copied, so that a method of one as a hook is that of its copy
+        memo[id(table)].update((number, copy.deepcopy(h, memo)) for number, h in table.items() if hooks(h))
+    return copied
 
 
 @torch.no_grad()

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from localgrad.core.copies import duplicate
+from localgrad.core.copies import duplicate, without_values
 from localgrad.core.errors import UserError
 from localgrad.core.task import Classification
-from localgrad.core.trace import input_dtype, without_values
+from localgrad.core.trace import input_dtype
 
 if TYPE_CHECKING:
     from localgrad.core.auxiliary import Auxiliary

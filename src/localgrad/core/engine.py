@@ -144,6 +144,7 @@ def check_step(
 ) -> None:
     """Raises UserError unless a step through these neighbouring blocks can be taken, of which the first reads h."""
     check_call(h, y, scale, autocast)
+    model.watch.check(model.backbone)
     shape = tuple(model.blocks[blocks[0] - 1].boundary.shape) if blocks[0] else model.image
     model.task.check_targets(y)
     if tuple(h.shape[1:]) != shape or len(h) != len(y):
@@ -199,6 +200,7 @@ def block_backward(
     auxiliary = cast(Auxiliary, model.auxiliaries[k])
     with autocasting(h, autocast):
         h = block(h)
+        block.check(h)
         outputs = auxiliary(h)
     parts = auxiliary.losses(outputs, y, images)
     del outputs  # or they would live on through the backward pass

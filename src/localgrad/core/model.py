@@ -18,13 +18,15 @@ from localgrad.core.door import Door, check_making, no_local_model
 from localgrad.core.errors import UserError
 from localgrad.core.rebuild import Reads
 from localgrad.core.task import Classification, Task
+from localgrad.core.watch import Watch
 
 
 class LocalModel(nn.Module):
     """A backbone, the K blocks that reference its modules, and the auxiliaries of the first K - 1.
 
     backbone: the user's own network, untouched; calling the model calls it. blocks[k]: runs block k.
-    auxiliaries[k]: what trains it. image: shape of one input. `print(model)` shows a table.
+    auxiliaries[k]: what trains it. image: shape of one input. watch: tells whether the backbone is still what was cut.
+    `print(model)` shows a table.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class LocalModel(nn.Module):
         method: Method,
         task: Task,
         image: tuple[int, ...],
+        watch: Watch,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -44,6 +47,7 @@ class LocalModel(nn.Module):
         self.task = task
         self.image = image
         self.door = Door()
+        self.watch = watch
 
     def __deepcopy__(self, memo: dict) -> LocalModel:
         twin = type(self).__new__(type(self))
@@ -167,7 +171,13 @@ def localize(
     backbone.train()
     for module in frozen:
         module.training = False
-    return LocalModel(backbone, built, auxiliaries, method, task, tuple(example.shape[1:]))
+    watch = traced.cut.watch
+    for source in (s for auxiliary in auxiliaries if auxiliary.coupling for s in auxiliary.coupling.sources):
+        watch.copies(source.name, source.module)
+    if silent := watch.silent():
+        told = f"local_backward does not call the hooks of {', '.join(silent)}"
+        warnings.warn(f"{told}: it calls the units within, so hook those", stacklevel=2)
+    return LocalModel(backbone, built, auxiliaries, method, task, tuple(example.shape[1:]), watch)
 
 
 def localized(model: Any, what: str) -> LocalModel:

@@ -10,10 +10,13 @@ from torch.nn import functional as F
 def reconstruction(logits: Tensor, images: Tensor) -> Tensor:
     """Binary cross-entropy of a decoder's output to the image, mean over every pixel and channel.
 
-    logits [B, C, H, W], before the sigmoid (so that it is stable under autocast); images [B, C, H, W] in [0, 1].
+    logits [B, C, H, W], before the sigmoid (so that it is stable under autocast); images [B, C, H, W] in [0, 1]. Those
+    that are maps of one row [B, C, L], tokens [B, L, C] or vectors [B, C] are compared as maps, as the logits are.
     Source: InfoPro (ICLR 2021), eq. 6 with the Bernoulli likelihood of its section 4.
     """
-    return F.binary_cross_entropy_with_logits(logits, images)
+    if images.ndim == 3:
+        images = images.unsqueeze(2) if logits.shape[2] == 1 else images.mT.unsqueeze(3)
+    return F.binary_cross_entropy_with_logits(logits, images[..., None, None] if images.ndim == 2 else images)
 
 
 def supervised_contrastive(features: Tensor, targets: Tensor, *, temperature: float = 0.07) -> Tensor:

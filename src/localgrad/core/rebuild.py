@@ -142,6 +142,12 @@ class Rebuild:
     def module(self, node: fx.Node) -> nn.Module | None:
         return self.backbone.get_submodule(name_of(node)) if node.op == "call_module" else None
 
+    def taken(self, node: fx.Node) -> str | None:
+        """The name of the module or tensor that a step takes from the backbone."""
+        name = name_of(node)
+        own = node.op in ("call_module", "get_attr") and not name.rpartition(".")[2].startswith("_tensor_constant")
+        return name if own else None
+
     def parameters_read(self, node: fx.Node) -> set[int]:
         """Parameters that a step reads beside the chain, in no module of the chain."""
         beside = (n for n in node.all_input_nodes if n not in self.depends and has_tensor(n.meta[VALUE]))

@@ -17,21 +17,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from localgrad.core.again import split_again
 from localgrad.core.errors import UserError
+from localgrad.core.opened import is_unit, weighted_layers
 from localgrad.core.rebuild import Rebuild, name_of
-from localgrad.core.trace import (
-    AGAIN,
-    BATCHES,
-    BORN,
-    NO_GRAD,
-    PACKED,
-    REENTRANT,
-    VALUE,
-    WRITES,
-    has_tensor,
-    is_unit,
-    trace,
-    weighted_layers,
-)
+from localgrad.core.trace import AGAIN, BATCHES, BORN, NO_GRAD, PACKED, REENTRANT, VALUE, WRITES, has_tensor, trace
+from localgrad.core.watch import Watch
 
 DRAWS = re.compile("rand|dropout|bernoulli|normal_|uniform_|multinomial")  # in names of functions of chance
 
@@ -63,7 +52,7 @@ class Segments:
     cannot be cut, each with the reason. places: all of them, legal or not, in their order. closed: modules whose
     forward cannot be followed, so that each lies within one unit, with the reason. gives: shapes of one sample of what
     the network gives, in the structure in which it does. packed: units and head that the network runs with hooks of
-    its own on saved tensors."""
+    its own on saved tensors. watch: tells whether the network is still what was cut."""
 
     units: list[Segment]
     head: Segment | None
@@ -72,6 +61,7 @@ class Segments:
     closed: dict[str, str]
     gives: Any
     packed: list[str]
+    watch: Watch
 
 
 def segments(backbone: nn.Module, example: Tensor) -> Segments:
@@ -168,7 +158,8 @@ class _Flow:
         starts = {self.place[n]: name_of(n) for n in self.steps if self._is_start(n)}
         legal = {end: segment.name for (_, end), segment in zip(bounds, found, strict=False)}
         order = {**{p: n for p, n in starts.items() if n in refused}, **legal}
-        return Segments(found, head, refused, [order[p] for p in sorted(order)], closed, gives, packed)
+        watch = Watch(self.backbone, filter(None, map(self.rebuild.taken, self.nodes)))
+        return Segments(found, head, refused, [order[p] for p in sorted(order)], closed, gives, packed, watch)
 
     def _is_start(self, node: fx.Node) -> bool:
         """Whether a unit begins at a step: at modules worth it, or at every layer with weights where there are none."""

@@ -9,27 +9,26 @@ arguments that it has there. Other steps in evaluation, as `if self.training` be
 from __future__ import annotations
 
 import contextlib
-import copy
-import random
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils import checkpoint
 from torch.utils._pytree import tree_leaves, tree_map
 
-from localgrad.core.copies import held_tensors
+from localgrad.core.copies import without_values
 from localgrad.core.errors import UserError
+from localgrad.core.hooks import FORWARD, call_with, touches_nothing
+from localgrad.core.opened import opened_modules
+from localgrad.core.threads import RandomState, alone, numpy_lock, one_trace
 
 BATCHES = (5, 7)  # two sizes without a common share
 VALUE = "value"  # of a step for each of BATCHES, in its `meta`
-Module = TypeVar("Module", bound=nn.Module)
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 BORN = "born"  # the version of a step's tensor as it was made
 EVALUATION = "evaluation"  # a step's arguments in evaluation
 NO_GRAD = "no_grad"  # whether a step ran without gradients
@@ -39,25 +38,42 @@ REENTRANT = "reentrant"  # whether a module enters reentrant checkpoints
 PACKED = "packed"  # whether other hooks of the network would keep what a step saves for its backward pass
 
 
+TRIES = 8  # until a step at which the random state has moved each time must have moved it itself
+
+
 def trace(backbone: nn.Module, example: Tensor) -> tuple[fx.Graph, dict[str, str]]:
     """The steps of `backbone` on a batch like `example` [B, ...], and the modules that had to be one step each because
-    their forward cannot be followed, with the reason; nothing is run on real tensors.
+    their forward cannot be followed, with the reason; nothing is run on real tensors, and no hooks but those that
+    touch nothing else. Other threads go on meanwhile, and their traces wait.
 
     Raises UserError for a network whose own forward cannot be followed, naming the module that stopped it.
     """
+    with one_trace():
+        try:
+            return _trace(backbone, example, touches_nothing)
+        except UserError:
+            hooks = [hook for m in backbone.modules() for kind in FORWARD for hook in getattr(m, kind).values()]
+            if not all(map(touches_nothing, hooks)):  # one may unpack what a module gives, as of an nn.GRU
+                with contextlib.suppress(UserError):
+                    return _trace(backbone, example, lambda hook: True)
+            raise
+
+
+def _trace(backbone: nn.Module, example: Tensor, runs: Callable[[Callable], bool]) -> tuple[fx.Graph, dict[str, str]]:
+    """`trace`, with those of the units' hooks that `runs` chooses."""
     try:
-        shapes = without_values(backbone, "meta")
+        shapes = without_values(backbone, "meta", hooks=runs)
     except Exception as error:  # what a network holds may refuse to be copied in its own way
         raise UserError(f"{type(backbone).__name__} cannot be copied: {str(error).splitlines()[0]}") from error
-    opened = _opened(shapes)
+    opened = opened_modules(shapes)
     closed: dict[str, str] = {}
     while True:
         tracer = _Tracer(opened, example)
         try:
             with torch.enable_grad(), tracer.functions_as_steps():
-                graph = tracer.trace(_Whole(shapes.train()))
+                graph = tracer.steps(shapes.train())
                 with contextlib.suppress(Exception):  # what cannot be followed in evaluation has no part in training
-                    _note_evaluation(graph, _Tracer(opened, example, BATCHES[:1]).trace(_Whole(shapes.eval())))
+                    _note_evaluation(graph, _Tracer(opened, example, BATCHES[:1]).steps(shapes.eval()))
             return graph, closed
         except Exception as error:  # symbolic tracing fails in as many ways as Python has control flow
             stopped = tracer.stopped or ""
@@ -84,55 +100,6 @@ def _note_evaluation(graph: fx.Graph, evaluation: fx.Graph) -> None:
         twins = {b: a for a, b in pairs}
         for a, b in pairs:
             a.meta[EVALUATION] = map_arg((b.args, b.kwargs), twins.__getitem__)
-
-
-def weighted_layers(module: nn.Module) -> int:
-    """How many weights with two dimensions or more: a residual unit has several, a convolution with its norm one."""
-    return sum(p.ndim > 1 for p in module.parameters())
-
-
-def is_unit(module: nn.Module) -> bool:
-    """Whether a module is worth being a unit of its own."""
-    return next(module.children(), None) is not None and weighted_layers(module) > 1
-
-
-def is_stage(module: nn.Module) -> bool:
-    """What holds several units and little else: a container, such as a ResNet's layer1 or a transformer's blocks, or a
-    module of parts of one class that are numbered, such as the b1, b2, ... of a stage of timm's RegNets."""
-    if not isinstance(module, CONTAINERS):
-        parts = {(type(m), name.rstrip("0123456789")) for name, m in module.named_children()}
-        if len(parts) != 1 or any(not name[-1].isdigit() for name, _ in module.named_children()):
-            return False
-    return sum(is_unit(m) or is_stage(m) for m in module.children()) > 1
-
-
-def _opened(network: nn.Module) -> set[str]:
-    """Modules whose forward is followed: those with a stage within them; where there is none, plain containers, but not
-    those that stand as one layer in another."""
-    found = {name for name, module in network.named_modules() if any(map(is_stage, module.modules()))} | {""}
-    if len(found) > 1 or is_stage(network):
-        return found
-    modules = dict(network.named_modules())
-    for name, module in modules.items():  # parents come before their children
-        parent = name.rpartition(".")[0]
-        weighted = [m for m in module.children() if weighted_layers(m)]
-        layer = isinstance(modules[parent], CONTAINERS) and any(next(m.children(), None) is None for m in weighted)
-        if isinstance(module, CONTAINERS) and parent in found and not layer:
-            found.add(name)
-    return found
-
-
-def without_values(module: Module, device: str | None = None) -> Module:
-    """A copy whose tensors have the shapes and formats of `module`'s and no values; on `device`, or where they are, the
-    CPU standing in for the meta device."""
-    memo: dict[int, Any] = {}
-    attributes = [v for m in module.modules() for v in vars(m).values() if isinstance(v, Tensor)]
-    attributes += [t for t in held_tensors(module) if t.grad_fn is not None]  # those in lists too, as an LSTM's weights
-    for tensor in (*module.parameters(), *module.buffers(), *attributes):
-        place = device or ("cpu" if tensor.is_meta else tensor.device)
-        other = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=place)
-        memo[id(tensor)] = nn.Parameter(other, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else other
-    return copy.deepcopy(module, memo)
 
 
 class _Whole(nn.Module):
@@ -189,7 +156,8 @@ class _Proxy(fx.Proxy):
 
 class _Tracer(fx.Tracer):
     """opened: names of the modules whose forward is followed. batches: sizes to try. stopped: the innermost module that
-    could not be followed."""
+    could not be followed. moved: the number of the step before which the state of a random generator had moved, and the
+    module whose forward it was in."""
 
     proxy_buffer_attributes = True
 
@@ -197,33 +165,68 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.opened, self.example, self.batches = opened, example, batches
         self.stopped: str | None = None
+        self.moved: set[tuple[int, str]] = set()
         self._running = False
         self._packing = _hooks()  # of whoever asks for the trace
         self._checkpoints: dict[Any, int] = {}
         self._reentered = False
+        self._thread: int | None = None
+        self._left: RandomState | None = None
+        self.lock = numpy_lock()
+
+    def steps(self, network: nn.Module) -> fx.Graph:
+        """The steps of `network`, in whose forward nothing is drawn that does not follow its input. Another thread may
+        draw at any moment, but hardly each time before the same step."""
+        again: list[_Tracer] = [self]
+        self._thread = threading.get_ident()
+        try:
+            with self.lock:
+                graph = self.trace(_Whole(network))
+                while (drawn := set.intersection(*(t.moved for t in again))) and not alone() and len(again) < TRIES:
+                    again.append(_Tracer(self.opened, self.example, self.batches))
+                    again[-1]._thread = self._thread
+                    again[-1].trace(_Whole(network))
+        finally:
+            self.stopped = again[-1].stopped
+            for tracer in again:  # what PyTorch was made to call may outlive it, where another thread traces too
+                tracer._thread = None
+        if drawn:
+            self.stopped = min(drawn)[1]
+            raise TypeError("it draws random numbers that do not follow its input")
+        return graph
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name.removeprefix("network").removeprefix(".") not in self.opened
+        return _name(module_qualified_name) not in self.opened
 
     def call_module(self, m: nn.Module, forward: Callable, args: Any, kwargs: Any) -> Any:
-        if self._running:
+        if threading.get_ident() != self._thread:
+            if any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves((args, kwargs))):
+                raise TypeError("it runs its parts in threads of their own")
             return forward(*args, **kwargs)
-        drawn, buffers = _random_state(), dict(m._buffers.items())
+
+        def followed(*args: Any, **kwargs: Any) -> Any:
+            given = call_with(m, m.forward, args, kwargs)
+            self._look()
+            return given
+
+        if self._running:
+            return call_with(m, m.forward, args, kwargs)
+        self._look()
+        buffers = dict(m._buffers.items())
         try:
-            given = super().call_module(m, forward, args, kwargs)
+            given = super().call_module(m, followed, args, kwargs)
             if any(isinstance(buffer, fx.Proxy) for buffer in m._buffers.values()):
                 m._buffers.update(buffers)
                 raise TypeError("it puts a new tensor in the place of a buffer, which could be changed by copy_")
-            if _random_state() != drawn:
-                raise TypeError("it draws random numbers that do not follow its input")
             return given
         except Exception:
             if self.stopped is None:
-                self.stopped = self.path_of_module(m).removeprefix("network").removeprefix(".")
+                self.stopped = _name(self.path_of_module(m))
             raise
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict) -> Any:
-        return attr_val if self._running else super().getattr(attr, attr_val, parameter_proxy_cache)
+        foreign = self._running or threading.get_ident() != self._thread
+        return attr_val if foreign else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -256,16 +259,28 @@ class _Tracer(fx.Tracer):
 
     @contextlib.contextmanager
     def _run(self) -> Iterator[None]:
-        """Modules called inside are run, not traced; what they draw is put back."""
-        self._running = True
-        python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+        """Modules called inside are run, not traced; what they draw is put back, where no other thread draws."""
+        self._look()
+        before, self._running = self._left, True
+        self.lock.release()
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with torch.no_grad():
                 yield
         finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
+            self.lock.acquire()
             self._running = False
+            self._left = RandomState()
+            if before is not None and self._left.state != before.state and alone():
+                before.put_back()
+                self._left = before
+
+    def _look(self) -> None:
+        """Notes whether random numbers were drawn since the last step."""
+        now = RandomState()
+        if self._left is not None and now.state != self._left.state:
+            inside = next(reversed(self.module_stack.values()), ("",))[0]
+            self.moved.add((len(self.graph.nodes), _name(inside)))
+        self._left = now
 
     @contextlib.contextmanager
     def functions_as_steps(self) -> Iterator[None]:
@@ -275,6 +290,8 @@ class _Tracer(fx.Tracer):
         own = vars(base)["apply"]
 
         def apply(kind: Any, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != self._thread:
+                return own.__get__(None, kind)(*args, **kwargs)
             if kind is checkpoint.CheckpointFunction:
                 self._reentered = True
                 function, keeps_random_state, *given = args
@@ -352,9 +369,9 @@ def input_dtype(network: nn.Module, example: torch.dtype) -> torch.dtype:
     return example if not example.is_floating_point or example in own or not own else own[0]
 
 
-def _random_state() -> tuple[Any, ...]:
-    numpy = np.random.get_state(legacy=False)["state"]  # noqa: NPY002  # pyright: ignore
-    return random.getstate(), torch.get_rng_state().numpy().tobytes(), numpy["pos"], numpy["key"].tobytes()
+def _name(path: str) -> str:
+    """A module's name in the network, of its path below `_Whole`."""
+    return path.removeprefix("network").removeprefix(".")
 
 
 def _attribute(root: nn.Module, target: str) -> Any:

@@ -18,10 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from localgrad.core.copies import without_values
 from localgrad.core.engine import block_steps
 from localgrad.core.model import LocalModel, localized
 from localgrad.core.task import Task
-from localgrad.core.trace import input_dtype, without_values
+from localgrad.core.trace import input_dtype
 
 KINDS: tuple[str, ...] = ("parameters", "gradients", "optimizer", "activations", "auxiliaries")
 Optimizers = Sequence[torch.optim.Optimizer]

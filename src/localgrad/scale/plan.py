@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from localgrad.core.auxiliary import Method
 from localgrad.core.blocks import units
+from localgrad.core.copies import without_values
 from localgrad.core.couplings import MAN
 from localgrad.core.door import check_network
 from localgrad.core.errors import UserError
@@ -25,7 +26,6 @@ from localgrad.core.methods import dgl
 from localgrad.core.model import LocalModel, localize, param_groups
 from localgrad.core.sizes import bytes_of
 from localgrad.core.task import Task
-from localgrad.core.trace import without_values
 from localgrad.scale.costs import trace_costs
 from localgrad.scale.memory import MakeOptimizer, optimizers_for, predict_peak
 from localgrad.scale.recompute import recompute

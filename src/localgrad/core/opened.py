@@ -1,0 +1,43 @@
+"""Which modules of a network are worth being units, and whose forward is therefore followed and not run as one step."""
+
+from __future__ import annotations
+
+from torch import nn
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def weighted_layers(module: nn.Module) -> int:
+    """How many weights with two dimensions or more: a residual unit has several, a convolution with its norm one."""
+    return sum(p.ndim > 1 for p in module.parameters())
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Whether a module is worth being a unit of its own."""
+    return next(module.children(), None) is not None and weighted_layers(module) > 1
+
+
+def is_stage(module: nn.Module) -> bool:
+    """What holds several units and little else: a container, such as a ResNet's layer1 or a transformer's blocks, or a
+    module of parts of one class that are numbered, such as the b1, b2, ... of a stage of timm's RegNets."""
+    if not isinstance(module, CONTAINERS):
+        parts = {(type(m), name.rstrip("0123456789")) for name, m in module.named_children()}
+        if len(parts) != 1 or any(not name[-1].isdigit() for name, _ in module.named_children()):
+            return False
+    return sum(is_unit(m) or is_stage(m) for m in module.children()) > 1
+
+
+def opened_modules(network: nn.Module) -> set[str]:
+    """Modules whose forward is followed: those with a stage within them; where there is none, plain containers, but not
+    those that stand as one layer in another."""
+    found = {name for name, module in network.named_modules() if any(map(is_stage, module.modules()))} | {""}
+    if len(found) > 1 or is_stage(network):
+        return found
+    modules = dict(network.named_modules())
+    for name, module in modules.items():  # parents come before their children
+        parent = name.rpartition(".")[0]
+        weighted = [m for m in module.children() if weighted_layers(m)]
+        layer = isinstance(modules[parent], CONTAINERS) and any(next(m.children(), None) is None for m in weighted)
+        if isinstance(module, CONTAINERS) and parent in found and not layer:
+            found.add(name)
+    return found
