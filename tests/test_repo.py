@@ -289,5 +289,9 @@ def test_no_file_knows_a_machine_or_a_registry() -> None:
     assert not found
 
 
+def test_lines_end_in_a_line_feed_alone() -> None:
+    assert not [name_of(path) for path in tracked() if b"\r" in path.read_bytes()]
+
+
 def test_no_file_has_a_name_that_windows_reserves() -> None:
     assert not [name_of(path) for path in PYTHON if path.stem.lower() in {"aux", "con", "nul", "prn"}]
