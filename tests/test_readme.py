@@ -125,7 +125,7 @@ def test_links_and_files_exist(page: str) -> None:
 
 
 def test_tables_are_those_of_the_results() -> None:
-    filled = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))["filled"]
+    filled = runpy.run_path(str(ROOT / "benchmarks" / "fill_tables.py"))["filled"]
     for page, known in (
         ("README.md", "| DGL + deep MAN | 16 | 11."),
         ("docs/experiments.md", "| bp | dgl K=16 | +4."),
@@ -154,7 +154,7 @@ def test_figures_in_the_text_are_those_of_the_results() -> None:
 
 def test_pictures_are_drawn_from_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    names = runpy.run_path(str(ROOT / "benchmarks" / "pictures.py"))
+    names = runpy.run_path(str(ROOT / "benchmarks" / "draw_pictures.py"))
     assert set(names["SOURCES"]) == {"accuracy", "probes", "frontier", "depth"}
     for picture in names["SOURCES"]:
         assert names["stamp"](picture) in read(f"docs/{picture}.svg"), "run make results"

@@ -1,6 +1,6 @@
 """Draws docs/accuracy.svg, docs/probes.svg, docs/frontier.svg and docs/depth.svg from results/.
 
-python benchmarks/pictures.py     (or make results, which writes the tables too)
+python benchmarks/draw_pictures.py     (or make results, which writes the tables too)
 
 Each names in its metadata the content of the files that it was drawn from, by which a test sees that it is up to date.
 """
@@ -13,8 +13,8 @@ from pathlib import Path
 from statistics import mean
 
 import matplotlib as mpl
+from fill_tables import recipe_of
 from matplotlib.figure import Figure
-from tables import recipe_of
 
 MIB = 2**20
 ROOT = Path(__file__).parents[1]

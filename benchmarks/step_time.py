@@ -1,6 +1,6 @@
 """Time of one training step of the recipe `fashion_small`, method by method, against BP.
 
-    python benchmarks/step.py --out results/time_fashion_small.csv
+    python benchmarks/step_time.py --out results/time_fashion_small.csv
 
 All rows in one process, in turn, so that a noisy machine is as noisy for each; median of `repeats` after two warm-ups.
 """

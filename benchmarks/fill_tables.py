@@ -1,6 +1,6 @@
 """Writes the tables of README.md and docs/ from results/, each between its two marks.
 
-python benchmarks/tables.py     (or make results, which draws the pictures too)
+python benchmarks/fill_tables.py     (or make results, which draws the pictures too)
 """
 
 from __future__ import annotations

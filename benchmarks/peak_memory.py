@@ -1,6 +1,6 @@
 """Peak bytes of one training step of ResNet-110 on 3x32x32, float32: BP, DGL and MAN at several cuts.
 
-    python benchmarks/memory.py --out results/memory_resnet110.csv
+    python benchmarks/peak_memory.py --out results/memory_resnet110.csv
 
 Everything live counts: parameters, optimizer state, gradients, activations. Bytes do not depend on the machine's load.
 """

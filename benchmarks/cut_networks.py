@@ -1,7 +1,7 @@
 """Cuts every network of timm and torchvision's classification models into four blocks with MAN, and segmentation
 networks of torchvision's, with its own backbones and timm's, into four blocks; no weights in memory.
 
-    python benchmarks/coverage.py
+    python benchmarks/cut_networks.py
 
 Writes results/coverage_timm-VERSION.csv a row at a time, and goes on where it stopped.
 """
