@@ -1,23 +1,25 @@
-"""Peak bytes of one training step of ResNet-110 on 3x32x32, float32: BP, DGL and MAN at several cuts.
+"""Peak memory of one training step of ResNet-110 with BP, DGL and MAN, cut in several ways.
 
-    python benchmarks/peak_memory.py --out results/memory_resnet110.csv
+    python benchmarks/peak_memory.py
 
-Everything live counts: parameters, optimizer state, gradients, activations. Bytes do not depend on the machine's load.
+Images of 3x32x32, float32. Everything that is live counts: parameters, optimizer state, gradients, activations. The
+bytes do not depend on the machine's load. Writes results/memory_resnet110.csv, one row for each way to train.
 """
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import tyro
+from common import Table
 
 import localgrad as lg
 from localgrad.run.runlog import environment, mib
 
-BALANCED = ["layer1.6", "layer1.14", "layer2.8"]  # four blocks of about equal bytes
+MODEL = "resnet110"
+BALANCED = ["layer1.6", "layer1.14", "layer2.8"]  # These cuts make four blocks of about equal bytes.
 ROWS: list[tuple[str, lg.MAN | None, int | list[str]]] = [
     ("bp", None, 1),
     ("dgl", None, BALANCED),
@@ -33,17 +35,17 @@ ROWS: list[tuple[str, lg.MAN | None, int | list[str]]] = [
 class Settings:
     """Measure the peak bytes of one step for each row."""
 
-    model: str = "resnet110"
     batch_size: int = 128
     out: Path = Path("results/memory_resnet110.csv")
 
 
-def peak(settings: Settings, method: str, coupling: lg.MAN | None, blocks: int | list[str]) -> int:
+def peak(batch_size: int, method: str, coupling: lg.MAN | None, blocks: int | list[str]) -> int:
+    """The peak bytes of the second step. The first step makes the optimizer's state."""
     torch.manual_seed(0)
-    x, y = torch.randn(settings.batch_size, 3, 32, 32), torch.randint(10, (settings.batch_size,))
+    x, y = torch.randn(batch_size, 3, 32, 32), torch.randint(10, (batch_size,))
     head = None if isinstance(coupling, lg.DeepMAN) else "1c2f"
     chosen = lg.bp() if method == "bp" else lg.dgl(head)
-    backbone = lg.build(settings.model, classes=10)
+    backbone = lg.build(MODEL, classes=10)
     model = lg.localize(backbone, blocks=blocks, method=chosen, coupling=coupling, example=x)
     optimizer = torch.optim.SGD(lg.param_groups(model, weight_decay=1e-4), lr=0.1, momentum=0.9, nesterov=True)
 
@@ -52,27 +54,22 @@ def peak(settings: Settings, method: str, coupling: lg.MAN | None, blocks: int |
         optimizer.step()
         optimizer.zero_grad()
 
-    step()  # makes the optimizer's state
+    step()
     return lg.measure_peak(step).total
 
 
 def main(settings: Settings) -> None:
-    env = environment()
-    columns = ("model", "batch_size", "method", "blocks", "cuts", "peak_bytes", "below_bp_percent")
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    with settings.out.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([*columns, *env])
-        base = 0
-        for method, coupling, blocks in ROWS:
-            size = peak(settings, method, coupling, blocks)
-            base = base or size
-            count, cuts = (blocks, "even") if isinstance(blocks, int) else (len(blocks) + 1, " ".join(blocks))
-            below = 100 * (1 - size / base)
-            writer.writerow(
-                [settings.model, settings.batch_size, method, count, cuts, size, f"{below:.1f}", *env.values()]
-            )
-            print(f"{method:13} {count:3} blocks ({cuts}): {mib(size)}, {below:.1f}% below BP", flush=True)
+    table, bp = Table(settings.out, same=environment()), 0
+    for method, coupling, blocks in ROWS:
+        size = peak(settings.batch_size, method, coupling, blocks)
+        bp = bp or size
+        count, cuts = (blocks, "even") if isinstance(blocks, int) else (len(blocks) + 1, " ".join(blocks))
+        below = f"{100 * (1 - size / bp):.1f}"
+        table.add({
+            "model": MODEL, "batch_size": settings.batch_size, "method": method, "blocks": count,
+            "cuts": cuts, "peak_bytes": size, "below_bp_percent": below,
+        })  # fmt: skip
+        print(f"{method:13} {count:3} blocks ({cuts}): {mib(size)}, {below}% below BP", flush=True)
 
 
 if __name__ == "__main__":
