@@ -41,8 +41,8 @@ $(READY_DEV): pyproject.toml constraints.txt $(READY)
 
 # The tables and pictures of README.md and docs/ from what lies in results/.
 results: $(READY_DEV)
-	$(BIN)/python benchmarks/tables.py
-	$(BIN)/python benchmarks/pictures.py
+	$(BIN)/python benchmarks/fill_tables.py
+	$(BIN)/python benchmarks/draw_pictures.py
 
 clean:
 	rm -rf $(VENV)

@@ -1,4 +1,7 @@
-"""A slower link than there is: what a process sends arrives some time later, while it goes on."""
+"""Simulates a slower network link, for `benchmarks/scaling.py`. It has no command and writes nothing.
+
+What a process sends arrives some time later, and the process goes on meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 
-class _Late:
-    """The handle of a message that is still to be sent."""
+class _DelayedSend:
+    """The handle of a message that waits to be sent."""
 
     def __init__(self) -> None:
         self.work: Any = None
@@ -25,8 +28,8 @@ class _Late:
         return self.work.wait(*args)
 
 
-class _Until:
-    """The handle of a reduction that is done no earlier than `due`."""
+class _DelayedReduction:
+    """The handle of a reduction that ends at the time `due` or later."""
 
     def __init__(self, work: Any, due: float) -> None:
         self.work, self.due = work, due
@@ -39,32 +42,36 @@ class _Until:
 
 @contextlib.contextmanager
 def delayed(seconds: float) -> Iterator[None]:
-    """Each message by `dist.isend` is `seconds` late, and each asynchronous `dist.all_reduce` of two ranks twice as
-    much, because one message of it waits for another. The order of messages stays."""
+    """Delays the messages of `torch.distributed` inside the context. Their order stays.
+
+    Args:
+        seconds: The delay of each message by `dist.isend`. An asynchronous `dist.all_reduce` of two ranks is delayed
+            twice as long, because one of its messages waits for the other. 0 changes nothing.
+    """
     if not seconds:
         yield
         return
     send, reduce = dist.isend, dist.all_reduce
     waiting: queue.Queue[Any] = queue.Queue()
 
-    def isend(*args: Any, **settings: Any) -> _Late:
-        late = _Late()
-        waiting.put((time.monotonic() + seconds, late, args, settings))
-        return late
+    def isend(*args: Any, **settings: Any) -> _DelayedSend:
+        handle = _DelayedSend()
+        waiting.put((time.monotonic() + seconds, handle, args, settings))
+        return handle
 
     def all_reduce(*args: Any, **settings: Any) -> Any:
         began, work = time.monotonic(), reduce(*args, **settings)
-        return work and _Until(work, began + 2 * seconds)
+        return work and _DelayedReduction(work, began + 2 * seconds)
 
-    def post() -> None:
+    def send_when_due() -> None:
         while (message := waiting.get()) is not None:
-            due, late, args, settings = message
+            due, handle, args, settings = message
             time.sleep(max(0.0, due - time.monotonic()))
-            late.work = send(*args, **settings)
-            late.sent.set()
+            handle.work = send(*args, **settings)
+            handle.sent.set()
 
-    postman = threading.Thread(target=post)
-    postman.start()
+    sender = threading.Thread(target=send_when_due)
+    sender.start()
     names = {"isend": isend, "all_reduce": all_reduce}
     before = [(module, name, getattr(module, name)) for module in (dist, distributed_c10d) for name in names]
     try:
@@ -72,7 +79,7 @@ def delayed(seconds: float) -> Iterator[None]:
             setattr(module, name, names[name])
         yield
     finally:
-        for module, name, old in before:
-            setattr(module, name, old)
+        for module, name, original in before:
+            setattr(module, name, original)
         waiting.put(None)
-        postman.join()
+        sender.join()

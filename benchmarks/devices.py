@@ -1,26 +1,27 @@
-"""On paper: a step on 8, 64 and 512 devices, and the same formulas beside what two processes have measured.
+"""Predicts the time of a step on 8, 64 and 512 devices, and checks the formulas against what two processes measured.
 
     python benchmarks/devices.py
 
-Seconds of a step of the whole batch, for P devices of equal speed in a row:
+The seconds of a step of the whole batch, for P devices of equal speed in a row:
 
     local pipeline  max(c, transfer, message / 2, 2 (c + message) / (lag + 1))
-    1F1B, GPipe     (m + P - 1) c / m, and what messages add: each order of passes is followed pass by pass
+    1F1B, GPipe     (m + P - 1) c / m, and what messages add: the passes are simulated one by one, in their order
 
-m: micro-batches. c: seconds that the slowest device computes for a batch (for BP without auxiliaries). message: seconds
-until what one device hands on is there: the link's latency, and transfer, its bytes over the link. Two batches may be
-on the way. The last term is the round trip of an average's source, which may be `lag` steps old: `lag` + 1 steps go on
-in that time. It is an upper bound, as a device waits for the source only when its first block has computed.
+m: the number of micro-batches. c: the seconds that the slowest device computes for a batch (for BP without the
+auxiliaries). transfer: the seconds in which the bytes that one device hands on cross the link. message: the seconds
+until they are there, which are the link's latency and transfer. Two batches may be on the way. The last term is the
+round trip of an average's source, which may be `lag` steps old: `lag` + 1 steps can go on in that time. The term is an
+upper bound, because a device needs the source only after its first block has computed.
 
-Assumed: time is proportional to the images of a micro-batch (small ones are slower in truth), messages do not slow
-arithmetic or each other, a device's speed is `Speed`: arithmetic and bytes moved one after the other.
+Assumptions: time is proportional to the images of a micro-batch (small ones are slower in truth). Messages do not slow
+down arithmetic or each other. The speed of a device is `Speed`: it does its arithmetic and moves its bytes one after
+the other.
 
 Writes results/scaling_devices.csv and, from results/scaling_resnet110.csv, results/scaling_check.csv.
 """
 
 from __future__ import annotations
 
-import csv
 import math
 from dataclasses import dataclass
 from itertools import accumulate
@@ -29,8 +30,10 @@ from typing import Any
 
 import torch
 import tyro
+from common import Table
 
 import localgrad as lg
+from localgrad.run.tables import read_csv
 from localgrad.scale.costs import trace_costs
 from localgrad.scale.pipeline import AHEAD
 
@@ -39,27 +42,28 @@ DEVICES = (8, 64, 512)
 
 @dataclass(frozen=True)
 class Settings:
-    """Assumptions on devices and links; the network is cut for each number of devices."""
+    """Assumptions on devices and links. The network is cut anew for each number of devices."""
 
     model: str = "resnet1202"
     batch_size: int = 1024
     flops: float = 60e12
     """Floating-point operations that a device does in a second."""
     moved: float = 1e12
-    """Bytes that it reads and writes in a second."""
+    """Bytes that a device reads and writes in a second."""
     link: float = 25e9
-    """Bytes a second from one device to the next."""
+    """Bytes that go from one device to the next in a second."""
     latency: float = 10e-6
-    """Seconds."""
+    """Seconds until an empty message is there."""
     results: Path = Path("results")
 
 
 def local_pipeline(c: float, message: float, lag: float = 2, transfer: float = 0.0) -> float:
-    """transfer: the part of `message` in which the link is busy."""
+    """The seconds of a step of the local pipeline, by the formula above."""
     return max(c, transfer, message / AHEAD, 2 * (c + message) / (lag + 1))
 
 
 def one_f_one_b(devices: int, micro: int, c: float, message: float) -> float:
+    """The seconds of a step in 1F1B's order: some forward passes, then one forward and one backward in turn."""
     orders = []
     for rank in range(devices):
         ahead = min(devices - rank - 1, micro)  # forward passes before the first backward pass
@@ -67,51 +71,68 @@ def one_f_one_b(devices: int, micro: int, c: float, message: float) -> float:
         for i in range(micro - ahead):
             order += [("forward", ahead + i), ("backward", i)]
         orders.append([*order, *(("backward", i) for i in range(micro - ahead, micro))])
-    return followed(orders, c / micro, message)
+    return simulated(orders, c / micro, message)
 
 
 def gpipe(devices: int, micro: int, c: float, message: float) -> float:
+    """The seconds of a step in GPipe's order: all forward passes, then all backward passes."""
     order = [(kind, i) for kind in ("forward", "backward") for i in range(micro)]
-    return followed([order] * devices, c / micro, message)
+    return simulated([order] * devices, c / micro, message)
 
 
-def followed(orders: list[list[tuple[str, int]]], c: float, message: float) -> float:
-    """Seconds until each device has done its passes in its order, of which a forward pass takes a third of c, a
-    backward pass two, and each waits for the message that it needs."""
+def simulated(orders: list[list[tuple[str, int]]], c: float, message: float) -> float:
+    """The seconds until every device has done its passes.
+
+    Args:
+        orders: The passes of each device in its order: "forward" or "backward", and the number of the micro-batch.
+        c: The seconds of a micro-batch on a device. The forward pass takes a third of them.
+        message: The seconds until a message is there. A pass waits for the message that it needs.
+    """
     devices = len(orders)
-    done: dict[tuple[str, int, int], float] = {}
-    clock, at, waiting = [0.0] * devices, [0] * devices, list(range(devices))
+    ended: dict[tuple[str, int, int], float] = {}
+    clock, position, waiting = [0.0] * devices, [0] * devices, list(range(devices))
     while waiting:
         rank = waiting.pop()
-        while at[rank] < len(orders[rank]):
-            kind, i = orders[rank][at[rank]]
+        while position[rank] < len(orders[rank]):
+            kind, i = orders[rank][position[rank]]
             source = rank - 1 if kind == "forward" else rank + 1
             if 0 <= source < devices:
-                if (kind, source, i) not in done:
+                if (kind, source, i) not in ended:
                     break
-                clock[rank] = max(clock[rank], done[kind, source, i] + message)
+                clock[rank] = max(clock[rank], ended[kind, source, i] + message)
             clock[rank] += c / 3 if kind == "forward" else c * 2 / 3
-            done[kind, rank, i] = clock[rank]
-            at[rank] += 1
+            ended[kind, rank, i] = clock[rank]
+            position[rank] += 1
             waiting += [other for other in (rank - 1, rank + 1) if 0 <= other < devices]
     return max(clock)
 
 
 def bubble(devices: int, micro: int) -> float:
-    """The share of its time in which a device of 1F1B or GPipe has nothing to do, messages apart."""
+    """The share of the time in which a device of 1F1B or GPipe has nothing to do, without messages."""
     return (devices - 1) / (micro + devices - 1)
 
 
-def slowest(units: list[float], devices: int, ends: list[float] | None = None) -> tuple[float, list[int]]:
-    """Seconds of the slowest device, and the last unit of each but the last."""
-    shares = lg.shares_of(units, devices, ends or ())
+def slowest(units: list[float], devices: int, auxiliaries: list[float] | None = None) -> tuple[float, list[int]]:
+    """Splits a network over devices so that the slowest one is as fast as possible.
+
+    Args:
+        units: The seconds of each unit.
+        devices: The number of devices.
+        auxiliaries: The seconds of the auxiliary behind each unit; None for BP, which has none.
+
+    Returns:
+        The seconds of the slowest device, and the index of the last unit of each device but the last.
+    """
+    shares = lg.shares_of(units, devices, auxiliaries or ())
     lasts = [end - 1 for end in accumulate(shares)][:-1]
     firsts = [0, *(last + 1 for last in lasts)]
-    spent = [sum(units[first : first + share]) for first, share in zip(firsts, shares, strict=True)]
-    return max(s + e for s, e in zip(spent, [*(ends[i] if ends else 0.0 for i in lasts), 0.0], strict=True)), lasts
+    own = [sum(units[first : first + share]) for first, share in zip(firsts, shares, strict=True)]
+    extra = [*(auxiliaries[last] if auxiliaries else 0.0 for last in lasts), 0.0]
+    return max(map(sum, zip(own, extra, strict=True))), lasts
 
 
-def on_paper(settings: Settings) -> list[dict[str, Any]]:
+def predicted(settings: Settings) -> list[dict[str, Any]]:
+    """The rows of many devices, without a coupling and with MAN."""
     speed = lg.Speed(settings.flops, settings.moved)
     table = []
     for coupling in (None, lg.MAN()):
@@ -121,9 +142,9 @@ def on_paper(settings: Settings) -> list[dict[str, Any]]:
         model = lg.localize(backbone, blocks=names[:-1], method=lg.dgl("0c1f"), coupling=coupling, example=x)
         costs = trace_costs(model, settings.batch_size)
         units = [speed.seconds(cost.forward + cost.backward) for cost in costs.units[0]]
-        ends = [speed.seconds(cost.forward + cost.backward) for cost in costs.auxiliaries[0]]
+        auxiliaries = [speed.seconds(cost.forward + cost.backward) for cost in costs.auxiliaries[0]]
         for devices in DEVICES:
-            local, cuts = slowest(units, devices, ends)
+            local, cuts = slowest(units, devices, auxiliaries)
             bp, _ = slowest(units, devices)
             activation = max(costs.units[0][cut].output for cut in cuts)
             source = max(costs.units[0][cut + 1].state for cut in cuts) if coupling else 0
@@ -147,38 +168,35 @@ def on_paper(settings: Settings) -> list[dict[str, Any]]:
 
 
 def check(measured: list[dict[str, str]]) -> list[dict[str, Any]]:
-    """Two devices: images a second of each row as the formulas have it."""
+    """For each measured row of a pipeline on two devices, the images a second that the formulas expect."""
     found = []
     batch = int(measured[0]["batch_size"])
-    # Half of what a process takes for a batch while another computes too.
+    # A device computes half of each batch. The rows "twice" time a whole batch on each of two devices at the same time,
+    # so c is half of their seconds.
     c = {row["blocks"]: batch / float(row["images_per_second"]) for row in measured if row["way"].endswith("twice")}
     for row in measured:
-        way, micro, late = row["way"], int(row["micro_batches"]), float(row["delay_ms"]) / 1000
+        way, micro, delay = row["way"], int(row["micro_batches"]), float(row["delay_ms"]) / 1000
         if way == "local pipeline":
-            seconds = local_pipeline(c[row["blocks"]], late)
+            seconds = local_pipeline(c[row["blocks"]], delay)
         elif way in ("1f1b", "gpipe"):
             formula = one_f_one_b if way == "1f1b" else gpipe
-            seconds = formula(2, micro, c["1"], late)
+            seconds = formula(2, micro, c["1"], delay)
         else:
             continue
-        expected, measured_rate = batch / seconds, float(row["images_per_second"])
+        expected, speed = batch / seconds, float(row["images_per_second"])
         found.append({
             **{name: row[name] for name in ("way", "blocks", "split", "micro_batches", "delay_ms")},
-            "expected": f"{expected:.2f}", "measured": f"{measured_rate:.2f}",
-            "measured_over_expected": f"{measured_rate / expected:.3f}",
+            "expected": f"{expected:.2f}", "measured": f"{speed:.2f}",
+            "measured_over_expected": f"{speed / expected:.3f}",
         })  # fmt: skip
     return found
 
 
 def main(settings: Settings) -> None:
-    with (settings.results / "scaling_resnet110.csv").open(newline="") as file:
-        measured = list(csv.DictReader(file))
-    for name, table in (("scaling_check", check(measured)), ("scaling_devices", on_paper(settings))):
-        with (settings.results / f"{name}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(table)
-        for row in table:
+    measured = read_csv(settings.results / "scaling_resnet110.csv")
+    for name, rows in (("scaling_check", check(measured)), ("scaling_devices", predicted(settings))):
+        Table(settings.results / f"{name}.csv").add(*rows)
+        for row in rows:
             print(*(f"{key}={value}" for key, value in row.items()))
 
 

@@ -2,14 +2,14 @@
 
     python benchmarks/families.py
 
-Each at the smallest of the usual image sizes that it takes. Writes results/families_timm-VERSION.csv a row at a time,
-and goes on where it stopped. `tests/core/test_families.py` makes the same checks.
+Each network is trained at the smallest of the usual image sizes that it takes. Writes
+results/families_timm-VERSION.csv, one row for each family, and goes on where it stopped. `tests/core/test_families.py`
+makes the same checks.
 """
 
 from __future__ import annotations
 
 import copy
-import csv
 import sys
 import tempfile
 import time
@@ -22,6 +22,7 @@ import safetensors.torch
 import timm
 import torch
 import tyro
+from common import Table
 from timm.models._registry import _model_to_module
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,7 +30,7 @@ from torch.nn import functional as F
 import localgrad as lg
 from localgrad.run.checkpoint import save_weights
 
-# Of each family a network of few parameters, and the side of its images.
+# A network with few parameters of each family, and the side of its images.
 SMALL = {
     "beit_base_patch16_224": 32, "cait_xxs24_224": 32, "coat_lite_tiny": 32, "convit_tiny": 32,
     "convmixer_768_32": 32, "convnext_zepto_rms": 32, "cpubone_nano": 32, "cs3darknet_focus_s": 32, "csatv2": 64,
@@ -64,7 +65,7 @@ class Settings:
 
 
 def built(name: str, size: int) -> nn.Module:
-    """The network for images of that side, whether its constructor has to be told or not."""
+    """The network for images of this side. Not every constructor takes the size."""
     try:
         return timm.create_model(name, num_classes=CLASSES, img_size=size)
     except TypeError:
@@ -72,7 +73,7 @@ def built(name: str, size: int) -> nn.Module:
 
 
 def same(network: nn.Module, x: Tensor, *, training: bool) -> bool:
-    """Whether the blocks, one after the other, are the network bit for bit."""
+    """Whether the blocks, run one after the other, give the network's output and buffers bit for bit."""
     network.train(training)
     model = lg.localize(network, blocks=4, method=lg.dgl("0c1f"), example=x).train(training)
     state = copy.deepcopy(network.state_dict())
@@ -88,12 +89,18 @@ def same(network: nn.Module, x: Tensor, *, training: bool) -> bool:
     return torch.equal(h, whole) and buffers
 
 
-def learning(network: nn.Module) -> set[str]:
+def trained(network: nn.Module) -> set[str]:
+    """The names of the parameters that have a gradient."""
     return {name for name, p in network.named_parameters() if p.grad is not None}
 
 
 def check(name: str, folder: Path) -> dict[str, Any]:
-    """A row: what was cut and copied, and which of the checks held."""
+    """Trains one network and returns its row: what was cut and copied, and which of the `CHECKS` passed.
+
+    Args:
+        name: The network, one of `SMALL`.
+        folder: Where the weights may be written.
+    """
     began, size = time.perf_counter(), SMALL[name]
     torch.manual_seed(0)
     network = built(name, size)
@@ -101,14 +108,14 @@ def check(name: str, folder: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"family": _model_to_module[name], "name": name, "image": size}
     row |= {"eval": same(network, x, training=False), "train": same(network, x, training=True)}
     F.cross_entropy(network(x), y).backward()
-    under_bp = learning(network)
+    under_bp = trained(network)
     network.zero_grad()
     for key, coupling in (("deep_man", lg.DeepMAN()), ("man", lg.MAN())):
         model = lg.localize(network, blocks=4, method=lg.dgl("0c1f"), coupling=coupling, example=x)
         copied = [[u.name for u in cast(Any, auxiliary).coupling.sources] for auxiliary in model.auxiliaries]
         row |= {f"{key}_copies": " | ".join(", ".join(names) for names in copied)}
         lg.local_backward(model, x, y)
-        row |= {key: learning(network) == under_bp}
+        row |= {key: trained(network) == under_bp}
         network.zero_grad()
     row |= {"units": len(lg.units(network, x)), "layouts": " ".join(b.boundary.layout for b in model.blocks[:-1])}
     optimizer = torch.optim.SGD(lg.param_groups(model), lr=1e-3, momentum=0.9)
@@ -127,26 +134,16 @@ def check(name: str, folder: Path) -> dict[str, Any]:
 
 
 def main(settings: Settings) -> None:
-    warnings.simplefilter("ignore")  # those of the networks' own constructors
-    rows: list[dict[str, Any]] = []
-    if settings.out.is_file():
-        with settings.out.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-    done = {row["name"] for row in rows}
-    with tempfile.TemporaryDirectory() as folder, settings.out.open("a", newline="") as file:
+    warnings.simplefilter("ignore")  # The constructors of the networks warn.
+    table = Table(settings.out, key=("name",))
+    with tempfile.TemporaryDirectory() as folder:
         for name in SMALL:
-            if name in done:
-                continue
-            row = check(name, Path(folder))
-            writer = csv.DictWriter(file, list(row), lineterminator="\n")
-            if not rows:
-                writer.writeheader()
-            rows.append(row)
-            writer.writerow(row)
-            file.flush()
-    for name in CHECKS:
-        print(f"{name}: {sum(str(row[name]) == 'True' for row in rows)} of {len(rows)}")
-    sys.exit(any(str(row[name]) != "True" for row in rows for name in CHECKS))
+            if (name,) not in table:
+                table.add(check(name, Path(folder)))
+    passed = {name: sum(row[name] == "True" for row in table.rows) for name in CHECKS}
+    for name, count in passed.items():
+        print(f"{name}: {count} of {len(table.rows)}")
+    sys.exit(any(count < len(table.rows) for count in passed.values()))
 
 
 if __name__ == "__main__":

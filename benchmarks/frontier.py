@@ -1,18 +1,18 @@
-"""Time and memory of one training step: BP, activation checkpointing, and plans of localgrad, in one process.
+"""Time and memory of one training step of ResNet-110: BP, activation checkpointing, and the plans of localgrad.
 
-    python benchmarks/frontier.py --model resnet110 --batch-size 128 --precision float32
+    python benchmarks/frontier.py
+    python benchmarks/frontier.py --precision bf16
 
-All rows take turns, so that a noisy machine is as noisy for each; median of `repeats` after two warm-ups. Random images
-of 3x32x32. Beside what is measured stands what was predicted before. Memory that is freed stays with the process
-(`keep_freed_memory`), which favours BP: else its gigabyte is mapped anew in each step, and local plans look faster.
+Random images of 3x32x32. All rows run in one process and take turns. Each time is the median of `repeats` rounds after
+two warm-up rounds. The planner's prediction stands beside each measurement. Freed memory stays with the process
+(`keep_freed_memory`). This favours BP: otherwise the system would map BP's gigabyte anew in each step, and local plans
+would look faster. Writes results/frontier_MODEL_PRECISION.csv, one row for each plan.
 """
 
 from __future__ import annotations
 
-import csv
-import ctypes
 import statistics
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,8 @@ from typing import Literal
 
 import torch
 import tyro
-from torch import nn
+from common import Table, keep_freed_memory, medians_in_turn, seconds_of
+from torch import Tensor, nn
 
 import localgrad as lg
 from localgrad.core.errors import UserError
@@ -28,12 +29,6 @@ from localgrad.run.runlog import environment, mib
 from localgrad.scale.memory import optimizers_for, training_step
 from localgrad.scale.plan import Plan, Planner
 from localgrad.scale.speed import calibrate
-
-WARM_UP = 2
-COLUMNS = (
-    "row", "blocks", "times_bp", "predicted_times_bp", "milliseconds", "predicted_milliseconds", "peak_bytes",
-    "predicted_peak_bytes", "as_you_go", "units_recomputed", "couplings_recomputed", "cuts",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,7 +40,7 @@ class Settings:
     precision: Literal["float32", "bf16"] = "float32"
     repeats: int = 7
     allocator: Literal["keep", "system"] = "keep"
-    """Whether freed memory stays with the process, or goes where the system's allocator lets it."""
+    """Whether freed memory stays with the process, or goes back whenever the system's allocator returns it."""
     out: Path = Path("results")
 
     @property
@@ -60,33 +55,11 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class Way:
-    """A method with a coupling, and its plans."""
+    """A method with a coupling, and the planner of both."""
 
     method: lg.Method
     coupling: lg.MAN | None
     planner: Planner
-
-
-@dataclass(frozen=True, eq=False)
-class Row:
-    """A way to train, ready to step."""
-
-    name: str
-    plan: Plan
-    model: lg.LocalModel
-    optimizers: list[torch.optim.Optimizer]
-
-    def step(self, x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype | None) -> None:
-        training_step(self.model, self.optimizers, x, y, step_as_you_go=self.plan.step_as_you_go, autocast=dtype)
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to hand nothing back to the system; without glibc, does nothing."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        trim_threshold, top_pad, mmap_max = -1, -2, -4
-        for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**30)):
-            mallopt(option, value)
 
 
 def network(settings: Settings) -> nn.Module:
@@ -94,7 +67,8 @@ def network(settings: Settings) -> nn.Module:
     return lg.build(settings.model, classes=10).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
-def plans(settings: Settings, x: torch.Tensor) -> list[tuple[str, Way, Plan]]:
+def plans(settings: Settings, x: Tensor) -> list[tuple[str, Way, Plan]]:
+    """The name of each row, its way and its plan. The first is BP."""
     speed = calibrate(network(settings), x, autocast=settings.autocast)
     print(f"calibrated: {speed.flops / 1e9:.0f} GFLOP/s, {speed.moved / 1e9:.1f} GB/s", flush=True)
 
@@ -104,35 +78,43 @@ def plans(settings: Settings, x: torch.Tensor) -> list[tuple[str, Way, Plan]]:
 
     dgl, man = way(lg.dgl("1c2f"), None), way(lg.dgl("1c2f"), lg.MAN())
     infopro, deep = way(lg.infopro(), lg.MAN()), way(lg.dgl("0c1f"), lg.DeepMAN())
-    own = man.planner
-    bp, again, count = own.bp, own.exactly(own.checkpointing).peak, len(own.costs.names)
-    made = [("BP", man, bp), ("checkpointing", man, own.checkpointing)]
-    budgets = [("half of BP's", bp.peak // 2), ("checkpointing's", again)]
-    budgets += [("0.65 of checkpointing's", int(0.65 * again)), ("half of checkpointing's", again // 2)]
+    planner = man.planner
+    bp, units = planner.bp, len(planner.costs.names)
+    checkpointing = planner.exactly(planner.checkpointing).peak
+    found = [("BP", man, bp), ("checkpointing", man, planner.checkpointing)]
+    budgets = [
+        ("half of BP's", bp.peak // 2), ("checkpointing's", checkpointing),
+        ("0.65 of checkpointing's", int(0.65 * checkpointing)), ("half of checkpointing's", checkpointing // 2),
+    ]  # fmt: skip
     kinds = [("BP", man, 1), ("DGL", dgl, None), ("MAN", man, None), ("deep MAN", deep, None)]
-    wanted = [(f"{kind}, in {told} memory", who, b, blocks) for told, b in budgets for kind, who, blocks in kinds]
-    spread = [k for k in (4, 8, 16) if k < count]
-    for k in spread:
-        told = f"deep MAN, K={k}, in the memory of even cuts"
-        wanted.append((told, deep, deep.planner.exactly(deep.planner.even(k)).peak, k))
-    for name, who, budget, blocks in wanted:
+    wanted = [(f"{kind}, in {told} memory", one, b, blocks) for told, b in budgets for kind, one, blocks in kinds]
+    counts = [k for k in (4, 8, 16) if k < units]
+    for k in counts:
+        budget = deep.planner.exactly(deep.planner.even(k)).peak
+        wanted.append((f"deep MAN, K={k}, in the memory of even cuts", deep, budget, k))
+    for name, one, budget, blocks in wanted:
         try:
-            made.append((name, who, who.planner.fastest(budget, blocks)))
+            found.append((name, one, one.planner.fastest(budget, blocks)))
         except UserError as error:
             print(f"{name}: {error}", flush=True)
-    made += [(f"MAN, K={k}, balanced", man, own.balanced(k)) for k in spread[:2]]
-    made += [(f"{n}, K={k}, even", w, w.planner.even(k)) for n, w in (("MAN", man), ("deep MAN", deep)) for k in spread]
-    made += [(f"{n}, K={count}", w, w.planner.even(count)) for n, w in (("MAN", man), ("InfoPro + MAN", infopro))]
-    return made
+    found += [(f"MAN, K={k}, balanced", man, planner.balanced(k)) for k in counts[:2]]
+    found += [
+        (f"{n}, K={k}, even", w, w.planner.even(k)) for n, w in (("MAN", man), ("deep MAN", deep)) for k in counts
+    ]
+    found += [(f"{n}, K={units}", w, w.planner.even(units)) for n, w in (("MAN", man), ("InfoPro + MAN", infopro))]
+    return found
 
 
-def row(name: str, who: Way, plan: Plan, settings: Settings, x: torch.Tensor) -> Row:
-    coupling = who.coupling if len(plan.blocks) > 1 else None
-    model = lg.localize(network(settings), blocks=list(plan.blocks), method=who.method, coupling=coupling, example=x)
+def ready(way: Way, plan: Plan, settings: Settings, x: Tensor, y: Tensor) -> tuple[Plan, Callable[[], object]]:
+    """The plan with the exact peak that is predicted for it, and its training step."""
+    coupling = way.coupling if len(plan.blocks) > 1 else None
+    model = lg.localize(network(settings), blocks=list(plan.blocks), method=way.method, coupling=coupling, example=x)
     plan.apply(model).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     sgd = partial(torch.optim.SGD, lr=0.01, momentum=0.9, nesterov=True)
-    groups = lg.param_groups(model, weight_decay=1e-4)
-    return Row(name, who.planner.exactly(plan), model, optimizers_for(groups, sgd, as_you_go=plan.step_as_you_go))
+    groups, as_you_go = lg.param_groups(model, weight_decay=1e-4), plan.step_as_you_go
+    optimizers = optimizers_for(groups, sgd, as_you_go=as_you_go)
+    step = partial(training_step, model, optimizers, x, y, step_as_you_go=as_you_go, autocast=settings.autocast)
+    return way.planner.exactly(plan), step
 
 
 def main(settings: Settings) -> None:
@@ -141,34 +123,24 @@ def main(settings: Settings) -> None:
     torch.manual_seed(0)
     x = torch.randn(settings.batch_size, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     y = torch.randint(10, (settings.batch_size,))
-    table = [row(name, who, plan, settings, x) for name, who, plan in plans(settings, x)]
-    seconds: list[list[float]] = [[] for _ in table]
-    for _ in range(WARM_UP + settings.repeats):
-        for times, entry in zip(seconds, table, strict=True):
-            began = time.perf_counter()
-            entry.step(x, y, settings.autocast)
-            times.append(time.perf_counter() - began)
-    medians = [statistics.median(times[WARM_UP:]) for times in seconds]
-    extra = {"batch_size": settings.batch_size, "precision": settings.precision, "allocator": settings.allocator}
-    extra |= {"repeats": settings.repeats, **environment()}
-    settings.out.mkdir(parents=True, exist_ok=True)
-    off = []
-    with settings.file.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*COLUMNS, *extra])
-        for entry, median in zip(table, medians, strict=True):
-            peak = lg.measure_peak(lambda entry=entry: entry.step(x, y, settings.autocast)).total
-            plan, base = entry.plan, table[0].plan.seconds
-            told = [f"{median / medians[0]:.3f}", f"{plan.seconds / base:.3f}"]
-            told += [f"{1000 * s:.0f}" for s in (median, plan.seconds)]
-            what = [peak, plan.peak, plan.step_as_you_go, len(plan.units), len(plan.couplings)]
-            cuts = " ".join(plan.blocks[:-1])
-            writer.writerow([entry.name, len(plan.blocks), *told, *what, cuts, *extra.values()])
-            off.append(abs(plan.seconds / median - 1))
-            print(f"{entry.name:45} K={len(plan.blocks):2} {told[0]}x (predicted {told[1]}x) {mib(peak)}", flush=True)
-    print(
-        f"predicted seconds are off by {100 * max(off):.1f}% at most, {100 * statistics.median(off):.1f}% in the median"
-    )
+    rows = [(name, *ready(way, plan, settings, x, y)) for name, way, plan in plans(settings, x)]
+    medians = medians_in_turn([partial(seconds_of, step) for _, _, step in rows], settings.repeats)
+    same = {"batch_size": settings.batch_size, "precision": settings.precision, "allocator": settings.allocator}
+    table = Table(settings.file, same={**same, "repeats": settings.repeats, **environment()})
+    bp, off = rows[0][1], []
+    for (name, plan, step), median in zip(rows, medians, strict=True):
+        peak = lg.measure_peak(step).total
+        times, predicted = f"{median / medians[0]:.3f}", f"{plan.seconds / bp.seconds:.3f}"
+        table.add({
+            "row": name, "blocks": len(plan.blocks), "times_bp": times, "predicted_times_bp": predicted,
+            "milliseconds": f"{1000 * median:.0f}", "predicted_milliseconds": f"{1000 * plan.seconds:.0f}",
+            "peak_bytes": peak, "predicted_peak_bytes": plan.peak, "as_you_go": plan.step_as_you_go,
+            "units_recomputed": len(plan.units), "couplings_recomputed": len(plan.couplings),
+            "cuts": " ".join(plan.blocks[:-1]),
+        })  # fmt: skip
+        off.append(100 * abs(plan.seconds / median - 1))
+        print(f"{name:45} K={len(plan.blocks):2} {times}x (predicted {predicted}x) {mib(peak)}", flush=True)
+    print(f"predicted seconds are off by {max(off):.1f}% at most, {statistics.median(off):.1f}% in the median")
 
 
 if __name__ == "__main__":

@@ -1,29 +1,29 @@
-"""Memory and time of one training step at ImageNet's size, predicted: nothing is run, no GPU and no images are needed.
+"""Memory and time of one training step at ImageNet's size, predicted. It needs no GPU and no images.
 
     python benchmarks/imagenet.py
 
-224 px, float32, SGD with momentum; times are of a device of nominal speed (`Speed`), so read their ratios. MAN with
-pool + linear heads (`0c1f`), and InfoPro + MAN at the paper's cuts. Writes results/imagenet_memory.csv, a network at a
-time; networks that are there already are kept.
+224 px, float32, SGD with momentum. MAN has pool + linear heads (`0c1f`); InfoPro + MAN has the paper's cuts. The times
+are those of a device of nominal speed (`Speed`), so only their ratios say something. Writes results/imagenet_memory.csv
+network by network. Networks that it has already are not predicted again.
 """
 
 from __future__ import annotations
 
-import csv
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import tyro
+from common import Table
 
 import localgrad as lg
 from localgrad.core.errors import UserError
 from localgrad.run.runlog import environment
 from localgrad.scale.plan import Plan, Planner
 
-# The K=2 cut of InfoPro's published code and the K=4 cuts of MAN's; of transformers we know none, so those are even.
+# The K=2 cut of InfoPro's published code and the K=4 cuts of MAN's. Nobody has published cuts of the transformers, so
+# those are cut evenly.
 CUTS = {
     "torchvision:resnet101": ["layer2.0", "layer2.2 layer3.8 layer3.16"],
     "torchvision:resnet152": ["layer2.5", "layer2.6 layer3.13 layer3.25"],
@@ -31,8 +31,8 @@ CUTS = {
     "timm:vit_small_patch16_224": [],
     "timm:vit_base_patch16_224": [],
 }
-SHARES = (0.5, 0.4, 0.32, 0.25, 0.2)  # of BP's memory
-MOST = 8  # blocks
+SHARES = (0.5, 0.4, 0.32, 0.25, 0.2)  # budgets, as shares of BP's memory
+MOST_BLOCKS = 8
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Settings:
 
 
 def plans(model: str, batch_size: int) -> Iterator[tuple[str, Plan]]:
+    """The rows of a network, each with its plan. The first is BP."""
     backbone = lg.build(model, classes=1000).to("meta")
     example = torch.empty(batch_size, 3, 224, 224, device="meta")
     man = Planner(backbone, example, method=lg.dgl("0c1f"), coupling=lg.MAN())
@@ -62,47 +63,39 @@ def plans(model: str, batch_size: int) -> Iterator[tuple[str, Plan]]:
     else:
         for blocks in (2, 4):
             yield f"MAN, K={blocks}, even", man.exactly(man.even(blocks))
-    for blocks in range(2, MOST + 1):
+    for blocks in range(2, MOST_BLOCKS + 1):
         yield f"MAN, K={blocks}, balanced", man.exactly(man.balanced(blocks))
     for share in SHARES:
-        for name, one in (("BP", True), ("MAN", False)):
+        for name, one_block in (("BP", True), ("MAN", False)):
             budget = int(share * bp.peak)
             try:
-                plan = man.fastest(budget, 1) if one else man.fastest(budget, several=True)
+                plan = man.fastest(budget, 1) if one_block else man.fastest(budget, several=True)
             except UserError:
-                continue  # nothing of that kind is so small
+                continue  # No plan of this kind fits into the budget.
             yield f"{name}, the fastest in {share:.0%} of BP's memory", plan
     yield "MAN, the least", man.exactly(man.frontier(several=True)[-1])
 
 
 def main(settings: Settings) -> None:
-    env = environment()
-    columns = ["model", "row", "blocks", "peak_bytes", "below_bp_percent", "flops_times_bp", "time_times_bp"]
-    columns += ["as_you_go", "units_recomputed", "couplings_recomputed", "cuts", "batch_size", *env]
-    done: list[dict[str, str]] = []
-    if settings.out.is_file():
-        with settings.out.open(newline="") as file:
-            done = list(csv.DictReader(file))
+    table = Table(settings.out, key=("model",), same={"batch_size": settings.batch_size, **environment()})
     for model in settings.models:
-        if any(row["model"] == model for row in done):
+        if (model,) in table:
             continue
-        began, base = time.perf_counter(), None
+        rows, bp = [], None
         for name, plan in plans(model, settings.batch_size):
-            base = base or plan
-            below = 100 * (base.peak - plan.peak) / base.peak
-            ratios = [f"{plan.flops / base.flops:.3f}", f"{plan.seconds / base.seconds:.3f}"]
-            what = [plan.step_as_you_go, len(plan.units), len(plan.couplings), " ".join(plan.blocks[:-1])]
-            row = [model, name, len(plan.blocks), plan.peak, f"{below:.1f}", *ratios, *what, settings.batch_size]
-            done.append(dict(zip(columns, map(str, [*row, *env.values()]), strict=True)))
-            print(
-                f"{model} {name}: {plan.peak / 2**30:.2f} GiB ({below:.1f}% below BP), arithmetic {ratios[0]}x",
-                flush=True,
-            )
-        print(f"{model}: {time.perf_counter() - began:.0f} s", flush=True)
-        with settings.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(done)
+            bp = bp or plan
+            below = f"{100 * (bp.peak - plan.peak) / bp.peak:.1f}"
+            row = {
+                "model": model, "row": name, "blocks": len(plan.blocks), "peak_bytes": plan.peak,
+                "below_bp_percent": below, "flops_times_bp": f"{plan.flops / bp.flops:.3f}",
+                "time_times_bp": f"{plan.seconds / bp.seconds:.3f}", "as_you_go": plan.step_as_you_go,
+                "units_recomputed": len(plan.units), "couplings_recomputed": len(plan.couplings),
+                "cuts": " ".join(plan.blocks[:-1]),
+            }  # fmt: skip
+            rows.append(row)
+            size = f"{plan.peak / 2**30:.2f} GiB ({below}% below BP)"
+            print(f"{model} {name}: {size}, arithmetic {row['flops_times_bp']} times BP", flush=True)
+        table.add(*rows)
 
 
 if __name__ == "__main__":

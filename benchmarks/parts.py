@@ -1,23 +1,22 @@
-"""Time of a pass forward and back through parts of an auxiliary, done one way and another. Writes results/parts.csv.
+"""Time of a pass forward and backward through parts of an auxiliary, each part computed in two ways.
 
     python benchmarks/parts.py
 
-Both ways take turns; median of `repeats` after two warm-ups. Batch 128, float32, channels_last.
+Batch 128, float32, channels_last. The two ways of a part take turns. Each time is the median of `repeats` rounds after
+two warm-up rounds. Writes results/parts.csv, one row for each part and size of the map.
 """
 
 from __future__ import annotations
 
 import copy
-import csv
-import statistics
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import tyro
-from frontier import WARM_UP, keep_freed_memory
+from common import Table, keep_freed_memory, medians_in_turn, seconds_of
 from torch import Tensor, nn
 
 from localgrad.core.blocks import Boundary
@@ -36,15 +35,13 @@ class Settings:
     out: Path = Path("results/parts.csv")
 
 
-class Both(nn.Module):
-    """Two convolutions of one input, one after the other or joined in one."""
+class TwoBranches(nn.Module):
+    """Two convolutions of one input, as two layers or joined in one layer with twice the channels."""
 
     def __init__(self, channels: int, *, joined: bool) -> None:
         super().__init__()
-        each = 2 * channels if joined else channels
-        self.layers = nn.ModuleList(
-            nn.Conv2d(channels, each, 3, padding=1, bias=False) for _ in range(1 if joined else 2)
-        )
+        count, out = (1, 2 * channels) if joined else (2, channels)
+        self.layers = nn.ModuleList(nn.Conv2d(channels, out, 3, padding=1, bias=False) for _ in range(count))
 
     def forward(self, h: Tensor) -> Tensor:
         return torch.cat([layer(h).flatten() for layer in self.layers])
@@ -56,39 +53,38 @@ def head(channels: int, pool: nn.Module) -> nn.Module:
     )
 
 
-def pairs() -> Iterator[tuple[str, nn.Module, nn.Module, int, int]]:
-    for channels, size in MAPS:
-        quick = Decoder(Boundary((channels, size, size), "NCHW", 0), (3, 32, 32))
-        plain = copy.deepcopy(quick)
-        plain.fast = False
-        yield "decoder: layer by layer, quickly", plain, quick, channels, size
-        adaptive, fixed = head(channels, nn.AdaptiveAvgPool2d(1)), head(channels, nn.AvgPool2d(size))
-        yield "pooling of a head: adaptive, plain", adaptive, fixed, channels, size
-        two, one = Both(channels, joined=False), Both(channels, joined=True)
-        yield "a convolution of both branches: two, joined", two, one, channels, size
+def pairs(channels: int, size: int) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """Each part with its two ways, for maps of `channels` x `size` x `size`."""
+    fast = Decoder(Boundary((channels, size, size), "NCHW", 0), (3, 32, 32))
+    plain = copy.deepcopy(fast)
+    plain.fast = False
+    yield "decoder: layer by layer, quickly", plain, fast
+    adaptive, fixed = nn.AdaptiveAvgPool2d(1), nn.AvgPool2d(size)
+    yield "pooling of a head: adaptive, plain", head(channels, adaptive), head(channels, fixed)
+    two, one = TwoBranches(channels, joined=False), TwoBranches(channels, joined=True)
+    yield "a convolution of both branches: two, joined", two, one
 
 
-def seconds(part: nn.Module, h: Tensor) -> float:
-    began = time.perf_counter()
+def forward_and_backward(part: nn.Module, h: Tensor) -> None:
     part(h).square().sum().backward()
-    return time.perf_counter() - began
 
 
 def main(settings: Settings) -> None:
     keep_freed_memory()
-    env = environment()
-    with settings.out.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        columns = ("what: one way, another", "channels", "size", "milliseconds_one", "milliseconds_another", "ratio")
-        writer.writerow([*columns, "batch_size", "repeats", *env])
-        for name, one, another, channels, size in pairs():
-            h = torch.randn(settings.batch_size, channels, size, size).contiguous(memory_format=torch.channels_last)
-            parts = [part.to(memory_format=torch.channels_last) for part in (one, another)]  # pyright: ignore[reportCallIssue]
-            times = [[seconds(part, h.requires_grad_()) for part in parts] for _ in range(WARM_UP + settings.repeats)]
-            first, second = (1000 * statistics.median(column) for column in zip(*times[WARM_UP:], strict=True))
-            told = [f"{first:.1f}", f"{second:.1f}", f"{second / first:.2f}"]
-            writer.writerow([name, channels, size, *told, settings.batch_size, settings.repeats, *env.values()])
-            print(f"{name}, {channels} x {size} x {size}: {' ms, '.join(told[:2])} ms", flush=True)
+    table = Table(settings.out, same={"batch_size": settings.batch_size, "repeats": settings.repeats, **environment()})
+    for channels, size in MAPS:
+        h = torch.randn(settings.batch_size, channels, size, size).contiguous(memory_format=torch.channels_last)
+        h.requires_grad_()
+        for name, *ways in pairs(channels, size):
+            parts = [way.to(memory_format=torch.channels_last) for way in ways]  # pyright: ignore[reportCallIssue]
+            timers = [partial(seconds_of, partial(forward_and_backward, part, h)) for part in parts]
+            one, another = (1000 * median for median in medians_in_turn(timers, settings.repeats))
+            table.add({
+                "what: one way, another": name, "channels": channels, "size": size,
+                "milliseconds_one": f"{one:.1f}", "milliseconds_another": f"{another:.1f}",
+                "ratio": f"{another / one:.2f}",
+            })  # fmt: skip
+            print(f"{name}, {channels} x {size} x {size}: {one:.1f} ms, {another:.1f} ms", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""What the units of the study's networks have learned: `localgrad probe` of each, those of backpropagation too, against
-backpropagation of the next seed, and of the last against the first: weights that begin alike may stay so, and how
-alike two networks of one method are is what the others have to be measured by.
+"""What the units of the study's networks have learned: `localgrad probe` of each network, compared with BP.
 
     python benchmarks/probes.py
 
-Looks at the runs of the study's main part that lie in runs/study and are finished, and adds a row for each of their
-units to results/probes_fashion_small.csv. What has rows there is not probed again.
+Each network is compared with BP of the next seed, and those of the last seed with BP of the first. Seeds differ because
+weights that begin alike may stay alike. BP's own networks are compared too: how alike two networks of one method are is
+the measure for all others.
+
+Probes the finished runs of the study's main part in runs/study. Writes results/probes_fashion_small.csv, a row for each
+unit of each run. Runs that it has already are not probed again.
 """
 
 from __future__ import annotations
@@ -16,26 +18,28 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from common import Table
 
 from localgrad.cli import main as localgrad
 from localgrad.run.checkpoint import MODEL
 from localgrad.run.probe import agreement
 from localgrad.run.runlog import read_environment
-from localgrad.run.tables import read_csv, write_csv
+from localgrad.run.tables import read_csv
 
-NAMED = re.compile(r"(.+)_k(\d+)_s(\d+)")  # runs whose recipe is that of the main part
+# The names of the main part's runs, whose recipes have no setting of their own: method, blocks, seed.
+NAMED = re.compile(r"(.+)_k(\d+)_s(\d+)")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Probe what the table lacks. Ctrl-C stops it; the same command goes on."""
+    """Probe the runs that the table lacks. Ctrl-C stops the script, and the same command continues it."""
 
     results: Path = Path("results")
     runs: Path = Path("runs/study")
 
 
 def rows_of(run: Path, method: str, blocks: str, seed: str, bp: Path) -> list[dict[str, Any]]:
-    """What `localgrad probe` has found: each unit's separability, and its CKA with the same unit of BP."""
+    """Probes a run. A row for each unit: its separability, and its CKA with the same unit of the run `bp`."""
     if code := localgrad(["probe", str(run), "--against", str(bp)]):
         raise SystemExit(code)
     cka = agreement(read_csv(run / "probe" / "cka.csv"))
@@ -48,16 +52,14 @@ def rows_of(run: Path, method: str, blocks: str, seed: str, bp: Path) -> list[di
 
 
 def main(settings: Settings) -> None:
-    place = settings.results / "probes_fashion_small.csv"
+    table = Table(settings.results / "probes_fashion_small.csv", key=("method", "blocks", "seed"))
     finished = sorted(run for run in settings.runs.iterdir() if NAMED.fullmatch(run.name) and (run / MODEL).exists())
     bps = sorted((int(run.name.removeprefix("bp_k1_s")), run) for run in finished if run.name.startswith("bp_"))
     for run in finished:
         method, blocks, seed = NAMED.fullmatch(run.name).groups()  # pyright: ignore[reportOptionalMemberAccess]
-        later = [bp for s, bp in bps if s > int(seed)]
-        others = later + [bp for s, bp in bps if s < int(seed)]
-        there: list[dict[str, Any]] = [*read_csv(place)] if place.exists() else []
-        if others and not any((row["method"], row["blocks"], row["seed"]) == (method, blocks, seed) for row in there):
-            write_csv(place, [*there, *rows_of(run, method, blocks, seed, others[0])])
+        others = [bp for s, bp in bps if s > int(seed)] + [bp for s, bp in bps if s < int(seed)]
+        if others and (method, blocks, seed) not in table:
+            table.add(*rows_of(run, method, blocks, seed, others[0]))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,20 @@
-"""Two processes against one: images a second and peak memory of BP, local learning, and pipelines.
+"""Images a second and peak memory of two processes compared with one: BP, local learning, and pipelines.
 
     python benchmarks/scaling.py
 
-One process with one thread (BP, and local learning that steps as it goes) against two processes with one thread each:
-local data parallel, the local pipeline, and PyTorch's pipelines of BP, GPipe and 1F1B, with ever more micro-batches.
-All in the same two processes, in turn, so that a noisy machine is as noisy for each; messages are real ones, by gloo.
-With a delay, each message arrives so much later: what slower links would cost.
+One process with one thread trains with BP and with local learning that steps as it goes. Two processes with one thread
+each train with local data parallel, the local pipeline, and PyTorch's pipelines of BP, GPipe and 1F1B, with more and
+more micro-batches. All ways run in the same two processes and take turns. The messages are real ones, sent by gloo.
+With a delay, each message arrives later, which shows what a slower link would cost.
 
 Writes results/scaling_resnet110.csv, one row for each way and delay: the median over the repeats of the slowest
-process, and the peak bytes of the fattest. `local` is DGL with MAN's coupling; two blocks are cut where the pipeline is
-fastest on trial, and BP's pipelines there too and, if that is elsewhere, where BP's halves take equally long
-(`split` is bp).
+process, and the peak bytes of the process that needs most. `local` is DGL with MAN's coupling. Two blocks are cut where
+the pipeline is fastest on trial. BP's pipelines are split there too (`split` is local) and, if that is another place,
+where the halves of BP take equally long (`split` is bp).
 """
 
 from __future__ import annotations
 
-import csv
 import statistics
 import tempfile
 import time
@@ -24,12 +23,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import tyro
+from common import Table, medians_in_turn
 from delays import delayed
 from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
@@ -38,13 +37,13 @@ import localgrad as lg
 from localgrad.run.runlog import environment
 from localgrad.scale.memory import MemoryMeter
 
-FILL = 3  # steps that are not timed, in which a pipeline fills
+FILL = 3  # steps in which a pipeline fills, which are not timed
 SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Time each way of training."""
+    """Time each way to train."""
 
     model: str = "resnet110"
     batch_size: int = 32
@@ -59,8 +58,19 @@ class Settings:
 
 @dataclass(frozen=True)
 class Way:
-    """A way of training: its step, on the processes that have one, and what ends a run of steps. batches: that a step
-    of all of them trains on."""
+    """A way to train.
+
+    Args:
+        name: Its name in the table.
+        processes: How many processes take part, 1 or 2.
+        blocks: The number of blocks, 1 for BP.
+        cut: The unit after which the network is split, "" if it is not.
+        step: One training step, to be called on each process that takes part.
+        micro_batches: The parts of a batch that follow each other through a pipeline.
+        batches: How many batches a step of all processes trains on.
+        split: Who chose the cut: "local" or "bp".
+        close: To be called after the last of several steps.
+    """
 
     name: str
     processes: int
@@ -89,10 +99,10 @@ class Bench:
 
     def ways(self) -> list[Way]:
         names = lg.units(self.model(1, bp=True).backbone, self.x)
-        # A linear head on each unit takes next to no time, so these are the units' own seconds.
+        # A linear head on each unit takes next to no time, so these are the seconds of the units themselves.
         seconds = self.seconds(self.model(names[:-1]))
         middle = lg.shares_of(seconds, 2)[0] - 1
-        trial: dict[str, float] = {}  # seconds
+        trial: dict[str, float] = {}  # the pipeline's seconds for each cut
         for name in names[middle - 1 : middle + 3]:
             way = self.pipeline(self.model([name], lg.MAN(lag=lg.least_lag())), (1, 1))
             trial[name] = min(slowest([timed(way, self.rank, self.settings.steps) for _ in range(3)]))
@@ -110,19 +120,20 @@ class Bench:
         return found
 
     def seconds(self, model: lg.LocalModel) -> list[float]:
-        """Of each block, as the two processes find it while both compute."""
+        """The seconds of each block, summed over the two processes, which measure at the same time."""
         mine = torch.tensor(lg.block_seconds(model, self.x, self.y))
         dist.all_reduce(mine)
         return mine.tolist()
 
     def alone(self, name: str, model: lg.LocalModel) -> list[Way]:
-        """One process; and both at once with a batch each, as if there were nothing to exchange: no way of sharing the
-        work can be faster here, unless each process needs less of the caches."""
+        """One process; and both processes at the same time with a batch each, as if nothing had to be exchanged. No
+        way to share the work can be faster than that here, unless each process then needs less of the caches."""
         step = partial(Updates(model).step, partial(lg.block_steps, model, self.x, self.y))
         one = Way(name, 1, len(model.blocks), model.blocks[0].names[-1], step)
         return [one, replace(one, name=f"{name}, twice", processes=2, batches=2)]
 
     def replicas(self, model: lg.LocalModel) -> Way:
+        """Local data parallel: each process trains on half of the batch."""
         replicas, update = lg.Replicas(model), Updates(model)
         x, y = (t.chunk(2)[self.rank] for t in (self.x, self.y))
         last = len(model.blocks) - 1
@@ -141,12 +152,14 @@ class Bench:
         return Way("local data parallel", 2, last + 1, "", step)
 
     def pipeline(self, model: lg.LocalModel, shares: tuple[int, ...]) -> Way:
+        """The local pipeline. shares: the number of blocks of each process."""
         stage = lg.Stage(model, shares)
         cut = model.blocks[shares[0] - 1].names[-1]
         step = partial(Updates(model).step, partial(stage.block_steps, self.x, self.y))
         return Way("local pipeline", 2, len(model.blocks), cut, step, close=stage.finish)
 
     def rival(self, name: str, cut: str, split: str, micro: int) -> Way:
+        """BP in one of PyTorch's pipelines."""
         module = nn.Sequential(self.model([cut]).blocks[self.rank])
         stage = PipelineStage(module, self.rank, 2, torch.device("cpu"))
         schedule = SCHEDULES[name](stage, n_microbatches=micro, loss_fn=nn.CrossEntropyLoss())
@@ -168,7 +181,7 @@ def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 class Updates:
-    """Moves the averages of block k and steps it."""
+    """Moves the averages of one block and takes its optimizer step."""
 
     def __init__(self, model: lg.LocalModel) -> None:
         self.model = model
@@ -180,13 +193,13 @@ class Updates:
         self.optimizers[k].zero_grad()
 
     def step(self, block_steps: Callable[[], Iterable[lg.BlockResult]]) -> None:
-        """A whole step, each block as soon as it has its gradients."""
+        """A whole step, in which each block steps as soon as it has its gradients."""
         for done in block_steps():
             self(done.block)
 
 
 def timed(way: Way, rank: int, steps: int) -> float:
-    """Seconds a step on this process, once the pipeline is full; 0 where it has none."""
+    """The mean seconds of a step on this process once the pipeline is full; 0 on a process that takes no part."""
     dist.barrier()
     if rank >= way.processes:
         return 0.0
@@ -199,7 +212,7 @@ def timed(way: Way, rank: int, steps: int) -> float:
 
 
 def peak(way: Way, rank: int) -> int:
-    """Bytes that a step takes on this process."""
+    """The peak bytes of a step on this process; 0 on a process that takes no part."""
     dist.barrier()
     if rank >= way.processes:
         return 0
@@ -212,58 +225,55 @@ def peak(way: Way, rank: int) -> int:
 
 
 def slowest(values: list[float]) -> list[float]:
-    """The largest over the processes of each."""
+    """The largest of each value over the processes."""
     most = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(most, dist.ReduceOp.MAX)
     return most.tolist()
 
 
-def work(rank: int, place: str, settings: Settings) -> None:
+def timer(way: Way, rank: int, steps: int, delay: int) -> Callable[[], float]:
+    """A function that times the way on the slowest process, with messages that are `delay` milliseconds late."""
+
+    def run() -> float:
+        with delayed(delay / 1000):
+            return slowest([timed(way, rank, steps)])[0]
+
+    return run
+
+
+def work(rank: int, folder: str, settings: Settings) -> None:
+    """What each of the two processes does. The first one writes the table."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{place}/group", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     ways = Bench(settings, rank).ways()
     peaks = slowest([peak(way, rank) for way in ways])
-    table: list[dict[str, Any]] = []
-    rate: dict[str, float] = {}
+    same = {name: getattr(settings, name) for name in ("repeats", "steps", "model", "batch_size")}
+    table = Table(settings.out, same={**same, **environment()})
+    speeds: dict[str, float] = {}  # at the first delay, which is 0
     for delay in settings.delays:
-        seconds: list[list[float]] = [[] for _ in ways]
-        chosen = [
-            i for i, way in enumerate(ways) if not delay or (way.processes > way.batches and way.split == "local")
-        ]
-        for _ in range(1 + settings.repeats):  # of which the first warms up
-            for i in chosen:
-                with delayed(delay / 1000):
-                    seconds[i] += slowest([timed(ways[i], rank, settings.steps)])
-        for i in chosen:
-            way, median = ways[i], statistics.median(seconds[i][1:])
+        # Delays are of interest only where the processes exchange messages, and for one cut.
+        chosen = [i for i, w in enumerate(ways) if not delay or (w.processes > w.batches and w.split == "local")]
+        timers = [timer(ways[i], rank, settings.steps, delay) for i in chosen]
+        for i, median in zip(chosen, medians_in_turn(timers, settings.repeats, warm_up=1), strict=True):
+            way = ways[i]
             speed = way.batches * settings.batch_size / median
-            rate.setdefault(f"{way.name} {way.blocks}", speed)
+            speeds.setdefault(f"{way.name} {way.blocks}", speed)
+            local = f"{speed / speeds[f'local {max(way.blocks, 2)}']:.3f}" if way.name[:2] != "bp" else ""
             row = {
                 "way": way.name, "processes": way.processes, "blocks": way.blocks, "split": way.split, "cut": way.cut,
                 "micro_batches": way.micro_batches, "delay_ms": delay, "images_per_second": f"{speed:.2f}",
-                "times_bp": f"{speed / rate['bp 1']:.3f}",
-                "times_local": f"{speed / rate[f'local {max(way.blocks, 2)}']:.3f}" if way.name[:2] != "bp" else "",
-                "peak_bytes": int(peaks[i]), "repeats": settings.repeats, "steps": settings.steps,
-                "model": settings.model, "batch_size": settings.batch_size,
+                "times_bp": f"{speed / speeds['bp 1']:.3f}", "times_local": local, "peak_bytes": int(peaks[i]),
             }  # fmt: skip
-            table.append(row)
-            if not rank:
-                print(
-                    *(f"{name}={value}" for name, value in row.items() if name not in ("model", "repeats")), flush=True
-                )
-    if not rank:
-        settings.out.parent.mkdir(parents=True, exist_ok=True)
-        with settings.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*table[0], *environment()], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({**row, **environment()} for row in table)
+            if rank == 0:
+                table.add(row)
+                print(*(f"{name}={value}" for name, value in row.items()), flush=True)
     dist.barrier()
     dist.destroy_process_group()
 
 
 def main(settings: Settings) -> None:
-    with tempfile.TemporaryDirectory() as place:
-        mp.start_processes(work, (place, settings), nprocs=2, start_method="spawn")  # pyright: ignore[reportPrivateImportUsage]
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(work, (folder, settings), nprocs=2, start_method="spawn")  # pyright: ignore[reportPrivateImportUsage]
 
 
 if __name__ == "__main__":

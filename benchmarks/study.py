@@ -1,45 +1,50 @@
-"""The study: test error, memory and time of each method on `fashion_small`, with seeds; its ablations; a long training.
+"""The study: test error, memory and time of each method on `fashion_small`, over seeds; its ablations; a long training.
 
     python benchmarks/study.py
 
-Grids of `localgrad compare`, two runs at a time. A run that is finished adds its row to
-results/accuracy_fashion_small_runs.csv at once; what has a row there is not run again (unless another starts from its
-weights, and they are gone), so a stopped study goes on where it was, on whatever machine. The means go to
-results/accuracy_fashion_small.csv, differences paired by seed to results/accuracy_fashion_small_pairs.csv.
+Runs grids of `localgrad compare`, two runs at a time. Writes results/accuracy_fashion_small_runs.csv, one row for each
+run as soon as it is finished; results/accuracy_fashion_small.csv, the means over seeds; and
+results/accuracy_fashion_small_pairs.csv, the differences paired by seed. A run that has a row is not trained again, so
+the study goes on where it stopped, on whatever machine. There is one exception: a run whose weights another one starts
+from is trained again if the weights are gone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
+from common import Table
 
 from localgrad.run.arguments import Compare
 from localgrad.run.checkpoint import MODEL
 from localgrad.run.compare import Cell, grid, run_all
 from localgrad.run.tables import SAME, paired, read_runs, row_of, show, summarize, write_csv
 
-EARLY = "layer1.0/layer1.2/layer1.4"  # small blocks where maps are large, and all else in the last block
-FIRST = "stem/layer1.0/layer1.1/layer1.2/layer1.3/layer1.4"  # of 16 blocks, the cuts of the first stage alone
-LAST = "/".join(["layer1.4"] + [f"layer2.{i}" for i in range(5)] + [f"layer3.{i}" for i in range(4)])  # and from there
-AGAIN = "/".join(f"layer1.{i}" for i in range(5))
+RUNS = "accuracy_fashion_small_runs.csv"
+KEY = (*SAME, "seed")
+EARLY = "layer1.0/layer1.2/layer1.4"  # small blocks where the maps are large, and one block for the rest
+# The cuts of 16 blocks up to the end of the first stage, and those from there on.
+FIRST = "stem/layer1.0/layer1.1/layer1.2/layer1.3/layer1.4"
+LAST = "/".join(["layer1.4"] + [f"layer2.{i}" for i in range(5)] + [f"layer3.{i}" for i in range(4)])
+FIRST_STAGE = "/".join(f"layer1.{i}" for i in range(5))
 DEEP = "dgl+deep-man"
 METHODS = "bp,dgl,dgl+man,dgl+man++,dgl+deep-man"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Train what the table lacks. Ctrl-C stops it; the same command goes on."""
+    """Train the runs that the table lacks. Ctrl-C stops the study, and the same command continues it."""
 
     results: Path = Path("results")
     out: Path = Path("runs/study")
-    """Where the run folders lie, which `localgrad probe` and `localgrad report` read."""
+    """The folder of the runs, for `localgrad probe` and `localgrad report`."""
     jobs: int = 2
     parts: str = "main,gap,others,ablation,long,variants,local,exact"
-    """Which of the parts to train, in this order, but for `exact`, which starts from weights of `local`."""
+    """The parts to train, in this order. `exact` comes last, because it starts from weights of `local`."""
 
 
 def _compare(methods: str, blocks: str, seeds: str = "0", **changes: Any) -> Compare:
@@ -48,19 +53,20 @@ def _compare(methods: str, blocks: str, seeds: str = "0", **changes: Any) -> Com
 
 
 def _weights(compare: Compare) -> str:
-    """Where the weights of a grid's only run are, as seen from the repository."""
+    """The weights of a grid that has one run, as a path in the repository."""
     (cell,) = grid(compare)
     return str(Settings.out / cell.name / MODEL)
 
 
-# A late phase with fewer blocks, here one: the weights after some epochs, and how BP goes on from them to the sixth.
+# Six epochs in two phases: 16 or 4 blocks first, and then BP, which starts from their weights. Each row names the runs
+# of the first phase and what BP has in the second.
 LATE = [
     (_compare(DEEP, EARLY, branches="learnable", epochs="4"), {"epochs": "2", "lr": "0.05"}),
     (_compare(DEEP, "16", branches="learnable", epochs="4"), {"epochs": "2", "lr": "0.05"}),
     (_compare(DEEP, "16", branches="learnable", epochs="2"), {"epochs": "4"}),
 ]
 
-# The seeds of the main part one after the other, so that what is there at any time is balanced.
+# The main part trains one seed after the other, so that all methods have about as many seeds at any time.
 PARTS: dict[str, list[Compare]] = {
     "main": [
         compare
@@ -78,7 +84,7 @@ PARTS: dict[str, list[Compare]] = {
         _compare("dgl+man", "16", "0,1,2", branches="ema,learnable"),
         _compare("dgl+man", "16", "0,1,2", momentum="0,0.99"),
     ],
-    # Towards BP: where to cut and with which objective, and where the errors of 16 blocks come from.
+    # What brings the error nearer to BP's: where to cut, which objective, and where the errors of 16 blocks arise.
     "gap": [
         _compare(DEEP, FIRST, branches="learnable"),
         _compare(DEEP, LAST, branches="learnable"),
@@ -89,10 +95,10 @@ PARTS: dict[str, list[Compare]] = {
         _compare(DEEP, "layer1.1/layer1.4/layer2.4,layer1.2/layer1.4/layer2.4,layer1.2", branches="learnable"),
         _compare(DEEP, "16", "0,1,2", branches="learnable"),
         _compare(DEEP, "layer2.0/layer3.1/layer3.3", "0,1,2", branches="learnable", recompute="layer1.0/layer1.1"),
-        _compare(DEEP, "layer3.1/layer3.2/layer3.3", "0,1,2", branches="learnable", recompute=AGAIN),
-        _compare(DEEP, "layer2.0,layer2.4", branches="learnable"),  # what the planner takes in 80 and in 41 MiB
+        _compare(DEEP, "layer3.1/layer3.2/layer3.3", "0,1,2", branches="learnable", recompute=FIRST_STAGE),
+        _compare(DEEP, "layer2.0,layer2.4", branches="learnable"),  # the planner's cuts for 80 and 41 MiB
     ],
-    # Which branches, which units, how fast.
+    # Other branches, other units to copy, other learning rates.
     "variants": [
         _compare("bp", "1", lr="0.05,0.2"),
         _compare("dgl,dgl+man,dgl+deep-man", EARLY),
@@ -104,53 +110,54 @@ PARTS: dict[str, list[Compare]] = {
     ],
     "local": [local for local, _ in LATE],
     "exact": [_compare("bp", "1", **then, warmup="0", init=_weights(local)) for local, then in LATE]
-    + [_compare("bp", "1", epochs="2,4")],  # and without what came before
+    + [_compare("bp", "1", epochs="2,4")],  # the second phases without their first ones
     "long": [_compare("bp,dgl,dgl+man,dgl+deep-man", "4", limit_train=60000, epochs=15)],
 }
 
 
-def key(row: dict[str, Any]) -> tuple:
-    return (*(row[name] for name in SAME), row["seed"])
-
-
-def lacking(parts: Iterable[str], there: Collection[tuple]) -> list[Cell]:
-    """The runs of these parts, each once, without those that are there."""
+def lacking(parts: Iterable[str], there: Container[tuple]) -> list[Cell]:
+    """The runs of these parts that are not in `there`, each once."""
     cells = {cell.name: cell for part in parts for compare in PARTS[part] for cell in grid(compare)}
     return [c for c in cells.values() if (c.method, c.blocks, c.setting, c.recipe.seed) not in there]
 
 
-def main(settings: Settings) -> None:
-    place = settings.results / "accuracy_fashion_small_runs.csv"
+def queues(settings: Settings) -> tuple[list[Cell], list[Cell]]:
+    """The runs to train: those that start from nothing, and then those that start from the weights of others. One queue
+    for all parts, so that no core waits at the end of a part."""
+    there = Table(settings.results / RUNS, KEY)
+    names = settings.parts.split(",")
+    late = lacking(["exact"] if "exact" in names else [], there)
+    early = lacking([name for name in names if name != "exact"], there)
+    # Runs whose weights are needed and gone are trained again, though they have a row.
+    gone = {c.recipe.init for c in late if c.recipe.init and not Path(c.recipe.init).exists()}
+    again = lacking(["local"] if gone else [], ())
+    return early + [c for c in again if str(settings.out / c.name / MODEL) in gone and c not in early], late
 
+
+def summed_up(settings: Settings) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Writes the means and the paired differences of all runs that have a row, and returns both tables."""
+    runs = read_runs(settings.results / RUNS)
+    means, pairs = summarize(runs), paired(runs)
+    write_csv(settings.results / "accuracy_fashion_small.csv", means)
+    write_csv(settings.results / "accuracy_fashion_small_pairs.csv", pairs)
+    return means, pairs
+
+
+def main(settings: Settings) -> None:
     def add(cell: Cell) -> None:
         row = row_of(settings.out / cell.name, cell.method, cell.blocks, cell.setting, cell.recipe.seed)
-        write_csv(place, [*(other for other in runs() if key(other) != key(row)), row])
-        summed_up()
+        Table(settings.results / RUNS, KEY).add(row)
+        summed_up(settings)
 
-    def runs() -> list[dict[str, Any]]:
-        return read_runs(place) if place.exists() else []
-
-    def summed_up() -> None:
-        write_csv(settings.results / "accuracy_fashion_small.csv", summarize(runs()))
-        write_csv(settings.results / "accuracy_fashion_small_pairs.csv", paired(runs()))
-
-    names = settings.parts.split(",")
-    for name in names:
+    for name in settings.parts.split(","):
         if name not in PARTS:
             raise SystemExit(f"the study has no part '{name}': take {', '.join(PARTS)}")
     settings.out.mkdir(parents=True, exist_ok=True)
-    there, failed = {key(run) for run in runs()}, []
-    late = lacking(["exact"] if "exact" in names else [], there)
-    starts = {c.recipe.init for c in late if c.recipe.init and not Path(c.recipe.init).exists()}
-    early = lacking([name for name in names if name != "exact"], there)
-    again = lacking(["local"] if starts else [], set())
-    early += [c for c in again if str(settings.out / c.name / MODEL) in starts and c not in early]
-    # One queue, so that no core waits at the end of a part, and another for what starts from weights of the first.
-    for queue in (early, late):
+    failed: list[str] = []
+    for queue in queues(settings):
         failed += run_all(queue, settings.out, settings.jobs, done=add)
-    if rows := runs():
-        summed_up()
-        show(summarize(rows), paired(rows))
+    if (settings.results / RUNS).exists():
+        show(*summed_up(settings))
     if failed:
         raise SystemExit(f"these runs failed: {', '.join(failed)}")
 

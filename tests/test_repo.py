@@ -289,5 +289,24 @@ def test_no_file_knows_a_machine_or_a_registry() -> None:
     assert not found
 
 
+def test_lines_end_in_a_line_feed_alone() -> None:
+    assert not [name_of(path) for path in tracked() if b"\r" in path.read_bytes()]
+
+
+def test_no_benchmark_has_the_name_of_a_room_or_of_a_package() -> None:
+    """Its folder comes first on the path of a script and of the tests. `coverage` is what pytest-cov imports."""
+    names = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+    assert not names & {path.stem for path in SOURCE.rglob("*.py")}
+    assert not [name for name in names if name == "coverage" or name in sys.stdlib_module_names]
+
+
+def test_every_benchmark_tells_its_command_and_what_it_writes() -> None:
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        if "__main__" in path.read_text(encoding="utf-8"):
+            told = ast.get_docstring(tree(path)) or ""
+            assert f"python benchmarks/{path.name}" in told, path.name
+            assert "Writes" in told, path.name
+
+
 def test_no_file_has_a_name_that_windows_reserves() -> None:
     assert not [name_of(path) for path in PYTHON if path.stem.lower() in {"aux", "con", "nul", "prn"}]

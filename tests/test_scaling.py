@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-import csv
-import runpy
 import time
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, cast
 
+import devices
 import pytest
 import torch
 import torch.distributed as dist
-
-ROOT = Path(__file__).parents[1]
-
-
-def load(name: str) -> ModuleType:
-    return SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py")))  # pyright: ignore[reportReturnType]
-
-
-@pytest.fixture(scope="module")
-def devices() -> ModuleType:
-    return load("devices")
+from common import read_results
+from delays import delayed
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 @pytest.mark.parametrize("micro", [1, 2, 4, 9, 32])
-def test_without_messages_both_orders_take_the_textbooks_time(devices: ModuleType, count: int, micro: int) -> None:
+def test_without_messages_both_orders_take_the_textbooks_time(count: int, micro: int) -> None:
     expected = (micro + count - 1) * 6.0 / micro
     assert devices.one_f_one_b(count, micro, 6.0, 0.0) == pytest.approx(expected)
     assert devices.gpipe(count, micro, 6.0, 0.0) == pytest.approx(expected)
     assert 1 - 6.0 / expected == pytest.approx(devices.bubble(count, micro))
 
 
-def test_messages_are_waited_for(devices: ModuleType) -> None:
+def test_messages_are_waited_for() -> None:
     """Followed by hand, for two devices; c is 3 for each micro-batch, of which 1 is forward."""
     assert devices.gpipe(2, 2, 6.0, 1.0) == pytest.approx(9 + 2)
     assert devices.one_f_one_b(2, 2, 6.0, 1.0) == pytest.approx(9 + 2)
@@ -43,7 +32,7 @@ def test_messages_are_waited_for(devices: ModuleType) -> None:
 
 @pytest.mark.parametrize("lag", [2, 4])
 @pytest.mark.parametrize("message", [0.0, 0.3, 0.9, 2.0])
-def test_the_local_pipeline_is_as_fast_as_its_messages_let_it(devices: ModuleType, message: float, lag: int) -> None:
+def test_the_local_pipeline_is_as_fast_as_its_messages_let_it(message: float, lag: int) -> None:
     """Two devices followed step by step: each batch waits for the one before, the first device for the state that the
     second had `lag` steps ago."""
     ends: tuple[list[float], list[float]] = ([], [])
@@ -55,19 +44,16 @@ def test_the_local_pipeline_is_as_fast_as_its_messages_let_it(devices: ModuleTyp
     assert devices.local_pipeline(1.0, message, lag) == pytest.approx(each, rel=0.02)
 
 
-def test_what_was_measured_is_near_the_formulas(devices: ModuleType) -> None:
-    with (ROOT / "results" / "scaling_resnet110.csv").open(newline="") as file:
-        measured = list(csv.DictReader(file))
-    with (ROOT / "results" / "scaling_check.csv").open(newline="") as file:
-        written = list(csv.DictReader(file))
-    assert devices.check(measured) == written
+def test_what_was_measured_is_near_the_formulas() -> None:
+    written = read_results("scaling_check.csv")
+    assert devices.check(read_results("scaling_resnet110.csv")) == written
     for row in written:
         if row["split"] == "local" and row["way"] == "local pipeline" and row["delay_ms"] == "0":
             assert float(row["measured_over_expected"]) == pytest.approx(1, abs=0.15), row
 
 
 def test_messages_are_late_but_in_order() -> None:
-    delayed, sent = load("delays").delayed, []
+    sent = []
 
     def instead(tensor: torch.Tensor, rank: int) -> Any:
         sent.append((time.monotonic(), int(tensor), rank))

@@ -3,41 +3,18 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import probes
 import pytest
+import study
 
 from localgrad.run.checkpoint import MODEL
 from localgrad.run.compare import Cell
 from localgrad.run.tables import write_csv
-
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    """A script of benchmarks/ as a module."""
-
-    def load(name: str) -> Any:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)  # where its dataclass looks for itself
-        spec.loader.exec_module(module)
-        return module
-
-    return load
-
-
-@pytest.fixture
-def study(script: Callable[[str], Any]) -> Any:
-    return script("study")
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -50,7 +27,7 @@ def row_of(folder: Path, method: str, blocks: int, setting: str, seed: int) -> d
     return {**row, "peak_bytes": 2**20, "seconds": 1.0, "added": 5, "machine": "one"}
 
 
-def test_a_study_goes_on_where_its_rows_end(study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_goes_on_where_its_rows_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[str] = []
 
     def run_all(cells: Sequence[Cell], out: Path, jobs: int, *, done: Callable[[Cell], None]) -> list[str]:
@@ -90,7 +67,7 @@ def test_a_study_goes_on_where_its_rows_end(study: Any, tmp_path: Path, monkeypa
 
 
 def test_what_starts_from_weights_waits_for_them_and_has_them_made(
-    study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queues: list[list[str]] = []
 
@@ -125,21 +102,21 @@ def test_what_starts_from_weights_waits_for_them_and_has_them_made(
     assert queues[6:] == [[], [late]]
 
 
-def test_every_part_is_a_grid_of_its_own_runs(study: Any) -> None:
+def test_every_part_is_a_grid_of_its_own_runs() -> None:
     names = [cell.name for part in study.PARTS.values() for compare in part for cell in study.grid(compare)]
     assert len(names) == len(set(names))
     assert {f"dgl+man_k16_s{s}" for s in range(5)} <= set(names)
 
 
-def test_an_unknown_part_is_named(study: Any, tmp_path: Path) -> None:
+def test_an_unknown_part_is_named(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no part 'mian': take main, "):
         study.main(study.Settings(results=tmp_path, out=tmp_path, parts="mian"))
 
 
 def test_each_finished_run_is_probed_once_against_bp_of_the_next_seed(
-    script: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    probes, probed, units = script("probes"), [], ("stem", "layer1.0")
+    probed, units = [], ("stem", "layer1.0")
 
     def localgrad(words: list[str]) -> int:
         run, against = Path(words[1]), Path(words[3]).name

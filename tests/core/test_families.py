@@ -5,12 +5,11 @@ The checks are those of `benchmarks/families.py`, which writes them down for eve
 
 from __future__ import annotations
 
-import runpy
 from pathlib import Path
 
 import pytest
+from families import CHECKS, SMALL, check
 
-FAMILIES = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "families.py"))
 QUICK = {  # one of each kind; the others are marked slow
     "convnext_zepto_rms", "convit_tiny", "cs3darknet_focus_s", "dla46x_c", "mobilenetv3_small_050", "pit_ti_224",
     "regnetx_002", "resnet10t", "swin_tiny_patch4_window7_224", "swiftformer_xs",
@@ -18,9 +17,7 @@ QUICK = {  # one of each kind; the others are marked slow
 
 
 @pytest.mark.filterwarnings("ignore")  # those of the networks' own constructors
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in FAMILIES["SMALL"]]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in SMALL])
 def test_a_family_is_trained_in_blocks_and_stays_what_it_is(name: str, tmp_path: Path) -> None:
-    row = FAMILIES["check"](name, tmp_path)
-    assert [check for check in FAMILIES["CHECKS"] if not row[check]] == []
+    row = check(name, tmp_path)
+    assert [key for key in CHECKS if not row[key]] == []

@@ -1,23 +1,22 @@
-"""Draws docs/accuracy.svg, docs/probes.svg, docs/frontier.svg and docs/depth.svg from results/.
+"""Draws the pictures of README.md and docs/ from the files in results/.
 
-python benchmarks/pictures.py     (or make results, which writes the tables too)
+    python benchmarks/draw_pictures.py     (or `make results`, which fills the tables too)
 
-Each names in its metadata the content of the files that it was drawn from, by which a test sees that it is up to date.
+Writes docs/accuracy.svg, docs/probes.svg, docs/frontier.svg and docs/depth.svg. The metadata of each picture has the
+hashes of the files that it was drawn from, so that a test sees whether it is up to date.
 """
 
 from __future__ import annotations
 
-import csv
 from hashlib import sha256
-from pathlib import Path
 from statistics import mean
 
 import matplotlib as mpl
+from common import ROOT, read_results
+from fill_tables import recipe_of
 from matplotlib.figure import Figure
-from tables import recipe_of
 
 MIB = 2**20
-ROOT = Path(__file__).parents[1]
 METHODS = {
     "bp": "BP", "dgl": "DGL", "dgl+man": "DGL + MAN", "dgl+man++": "DGL + MAN++", "dgl+deep-man": "DGL + deep MAN",
 }  # fmt: skip
@@ -31,27 +30,23 @@ SOURCES = {
 KINDS = (("BP", "o", "black"), ("DGL", "v", "tab:green"), ("MAN", "s", "tab:blue"), ("deep MAN", "D", "tab:orange"))
 
 
-def read(name: str) -> list[dict[str, str]]:
-    with (ROOT / "results" / name).open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def stamp(picture: str) -> str:
-    """What the picture is drawn from: each file's name and content, hashed."""
+    """The names of the files that a picture is drawn from, each with the hash of its content."""
     content = (f"{name} {sha256((ROOT / 'results' / name).read_bytes()).hexdigest()[:12]}" for name in SOURCES[picture])
     return ", ".join(content)
 
 
 def accuracy() -> Figure:
-    """Test error against memory, of the study's main part and of its recipes, and BP that recomputes."""
+    """Test error against memory, for the study's main part, for its recipes and for BP that recomputes."""
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes, every = figure.subplots(), read("accuracy_fashion_small.csv")
+    axes, every = figure.subplots(), read_results("accuracy_fashion_small.csv")
     main = [r for r in every if not r["setting"]]
     curves = {label: [r for r in main if r["method"] == method] for method, label in METHODS.items()}
     (bp,) = curves["BP"]
-    timed = [r for r in read("time_fashion_small.csv") if r["method"] == "bp" and r["setting"]]
-    again = [bp | {"peak_bytes": r["peak_bytes"], "error_std": ""} for r in timed]  # its error, by the same gradients
-    curves |= {"BP, recomputing": again, "recipes": [r for r in every if recipe_of(r)]}
+    timed = [r for r in read_results("time_fashion_small.csv") if r["method"] == "bp" and r["setting"]]
+    # BP that recomputes has the same gradients and so the same error.
+    recomputing = [bp | {"peak_bytes": r["peak_bytes"], "error_std": ""} for r in timed]
+    curves |= {"BP, recomputing": recomputing, "recipes": [r for r in every if recipe_of(r)]}
     for (label, rows), marker in zip(curves.items(), MARKERS, strict=True):
         rows.sort(key=lambda r: int(r["blocks"]))
         places = [int(r["peak_bytes"]) / MIB for r in rows], [float(r["error_mean"]) for r in rows]
@@ -59,7 +54,7 @@ def accuracy() -> Figure:
         axes.errorbar(*places, yerr=spread, marker=marker, capsize=3, label=label, linestyle=":")
         for x, y, row in zip(*places, rows, strict=True):
             if row["blocks"] != "1":
-                beside = (5, -11) if label == METHODS["dgl+man++"] else (5, 5)  # MAN++ lies where MAN lies
+                beside = (5, -11) if label == METHODS["dgl+man++"] else (5, 5)  # MAN++ and MAN lie on the same place.
                 axes.annotate(f"K={row['blocks']}", (x, y), beside, textcoords="offset points", fontsize=8)
     axes.set(xlabel="peak memory of a step, MiB", ylabel="test error, %, mean and deviation over seeds", xlim=(0, None))
     axes.legend()
@@ -68,9 +63,9 @@ def accuracy() -> Figure:
 
 
 def probes() -> Figure:
-    """What each unit has learned, of BP and of 16 blocks; the mean over seeds."""
+    """What each unit has learned, for BP and for 16 blocks, the mean over seeds."""
     figure = Figure(figsize=(9, 4), layout="constrained")
-    every = read("probes_fashion_small.csv")
+    every = read_results("probes_fashion_small.csv")
     units = list(dict.fromkeys(r["unit"] for r in every))
     ways = ("top1", "accuracy of a linear classifier, %"), ("cka", "CKA with the same unit of BP")
     for axes, (column, what) in zip(figure.subplots(1, 2), ways, strict=True):
@@ -86,10 +81,10 @@ def probes() -> Figure:
 
 
 def frontier() -> Figure:
-    """Time against memory, of plans that were made for a budget; float32 beside bf16."""
+    """Time against memory of the plans that were made for a budget, float32 beside bf16."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     for axes, precision in zip(figure.subplots(1, 2, sharey=True), ("float32", "bf16"), strict=True):
-        rows = read(f"frontier_resnet110_{precision}.csv")
+        rows = read_results(f"frontier_resnet110_{precision}.csv")
         for kind, marker, colour in KINDS:
             mine = [
                 r for r in rows if r["row"] == kind or (r["row"].startswith(f"{kind}, in ") and "even" not in r["row"])
@@ -112,8 +107,8 @@ def frontier() -> Figure:
 
 
 def depth() -> Figure:
-    """Memory against depth, BP and one unit per block."""
-    rows = read("depth.csv")
+    """Memory against depth, for BP and for one unit per block."""
+    rows = read_results("depth.csv")
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     local = [r for r in rows if r["method"] != "bp"]
@@ -135,7 +130,7 @@ def depth() -> Figure:
 
 
 if __name__ == "__main__":
-    mpl.rcParams["svg.hashsalt"] = "localgrad"  # or each drawing would have other names in it
+    mpl.rcParams["svg.hashsalt"] = "localgrad"  # Otherwise each drawing would have other names in it.
     for draw in (accuracy, probes, frontier, depth):
         place = ROOT / "docs" / f"{draw.__name__}.svg"
         draw().savefig(place, metadata={"Date": None, "Source": stamp(draw.__name__)})

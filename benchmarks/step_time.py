@@ -1,19 +1,21 @@
-"""Time of one training step of the recipe `fashion_small`, method by method, against BP.
+"""Time of one training step of the recipe `fashion_small` with each method, compared with BP.
 
-    python benchmarks/step.py --out results/time_fashion_small.csv
+    python benchmarks/step_time.py
 
-All rows in one process, in turn, so that a noisy machine is as noisy for each; median of `repeats` after two warm-ups.
+All rows run in one process and take turns. Each time is the median of `repeats` rounds after two warm-up rounds. Writes
+results/time_fashion_small.csv, one row for each method, number of blocks and setting.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import tyro
+from common import WARM_UP, Table, medians_in_turn, seconds_of
+from torch import Tensor
 
 from localgrad.run import data as data_room
 from localgrad.run.arguments import Compare
@@ -24,13 +26,13 @@ from localgrad.run.recipe import Recipe
 from localgrad.run.recipes import RECIPES
 from localgrad.run.runlog import environment, mib
 from localgrad.run.step import Stepper
-from localgrad.run.tables import label_of, write_csv
+from localgrad.run.tables import label_of
 from localgrad.run.train import to_device
 from localgrad.scale.replicas import Ranks
 
+SMALL = "fashion_small"
 FIRST = "/".join(f"layer1.{i}" for i in range(5))
 SECOND = "/".join(f"layer2.{i}" for i in range(5))
-SMALL = "fashion_small"
 ROWS = (
     Compare("bp,dgl,dgl+man,dgl+man++,dgl+deep-man", "4,16", recipe=SMALL),
     Compare("dgl+deep-man", "layer1.0/layer1.2/layer1.4,16", vary=("branches=learnable",), recipe=SMALL),
@@ -38,9 +40,9 @@ ROWS = (
             vary=("branches=learnable", "recompute=layer1.0/layer1.1"), recipe=SMALL),
     Compare("dgl+deep-man", "layer3.1/layer3.2/layer3.3",
             vary=("branches=learnable", f"recompute={FIRST}"), recipe=SMALL),
-    Compare("bp", vary=(f"recompute={FIRST},{FIRST}/{SECOND},all",), recipe=SMALL),  # the rival
+    # BP that recomputes is what the local methods have to beat.
+    Compare("bp", vary=(f"recompute={FIRST},{FIRST}/{SECOND},all",), recipe=SMALL),
 )  # fmt: skip
-WARM_UP = 2  # of which the second runs under the memory meter
 
 
 @dataclass(frozen=True)
@@ -56,28 +58,33 @@ def stepper_of(recipe: Recipe, data: data_room.Data) -> Stepper:
     return Stepper(recipe, Alone(build_model(recipe, data, machine), Ranks()), machine, total=1000)
 
 
+def timer(stepper: Stepper, data: data_room.Data, batches: Iterable[tuple[Tensor, Tensor]]) -> Callable[[], float]:
+    """A function that trains on the next batch and returns the seconds of the step. The stepper measures the memory of
+    its second step, which is slower for that and is a warm-up."""
+    left = iter(batches)
+
+    def run() -> float:
+        ready = to_device(next(left), data.info, stepper.machine)
+        return seconds_of(lambda: stepper(iter([ready])))
+
+    return run
+
+
 def main(settings: Settings) -> None:
-    small = RECIPES["fashion_small"]()
+    small = RECIPES[SMALL]()
     cells = [cell for compare in ROWS for cell in grid(compare)]
     data = data_room.load(small.data, limit_train=small.limit_train)
-    steppers = [stepper_of(cell.recipe, data) for cell in cells]
     stream = data_room.train_batches(data, batch_size=small.batch_size, seed=0, epoch=0)
-    seconds: list[list[float]] = [[] for _ in cells]
-    for batch in islice(stream, WARM_UP + settings.repeats):
-        for times, stepper in zip(seconds, steppers, strict=True):
-            ready = to_device(batch, data.info, stepper.machine)
-            start = time.perf_counter()
-            stepper(iter([ready]))
-            times.append(time.perf_counter() - start)
-    medians = [statistics.median(times[WARM_UP:]) for times in seconds]
-    env, rows = environment(), []
+    batches = list(islice(stream, WARM_UP + settings.repeats))
+    steppers = [stepper_of(cell.recipe, data) for cell in cells]
+    medians = medians_in_turn([timer(stepper, data, batches) for stepper in steppers], settings.repeats)
+    table = Table(settings.out, same={"precision": steppers[0].machine.precision, **environment()})
     for cell, median, stepper in zip(cells, medians, steppers, strict=True):
         row = {"method": cell.method, "blocks": cell.blocks, "setting": cell.setting}
         row |= {"times_bp": f"{median / medians[0]:.2f}", "milliseconds": f"{1000 * median:.0f}"}
         row |= {"peak_bytes": stepper.peak.total, "repeats": settings.repeats}
+        table.add(row)
         print(f"{label_of(row)}: {row['times_bp']} times BP, {row['milliseconds']} ms, {mib(stepper.peak.total)}")
-        rows.append(row | {"precision": stepper.machine.precision} | env)
-    write_csv(settings.out, rows)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,131 @@
+"""Which networks can be cut into four blocks: every classification network of timm and torchvision, with MAN, and
+torchvision's segmentation networks, with backbones of torchvision and of timm.
+
+    python benchmarks/cut_networks.py
+
+No weights are made. Writes results/coverage_timm-VERSION.csv, one row for each network, and goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import timm
+import torch
+import torchvision
+import tyro
+from common import Table
+from torch import nn
+from torchvision.models import segmentation
+from torchvision.models.segmentation.fcn import FCN, FCNHead
+
+import localgrad as lg
+from localgrad.core.blocks import split, trace_units
+from localgrad.core.errors import UserError
+
+# Networks of timm whose last map is the input of torchvision's FCN.
+SEGMENTATION = (
+    "resnet50", "resnext50_32x4d", "res2net50d", "seresnet50", "regnety_032", "efficientnet_b0", "tf_efficientnetv2_s",
+    "mobilenetv2_100", "mobilenetv3_large_100", "ghostnet_100", "convnext_tiny", "densenet121", "dla34",
+    "ese_vovnet39b", "cspdarknet53", "nfnet_f0", "repvgg_a0", "hrnet_w18", "poolformer_s12", "edgenext_small",
+)  # fmt: skip
+SOURCES = ("torchvision", "segmentation", "timm")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Cut every network."""
+
+    begins: str = ""
+    """Only networks whose names begin with this."""
+    out: Path = Path(f"results/coverage_timm-{timm.__version__}.csv")
+
+
+def networks() -> Iterator[tuple[str, str]]:
+    """The name and the source of each network."""
+    yield from ((name, "torchvision") for name in torchvision.models.list_models(module=torchvision.models))
+    yield from ((name, "segmentation") for name in torchvision.models.list_models(module=segmentation))
+    yield from ((f"fcn:{name}", "segmentation") for name in SEGMENTATION)
+    yield from ((name, "timm") for name in timm.list_models())
+
+
+class LastMap(nn.Module):
+    """A network of timm that gives its last map in the form that torchvision's segmentation networks read."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.features = timm.create_model(name, features_only=True)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"out": self.features(x)[-1]}
+
+
+def segmenter(name: str) -> nn.Module:
+    """The segmentation network of torchvision that has this name. "fcn:NAME" is FCN on a network of timm."""
+    if name in torchvision.models.list_models(module=segmentation):
+        return torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=21)
+    backbone = LastMap(name.removeprefix("fcn:"))
+    return FCN(backbone, FCNHead(backbone.features.feature_info.channels()[-1], 21))  # pyright: ignore
+
+
+def built(name: str, source: str) -> tuple[nn.Module, tuple[int, int, int]]:
+    """The network without values, and the shape of its images."""
+    build = (
+        partial(segmenter, name) if source == "segmentation" else partial(lg.build, f"{source}:{name}", classes=1000)
+    )
+    try:
+        with torch.device("meta"):
+            network = build()
+    except UserError:
+        raise
+    except Exception:  # Some constructors compute with values, which the meta device has not.
+        network = build().to("meta")
+    if source != "timm":
+        return network, (3, 299, 299) if name == "inception_v3" else (3, 224, 224)
+    return network, getattr(network, "pretrained_cfg", {}).get("input_size") or (3, 224, 224)
+
+
+def cut(name: str, source: str) -> tuple[int, str]:
+    """The number of units, and the reason why the network cannot be four blocks ("" if it can)."""
+    network, shape = built(name, source)
+    example = torch.zeros(2, *shape, device="meta")
+    traced = trace_units(network, example)
+    try:
+        if source == "segmentation":  # The library has no task for segmentation yet.
+            split(traced, 4)
+        else:
+            lg.localize(network, blocks=4, method=lg.dgl("0c1f"), coupling=lg.MAN(), example=example)
+    except UserError as error:
+        return len(traced.units), str(error)
+    return len(traced.units), ""
+
+
+def main(settings: Settings) -> None:
+    warnings.simplefilter("ignore")  # The constructors of the networks warn.
+    table = Table(settings.out, key=("name", "source"))
+    for name, source in networks():
+        if (name, source) in table or not name.startswith(settings.begins):
+            continue
+        began = time.perf_counter()
+        try:
+            count, reason = cut(name, source)
+        except Exception as error:  # Other errors than UserError are faults of the library. They count as refused too.
+            fault = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            count, reason = 0, f"{fault}{error}".splitlines()[0]
+        seconds = f"{time.perf_counter() - began:.1f}"
+        table.add({
+            "name": name, "source": source, "units": count, "ok": not reason, "reason": reason, "seconds": seconds,
+        })  # fmt: skip
+    for source in SOURCES:
+        results = [row["ok"] == "True" for row in table.rows if row["source"] == source]
+        share = 100 * sum(results) / max(1, len(results))
+        print(f"{source}: {sum(results)} of {len(results)} cut ({share:.1f}%)")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))
