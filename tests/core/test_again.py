@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections import deque
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,9 @@ from localgrad.scale import memory
 
 class Adapting(nn.Module):
     """A convolution, then what a subclass makes of [B, 8, H, W]."""
+
+    mean: Tensor
+    steps: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -139,6 +143,9 @@ class Norms(Adapting):
 class Views(Adapting):
     """Two buffers in the memory of a third."""
 
+    both: Tensor
+    second: Tensor
+
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
         self.register_buffer("both", torch.zeros(2, 8))
@@ -156,6 +163,10 @@ class Views(Adapting):
 
 class Codebook(Adapting):
     """Vectors that follow the averages of what is nearest to them (van den Oord et al., NeurIPS 2017, appendix A)."""
+
+    codes: Tensor
+    size: Tensor
+    sums: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
@@ -289,6 +300,8 @@ def test_quantization_aware_training(fused: bool) -> None:
 class Shared(nn.Module):
     """Units that read and move one buffer, in their code and in the network's own."""
 
+    level: Tensor
+
     def __init__(self, other: bool) -> None:
         super().__init__()
         self.register_buffer("level", torch.ones(()))
@@ -348,6 +361,25 @@ def test_its_memory_is_predicted(unit: type[nn.Module]) -> None:
     memory.training_step(model, made, x, y)
     measured = lg.measure_peak(lambda: memory.training_step(model, made, x, y), model=model, optimizers=made)
     assert lg.predict_peak(model, 4, optimizers).total == measured.total
+
+
+@pytest.mark.parametrize("unit", [RunningMean, Codebook, New])
+def test_plans_count_what_is_kept(unit: type[nn.Module]) -> None:
+    backbone, x, y = network(unit), torch.randn(4, 3, 12, 12), torch.arange(4)
+    planner = lg.Planner(backbone, x, method=lg.dgl("0c1f"), coupling=lg.MAN())
+    for plan in (planner.checkpointing, planner.frontier()[-1]):
+        coupling = lg.MAN() if len(plan.blocks) > 1 else None
+        how = {"method": lg.dgl("0c1f"), "blocks": list(plan.blocks), "coupling": coupling}
+        plain, model = (lg.localize(copy.deepcopy(backbone), example=x, **how) for _ in range(2))
+        plan.apply(model)
+        assert plan.units or plan.couplings or plan is not planner.checkpointing
+        model.load_state_dict(plain.state_dict())
+        made = memory.optimizers_for(
+            lg.param_groups(model), partial(torch.optim.SGD, lr=0.1, momentum=0.9), as_you_go=plan.step_as_you_go
+        )
+        step = partial(memory.training_step, model, made, x, y, step_as_you_go=plan.step_as_you_go)
+        step()
+        assert lg.measure_peak(step, model=model, optimizers=made).total == planner.exactly(plan).peak
 
 
 def test_nothing_is_kept_of_plain_batch_norm() -> None:

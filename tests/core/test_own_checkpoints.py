@@ -259,3 +259,14 @@ class Reverses(Network):
 
 def test_a_function_with_a_backward_of_its_own_is_not_followed_into() -> None:
     check(Reverses())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler asks for it
+@pytest.mark.parametrize("kind", [Network, EachLayer, Segments, Skips])
+def test_blocks_can_be_compiled(kind: type[Network]) -> None:
+    model = lg.localize(kind(), example=X, **HOW[0])
+    lg.local_backward(model, X, Y)
+    expected = gradients(model.backbone)
+    model.blocks[0].compile(backend="eager", fullgraph=kind is Network)
+    lg.local_backward(model, X, Y)
+    assert all(torch.equal(a, b) for a, b in zip(expected, gradients(model.backbone), strict=True))  # pyright: ignore

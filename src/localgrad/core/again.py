@@ -38,6 +38,7 @@ STATISTICS = frozenset(
 )
 
 
+@torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]  # as `checkpoint` itself, where a compiler knows the plain one alone
 def again(module: nn.Module, *given: Any) -> Any:
     """`module(*given)`, of which only `given` and the state of `module` before are kept; run again in the backward
     pass."""
@@ -60,9 +61,10 @@ class Again(nn.Module):
         return again(self.module, *given)
 
 
-def split_again(whole: fx.GraphModule, key: str) -> fx.GraphModule:
-    """`whole` with its runs of steps that have the same value other than None in their `meta[key]` as modules that are
-    run again."""
+def split_again(whole: nn.Module, key: str) -> nn.Module:
+    """`whole`, a module of traced steps, with its runs of steps that have the same value other than None in their
+    `meta[key]` as modules that are run again."""
+    assert isinstance(whole, fx.GraphModule)
     parts: list[Any] = []
     places: dict[fx.Node, int] = {}
     for node in whole.graph.nodes:
@@ -113,7 +115,7 @@ class _Before:
         del self.now, self.statistics
 
 
-def _places(module: nn.Module) -> tuple[list[tuple[Any, str | None]], list[nn.Module], frozenset[type]]:
+def _places(module: nn.Module) -> tuple[list[tuple[Any, str | None]], list[nn.Module], frozenset[Any]]:
     """Where the state of a module lies: dictionaries, with the one name that counts there or None for all; the batch
     norms whose statistics matter only to what they become, so that nothing has to be kept of them; and the classes of
     its parts."""
@@ -132,6 +134,7 @@ def _places(module: nn.Module) -> tuple[list[tuple[Any, str | None]], list[nn.Mo
     if norms and (hooked or STATISTICS & _names(frozenset(k for k in kinds if not issubclass(k, _NormBase)))):
         norms = []
     beside = {id(norm) for norm in norms}
+    places: list[tuple[Any, str | None]]
     places = [((owner._buffers if name in owner._buffers else vars(owner)), name) for owner, name in read]
     places += [(vars(part), None) for part in parts]
     places += [(part._buffers, None) for part in parts if len(part._buffers) and id(part) not in beside]
@@ -216,7 +219,7 @@ def _names(kinds: frozenset[Any]) -> frozenset[str]:
     while waiting:
         function = waiting.pop()
         function = function.fget if isinstance(function, property) else function
-        function = inspect.unwrap(function) if isinstance(function, WRAPPED) else function
+        function = inspect.unwrap(function) if isinstance(function, WRAPPED) else function  # pyright: ignore[reportArgumentType]
         if not isinstance(function, FunctionType) or function.__code__ in seen:
             continue
         if _package(function) == "torch" and _package(function, 2) != "torch.ao":

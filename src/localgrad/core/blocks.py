@@ -5,7 +5,6 @@ A unit or block references the modules that it runs, never copies or renames the
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
@@ -188,10 +187,13 @@ class Block(nn.Sequential):
         self.ways = [_way(number) for number in numbers]
 
     def forward(self, h: Tensor) -> Tensor:
-        for way, pairs in itertools.groupby(zip(self.ways, self, strict=True), key=lambda pair: pair[0]):
-            modules = [module for _, module in pairs]
-            for module in [nn.Sequential(*modules)] if isinstance(way, Checkpoint) else modules:
-                h = way(module, h)
+        modules, start = list(self), 0
+        while start < len(modules):
+            way, end = self.ways[start], start + 1
+            while isinstance(way, Checkpoint) and self.ways[end : end + 1] == [way]:
+                end += 1
+            h = way(nn.Sequential(*modules[start:end]) if end > start + 1 else modules[start], h)
+            start = end
         return h
 
     def check(self, h: Tensor) -> None:

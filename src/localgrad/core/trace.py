@@ -243,7 +243,7 @@ class _Tracer(fx.Tracer):
         if node.op != "output":
             node.meta[NO_GRAD] = not torch.is_grad_enabled()
             own, others = (None if a is b else a for a, b in zip(_hooks(), self._packing, strict=True))
-            own = own and _innermost(_attribute(self.root, node.target) if node.op == "call_module" else None)
+            own = own and _innermost(_attribute(self.root, str(node.target)) if node.op == "call_module" else None)
             node.meta[AGAIN] = None if own is None else self._checkpoints.setdefault(own, len(self._checkpoints))
             node.meta[PACKED] = others is not None
             self._reentered = False
@@ -340,7 +340,7 @@ class _Tracer(fx.Tracer):
 
 def _hooks() -> tuple[Any, Any]:
     """What keeps tensors for the backward pass now: the innermost checkpoint, and the innermost other hook."""
-    top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    top = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
     if top is None:
         return None, None
     if top[0].__module__ != checkpoint.__name__:
