@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-run
 READY_DEV := $(VENV)/.ready-dev
 
-.PHONY: demo test test-slow test-faults lint results clean
+.PHONY: demo test test-slow test-faults lint docs results clean
 demo: $(READY)
 	$(BIN)/localgrad compare --data digits --methods bp,dgl,dgl+man,dgl+deep-man --blocks 4 --seeds 0 --out runs/demo
 	$(BIN)/localgrad probe runs/demo --against runs/demo/bp_k1_s0
@@ -26,6 +26,11 @@ lint: $(READY_DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# The documentation site, all of it anew, with warnings as errors: a link that leads nowhere is one.
+docs: $(READY_DEV)
+	$(BIN)/sphinx-build -E -W --keep-going -q -c docs . build/site
+	@echo "the site is in build/site/index.html"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

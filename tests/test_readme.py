@@ -29,8 +29,9 @@ from localgrad.run.recipe import settle
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
-    "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/commands.md", "docs/experiments.md", "docs/methods.md",
-    "docs/memory.md", "docs/networks.md", "docs/reliability.md", "docs/scaling.md",
+    "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/api.md", "docs/code.md", "docs/commands.md",
+    "docs/examples.md", "docs/experiments.md", "docs/methods.md", "docs/memory.md", "docs/networks.md",
+    "docs/reliability.md", "docs/scaling.md",
 )  # fmt: skip
 
 
@@ -122,7 +123,7 @@ def test_links_and_files_exist(page: str) -> None:
         assert place.exists(), f"{page} links to {target}"
         headings = re.findall(r"^#+ (.+)$", place.read_text(), re.MULTILINE) if anchor else []
         assert not anchor or anchor in {h.lower().replace(" ", "-") for h in headings}, target
-    for name in re.findall(r"`((?:src|tests|docs|core|run|scale)/[\w./-]*)`", text):
+    for name in re.findall(r"`((?:src|tests|docs|examples|core|run|scale)/[\w./-]*)`", text):
         assert (ROOT / name).exists() or (ROOT / "src/localgrad" / name).exists(), f"{page} names {name}"
 
 

@@ -6,6 +6,7 @@ import ast
 import doctest
 import importlib
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 import localgrad as lg
@@ -22,7 +24,9 @@ from localgrad.run import recipe
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "localgrad"
 FLOORS = ("core", "scale", "run")
-PYTHON = sorted(path for folder in ("src", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+PYTHON = sorted(
+    path for folder in ("src", "tests", "benchmarks", "examples", "docs") for path in (ROOT / folder).rglob("*.py")
+)
 OURS = [path for path in PYTHON if ROOT / "tests" not in path.parents]
 TEXT = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".json", ".csv", ".cff", ".html", ".svg", ".sh", ""}
 NOT_TRACKED = {".git", ".venv", "runs", "build", "dist", "__pycache__", ".hypothesis", ".ruff_cache", ".pytest_cache"}
@@ -191,6 +195,18 @@ def test_every_module_says_what_it_is_for() -> None:
     assert not [name_of(path) for path in OURS if not ast.get_docstring(tree(path))]
 
 
+def test_the_map_of_the_code_names_every_module_and_no_other() -> None:
+    text = (ROOT / "docs" / "code.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\| `([\w/]+\.py)` \|", text, re.MULTILINE)
+    floors = {path for path in SOURCE.rglob("*.py") if path.name != "__init__.py" or path.parent == SOURCE}
+    assert sorted(named) == sorted(str(path.relative_to(SOURCE)) for path in floors)
+
+
+def test_the_api_reference_names_every_public_name_and_no_other() -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^\.\. auto\w+:: (\w+)$", text, re.MULTILINE)) == sorted(lg.__all__)
+
+
 @pytest.mark.parametrize("path", sorted(SOURCE.glob("core/*.py")), ids=name_of)
 def test_examples_in_docstrings_are_true(path: Path) -> None:
     module = importlib.import_module(".".join(path.relative_to(ROOT / "src").with_suffix("").parts))
@@ -207,6 +223,15 @@ def test_pyproject_asks_for_pytorch_2_10_or_newer() -> None:
     allowed = [version for version in ("2.5.1", "2.9.1", "2.10.0", "2.11.0", "3.0.0") if version in torch.specifier]
     assert allowed == ["2.10.0", "2.11.0", "3.0.0"]
     assert torch.marker is None
+
+
+def test_the_workflow_runs_the_commands_of_a_fresh_clone() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    commands = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    assert {".ci/run", "make docs"} <= set(commands)
+    local = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    made = {command.removeprefix("make ") for command in (*commands, *local) if command.startswith("make ")}
+    assert {"test", "docs"} <= made <= set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
 # An audit hook cannot be taken away again, and no handler of exceptions catches what it does.

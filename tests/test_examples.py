@@ -1,0 +1,59 @@
+"""The scripts in examples/ run as a person runs them, for a few steps, and what they print is true."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def here(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a script prints. It runs in this process, which has already loaded PyTorch."""
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def number(pattern: str, text: str) -> float:
+    (found,) = re.findall(pattern, text)
+    return float(found)
+
+
+def test_own_loop_learns_both_ways(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    out = here("own_loop.py", "--epochs", "1", monkeypatch=monkeypatch, capsys=capsys)
+    assert "dgl, blocks: 4" in out
+    assert number(r"Backpropagation reached ([\d.]+)%", out) > 40  # 10 would be chance
+    assert number(r"between them ([\d.]+)%", out) > 40
+
+
+@pytest.mark.parametrize(("arguments", "conclusion"), [((), "cutting is"), (("--budget-mib", "90"), "recomputing is")])
+def test_into_a_budget_stays_within_it(
+    arguments: tuple[str, ...],
+    conclusion: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = here("into_a_budget.py", "--steps", "1", *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    measured, budget = number(r"Measured: ([\d.]+) MiB", out), number(r"The budget is ([\d.]+) MiB", out)
+    assert 0.9 * budget < measured <= budget
+    assert measured == number(r"the plan: ([\d.]+) MiB", out)
+    assert f"What to conclude: {conclusion}" in out
+
+
+def test_two_processes_train_what_one_does() -> None:
+    command = [sys.executable, "-W", "error", str(EXAMPLES / "two_processes.py"), "--steps", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert number(r"pipeline: the weights are at most (\S+) away", done.stdout) == 0
+    assert number(r"replicas: the weights are at most (\S+) away", done.stdout) < 1e-12
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_examples_are_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 100
