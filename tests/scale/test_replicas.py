@@ -161,7 +161,7 @@ def test_one_rank_needs_no_group() -> None:
 def at_the_door() -> list[torch.Tensor]:
     """Another model is named; a batch of one on each rank is a batch of two to a norm over the ranks; what `Replicas`
     has changed in a model can be pickled."""
-    x, y = torch.randn(1, 3, 8, 8), torch.tensor([dist.get_rank()])
+    x, y = torch.randn(1, 3, 4, 4), torch.tensor([dist.get_rank()])  # maps of one pixel at the end
     backbone = lg.sync_batch_norm(lg.build("resnet20", classes=10))
     model = lg.localize(backbone, blocks=2, method=lg.predsim("1c2f"), example=x)
     lg.sync_batch_norm(model.auxiliaries)
