@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import re
 import time
 import warnings
@@ -52,7 +51,8 @@ class Net(nn.Module):
         self.stem, self.norm, self.spare = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.Linear(2, 2)
         self.units = nn.ModuleList(unit() for _ in range(4))
         self.table = nn.Parameter(torch.randn(6, 8, 8))
-        self.top = nn.Sequential(nn.Dropout(0.1), nn.Linear(6, 10))
+        self.handles: list[Any] = []
+        self.last = self.top = nn.Sequential(nn.Dropout(0.1), nn.Linear(6, 10))
 
     def scaled(self, h: Tensor) -> Tensor:
         return h * getattr(self, "rate") / self.temperature  # noqa: B009
@@ -62,7 +62,7 @@ class Net(nn.Module):
         for part in self.units:
             h = self.act(part(h))
         self.calls = self.calls + 1
-        return self.top(self.scaled(h.mean(self.axes)))
+        return self.last(self.scaled(h.mean(self.axes)))
 
 
 Change = Callable[[Any, lg.LocalModel], object]
@@ -77,7 +77,8 @@ def clones(module: nn.Module) -> dict[str, Tensor]:
 
 
 REFUSED: dict[str, tuple[Change, str]] = {
-    "a head": (lambda net, m: put(net, "top", nn.Linear(6, 4)), "'top' was replaced"),
+    "a head": (lambda net, m: put(net, "last", nn.Linear(6, 4)), "'last' was replaced"),
+    "its other name": (lambda net, m: put(net, "top", nn.Linear(6, 4)), "'top' was replaced"),
     "a unit": (lambda net, m: net.units.__setitem__(1, unit()), "'units.1' was replaced"),
     "a wrapped unit": (lambda net, m: net.units.__setitem__(0, Scale(net.units[0])), "'units.0' was replaced"),
     "a unit less": (lambda net, m: net.units.__delitem__(3), "'units.3' was taken away"),
@@ -110,9 +111,11 @@ TOLD: dict[str, tuple[Change, str]] = {
     "a list": (lambda net, m: net.axes.pop(), r"'axes' was \(2, 3\)"),
     "a method": (lambda net, m: put(net, "scaled", torch.tanh), "'scaled' was that of its class"),
     "forward": (lambda net, m: put(net, "forward", torch.tanh), "'forward' was that of its class"),
+    "a hook less": (lambda net, m: net.handles[1].remove(), "the hooks of the network itself"),
     "hooks": (lambda net, m: net.register_forward_hook(lambda *_: None), "the hooks of the network itself"),
 }
 FINE: dict[str, Change] = {
+    "a hook that had no effect less": lambda net, m: net.handles[0].remove(),
     "nothing": lambda net, m: None,
     "an attribute that is not read": lambda net, m: put(net, "unread", 4),
     "a child that is not called": lambda net, m: put(net, "spare", nn.Linear(3, 3)),
@@ -132,9 +135,13 @@ FINE: dict[str, Change] = {
 }
 
 
-def cut(backbone: nn.Module) -> lg.LocalModel:
+def cut(backbone: Net) -> lg.LocalModel:
+    """With a hook that becomes a part of the blocks, and another one that is not called."""
+    hooks = (lambda m, args, out: print(end=""), lambda m, args, out: out * 2)
+    backbone.handles = [backbone.register_forward_hook(hook) for hook in hooks]
     blocks = ["stem", "units.0", "units.3"]
-    return lg.localize(backbone, blocks=blocks, method=lg.dgl("0c1f"), coupling=lg.MAN(), example=X)
+    with pytest.warns(UserWarning, match="does not call the hooks of the network itself"):
+        return lg.localize(backbone, blocks=blocks, method=lg.dgl("0c1f"), coupling=lg.MAN(), example=X)
 
 
 def step(model: lg.LocalModel) -> list[str]:
@@ -188,6 +195,13 @@ def test_a_wrapped_network_is_cut_as_it_is() -> None:
     assert not step(cut(backbone))
 
 
+def test_a_prediction_tells_nothing_of_hooks() -> None:
+    model = cut(Net())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lg.predict_peak(model, 4, lambda copied: [torch.optim.SGD(lg.param_groups(copied))])
+
+
 def test_networks_of_others_tell_nothing_by_themselves() -> None:
     x = torch.randn(4, 3, 32, 32)
     for name in ("timm:resnet18", "timm:vit_tiny_patch16_224", "torchvision:mobilenet_v3_small"):
@@ -205,15 +219,6 @@ def test_networks_of_others_tell_nothing_by_themselves() -> None:
     vit.reset_classifier(4)
     with pytest.raises(UserError, match="'head' was replaced"):
         lg.local_backward(model, x, Y)
-
-
-def test_a_watch_survives_a_pickle() -> None:
-    model = lg.localize(resnet(20), blocks=3, method=lg.dgl("0c1f"), coupling=lg.MAN(), example=X)
-    watch, backbone = pickle.loads(pickle.dumps((model.watch, model.backbone)))
-    watch.check(backbone)
-    backbone.fc = nn.Linear(64, 4)
-    with pytest.raises(UserError, match="'fc' was replaced"):
-        watch.check(backbone)
 
 
 def test_a_check_is_cheap() -> None:

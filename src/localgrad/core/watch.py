@@ -27,16 +27,16 @@ class Part:
     """A module whose forward was followed, with what the cut took from it.
 
     name: in the network, "" for the network itself. size: how many modules it held, where all of them run. attributes:
-    plain ones that its forward may read. hooks: their numbers.
+    plain ones that its forward may read. hooks: their numbers, and whether each has become a part of the blocks.
     """
 
     name: str
     owner: nn.Module
     size: int | None
-    modules: dict[str, nn.Module | None] = field(default_factory=dict)
-    parameters: dict[str, nn.Parameter | None] = field(default_factory=dict)
+    modules: dict[str, Any] = field(default_factory=dict)
+    parameters: dict[str, Any] = field(default_factory=dict)
     attributes: dict[str, Any] = field(default_factory=dict)
-    hooks: dict[str, list[int]] = field(default_factory=dict)
+    hooks: dict[str, dict[int, bool]] = field(default_factory=dict)
 
     def changed(self) -> str | None:
         """What was replaced, taken away or added since, if anything was."""
@@ -56,7 +56,8 @@ class Part:
                 path = self._path(key)
                 yield path, f"'{path}' was {_said(was)} as the network was cut, and is {_said(now)}"
         for kind, was in self.hooks.items():
-            if list(getattr(self.owner, kind)) != was:
+            now = getattr(self.owner, kind)
+            if any(number not in was for number in now) or any(within and n not in now for n, within in was.items()):
                 yield self._path(kind), f"the hooks of {self.title} were changed after the network was cut"
 
     @property
@@ -83,11 +84,13 @@ class Watch:
                 size = len(owner._modules) if isinstance(owner, CONTAINERS) else None
                 part = parts.setdefault(owner_name, Part(owner_name, owner, size))
                 for held, mine in ((owner._modules, part.modules), (owner._parameters, part.parameters)):
-                    if key in held:
-                        mine[key] = held[key]  # pyright: ignore[reportArgumentType]
+                    taken = held.get(key)  # maybe by another name than the forward uses
+                    mine.update((k, v) for k, v in held.items() if v is taken is not None)
         for part in parts.values():
             part.attributes.update(_read(part.owner))
-            part.hooks.update((kind, list(getattr(part.owner, kind))) for kind in (*FORWARD, *BACKWARD))
+            for kind in (*FORWARD, *BACKWARD):
+                hooks = getattr(part.owner, kind).items()
+                part.hooks[kind] = {number: kind in FORWARD and touches_nothing(hook) for number, hook in hooks}
         self.parts = list(parts.values())
 
     def copies(self, unit: str, module: nn.Module) -> None:
@@ -115,12 +118,7 @@ class Watch:
 
     def silent(self) -> list[str]:
         """The modules that have hooks which local_backward does not call, because it calls their parts alone."""
-        return [
-            part.title
-            for part in self.parts
-            if any(getattr(part.owner, kind) for kind in BACKWARD)
-            or not all(touches_nothing(hook) for kind in FORWARD for hook in getattr(part.owner, kind).values())
-        ]
+        return [p.title for p in self.parts if not all(all(hooks.values()) for hooks in p.hooks.values())]
 
 
 def _parameters(module: nn.Module) -> list[tuple[str, Any]]:
