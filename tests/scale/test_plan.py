@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
 import localgrad as lg
 from localgrad.core.errors import UserError
@@ -148,3 +150,75 @@ def test_a_budget_is_a_number_of_bytes_or_text() -> None:
             made.fastest(budget)
         with pytest.raises(UserError, match="budget takes"):  # before anything is traced
             lg.plan(lg.build("resnet20", classes=10), torch.zeros(4, 3, 8, 8), budget, method=lg.dgl("0c1f"))
+
+
+def stem_frozen(network: nn.Module) -> None:
+    for part in (network.conv1, network.bn1, network.layer1[0]):  # pyright: ignore[reportIndexIssue]
+        part.requires_grad_(False)  # pyright: ignore[reportCallIssue]
+
+
+def middle_frozen(network: nn.Module) -> None:
+    """A whole stage and one unit of another, whose twins are trained."""
+    for part in (network.layer2, network.layer3[1]):  # pyright: ignore[reportIndexIssue]
+        part.requires_grad_(False)  # pyright: ignore[reportCallIssue]
+
+
+def biases_alone(network: nn.Module) -> None:
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name.endswith("bias"))
+
+
+class Adapted(nn.Module):
+    """A frozen layer beside a small one that is trained, as LoRA has it."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__()
+        self.layer = layer
+        self.down = nn.Conv2d(layer.in_channels, 2, 1, layer.stride, bias=False)  # pyright: ignore[reportArgumentType]
+        self.up = nn.Conv2d(2, layer.out_channels, 1, bias=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.layer(h) + self.up(self.down(h))
+
+
+def adapted(network: nn.Module) -> None:
+    network.requires_grad_(False)
+    network.fc.requires_grad_(True)  # pyright: ignore[reportCallIssue]
+    for stage in (network.layer2, network.layer3):
+        for unit in stage:  # pyright: ignore[reportGeneralTypeIssues]
+            unit.conv1 = Adapted(unit.conv1)
+
+
+def classifier_alone(network: nn.Module) -> None:
+    network.requires_grad_(False)
+    network.fc.requires_grad_(True)  # pyright: ignore[reportCallIssue]
+
+
+@pytest.mark.parametrize("coupling", [None, lg.MAN()], ids=str)
+@pytest.mark.parametrize("freeze", [stem_frozen, middle_frozen, biases_alone, adapted, classifier_alone])
+def test_a_network_with_frozen_parameters_has_plans_whose_peaks_are_those_of_the_step(
+    freeze: Callable[[nn.Module], None], coupling: lg.MAN | None
+) -> None:
+    x, y = torch.randn(BATCH, 3, 16, 16), torch.randint(10, (BATCH,))
+    network = lg.build("resnet20", classes=10)
+    freeze(network)
+    make = partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)
+    made = Planner(network, x, method=lg.dgl("0c1f"), coupling=coupling)
+    least = made.exactly(made.frontier()[-1]).peak
+    for budget in (2**30, (made.exactly(made.bp).peak + least) // 2, least):
+        plan = made.fastest(budget)
+        own = coupling if len(plan.blocks) > 1 else None
+        model = lg.localize(network, blocks=plan.blocks, method=lg.dgl("0c1f"), coupling=own, example=x)
+        plan.apply(model)
+        optimizers = optimizers_for(lg.param_groups(model), make, as_you_go=plan.step_as_you_go)
+        step = partial(training_step, model, optimizers, x, y, step_as_you_go=plan.step_as_you_go)
+        step()
+        assert lg.measure_peak(step).total == plan.peak <= budget
+    assert made.bp.peak == pytest.approx(made.exactly(made.bp).peak, rel=0.15)
+
+
+@pytest.mark.parametrize("method", [lg.bp(), lg.dgl("0c1f")], ids=["bp", "dgl"])
+def test_a_wholly_frozen_network_has_no_plan(method: lg.Method) -> None:
+    network = lg.build("resnet20", classes=10).requires_grad_(False)
+    with pytest.raises(UserError, match="nothing can be planned: every parameter of the network is frozen"):
+        lg.plan(network, torch.zeros(2, 3, 16, 16), 2**30, method=method)

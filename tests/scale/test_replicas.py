@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -186,3 +187,130 @@ def at_the_door() -> list[torch.Tensor]:
 def test_the_door_stands_on_every_rank(tmp_path: Path) -> None:
     one, other = on_ranks(at_the_door, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+class Units(nn.Module):
+    """An embedding of each pixel's sign, and units of which some are left out: all of them have equal sizes."""
+
+    def __init__(self, left_out: tuple[int, ...], *, sparse: bool = False, seldom: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.signs = nn.Embedding(2, 8, sparse=sparse)
+        self.units = nn.Sequential(*[Skipping(i in left_out) for i in range(4)])
+        self.head = nn.Linear(8, 10)
+        self.unused = nn.Linear(8, 8)
+        if seldom is not None:
+            self.units[0].a.to(seldom)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.signs((x[:, 0] > 0).long()).permute(0, 3, 1, 2)
+        return self.head(self.units(h).mean((2, 3)))
+
+
+class Skipping(nn.Module):
+    def __init__(self, skips: bool) -> None:
+        super().__init__()
+        self.skips, self.a, self.b = skips, nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.skips and self.training:
+            return h
+        return h + self.b(torch.relu(self.a(h.to(self.a.weight.dtype))).to(h.dtype))
+
+
+LEFT_OUT: dict[str, Any] = {
+    "one each": {"left_out": ((1,), (2,))},
+    "on one rank alone": {"left_out": ((), (0, 2))},
+    "on both": {"left_out": ((1,), (1, 3))},
+    "sparse": {"left_out": ((1,), (2,)), "sparse": True},
+    "mixed dtypes": {"left_out": ((0,), (3,)), "seldom": torch.float64},
+}
+CUTS: dict[str, Any] = {"bp": (1, lg.bp, None), "dgl": (2, lg.dgl, None), "man": (2, lg.dgl, lg.MAN)}
+
+
+def with_units_left_out() -> dict[str, Any]:
+    """This rank's gradients before and after the averaging, case by case."""
+    found = {}
+    rank = dist.get_rank()
+    for cut, (blocks, method, coupling) in CUTS.items():
+        for case, how in LEFT_OUT.items():
+            torch.manual_seed(0)
+            x = torch.zeros(2, 3, 8, 8)
+            network = Units(how["left_out"][rank], **{n: v for n, v in how.items() if n != "left_out"})
+            model = lg.localize(network, blocks=blocks, method=method(), coupling=coupling and coupling(), example=x)
+            replicas = Replicas(model, bucket=3000)
+            torch.manual_seed(rank)
+            halves = [(torch.randn(4, 3, 8, 8), torch.arange(4)) for _ in range(2)]
+            for x, y in halves:
+                lg.local_backward(model, x, y)
+            names = [name for name, p in model.named_parameters() if p.requires_grad]
+            parameters = dict(model.named_parameters())
+            own = {n: None if (g := parameters[n].grad) is None else g.to_dense().clone() for n in names}
+            model.zero_grad()
+            lg.local_backward(model, *halves[0])  # micro-batches: only the last one's gradients travel
+            for done in lg.block_steps(model, *halves[1]):
+                replicas.start(done.block, done.loss)
+            replicas.finish()
+            found[f"{cut}, {case}"] = {"own": own, "averaged": {n: parameters[n].grad for n in names}}
+    return found
+
+
+@pytest.fixture(scope="module")
+def left_out(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return on_ranks(with_units_left_out, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_parameter_that_a_rank_leaves_out_counts_as_zero_there(
+    cut: str, case: str, left_out: list[dict[str, Any]]
+) -> None:
+    ranks = [rank[f"{cut}, {case}"] for rank in left_out]
+    nowhere = 0
+    for name, first in ranks[0]["own"].items():
+        both = [g for g in (first, ranks[1]["own"][name]) if g is not None]
+        nowhere += not both
+        for rank in ranks:
+            averaged = rank["averaged"][name]
+            assert (averaged is None) == (not both), name
+            if both:
+                torch.testing.assert_close(averaged, sum(both) / 2)  # pyright: ignore[reportArgumentType]
+    # The layer that is never used; the unit that both ranks leave out, and its copy in the coupling.
+    assert nowhere == 2 + (case == "on both") * (8 if cut == "man" else 4)
+
+
+def with_models_that_differ() -> dict[str, Any]:
+    rank, x, said = dist.get_rank(), torch.zeros(2, 3, 16, 16), {}
+    networks = {
+        "width": lambda: lg.build("resnet20", classes=10 + rank),
+        "depth": lambda: lg.build("resnet32" if rank else "resnet20", classes=10),
+        "frozen": lambda: lg.build("resnet20", classes=10).requires_grad_(not rank),
+        "dtype": lambda: lg.build("resnet20", classes=10).to(torch.float64 if rank else torch.float32),
+        "cut": lambda: lg.build("resnet20", classes=10),
+    }
+    for case, build in networks.items():
+        network = build()
+        image = x.to(next(network.parameters()).dtype)
+        blocks = ["layer2.0" if rank and case == "cut" else "layer1.2", "layer3.2"]
+        model = lg.localize(network, blocks=blocks if case != "depth" else 2, method=lg.dgl("0c1f"), example=image)
+        before = [p.clone() for p in model.parameters()]
+        for make in (Replicas, lambda model: lg.Stage(model, (1, 1))):
+            try:
+                make(model)
+            except UserError as error:
+                said.setdefault(case, []).append(str(error))
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    return said
+
+
+def test_models_that_differ_are_refused_on_every_rank(tmp_path: Any) -> None:
+    first, second = on_ranks(with_models_that_differ, tmp_path)
+    assert first == second
+    for case, where in {
+        "width": r"backbone.fc.weight \(10, 64\) .* rank 1 has backbone.fc.weight \(11, 64\)",
+        "depth": r"rank 0 has block 0 of .*, rank 1 has block 0 of .*layer1.3",
+        "frozen": r"conv1.weight \(16, 3, 3, 3\) torch.float32 trained, rank 1 has backbone.conv1.*torch.float32:",
+        "dtype": r"float32 trained, rank 1 has backbone.conv1.weight \(16, 3, 3, 3\) torch.float64",
+        "cut": r"block 0 of ",
+    }.items():
+        assert len(first[case]) == 2
+        assert re.search(where, first[case][0]), first[case][0]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
+import sys
 import time
+import traceback
 from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # before there is a group: see `_leave`
 
 from localgrad.core.errors import RunError, UserError
 from localgrad.run.signals import Stopped, rank_here
@@ -62,8 +66,24 @@ def joined(device: str, timeout: float) -> Iterator[Ranks]:
             raise
         raise RunError(_lost(rank, count, timeout)) from error
     finally:
-        with contextlib.suppress(RuntimeError):  # of a group that has lost a rank
-            dist.destroy_process_group()
+        _leave()
+
+
+def _leave() -> None:
+    """Ends the process group and its threads, which only end when nothing refers to a group of theirs any more.
+
+    A thread gives back the tensors of its last work some time after that work is done. If the interpreter has ended by
+    then, it aborts the process. What refers to a group: the default arguments in `torch.distributed.nn.functional`, if
+    that is imported (as `torch._dynamo` does for an optimizer) while there is one; the frames of an error on its way
+    up; and objects that refer to each other.
+    """
+    error = sys.exception()
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+    gc.collect()
+    with contextlib.suppress(RuntimeError):  # of a group that has lost a rank
+        dist.destroy_process_group()
 
 
 def _lost(rank: int, count: int, timeout: float) -> str:

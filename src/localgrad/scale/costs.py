@@ -36,7 +36,8 @@ class Work:
 class Cost:
     """One unit, or one auxiliary with its loss, for one batch.
 
-    output: bytes of what it hands on. kept: bytes that the forward pass leaves for the backward pass, output included.
+    output: bytes of what it hands on. kept: bytes that the forward pass leaves for the backward pass, output included;
+    0 where there is no backward pass, because nothing up to here is trained.
     forward_peak, backward_peak: the most bytes above what lived before the forward pass began. gradients: bytes of its
     parameters' gradients. state: bytes that it adds to the model, parameters and all. casts: bytes of weights in
     another precision that autocast keeps, though no backward pass needs them, until the block's forward pass is over.
@@ -108,12 +109,13 @@ def _trace(
     with on_fake_tensors(model, batch_size) as (copied, x, y):
         recompute(copied, units=again, couplings=again)
         images = copied.method.images(x) if any(a.needs_images for _, a in copied.isolated) else None
-        units, auxiliaries, h = [], [], x
+        units, auxiliaries, h, trained = [], [], x, False
         for block, auxiliary in copied.isolated:
             units.append(once(block, block, h))
             with torch.no_grad(), autocasting(h, autocast):
                 h = block(h)
-            h.requires_grad_()
+            trained = trained or any(p.requires_grad for p in block.parameters())
+            h.requires_grad_(trained)
 
             def local_loss(h: Tensor, auxiliary: Auxiliary = auxiliary) -> Tensor:
                 return auxiliary.total(auxiliary.losses(auxiliary(h), y, images))
@@ -159,25 +161,26 @@ def _traced(what: nn.Module, run: Callable[[Tensor], Tensor], h: Tensor, autocas
         end = _End.apply(out)
         del out  # only what its own backward pass has kept of it lives on
         with backward:
-            end.backward()
+            if end.requires_grad:  # where all is frozen from the first unit on, there is nothing to compute
+                end.backward()
     timeline = meter.result().timeline
     base = timeline[0][1]
     labels = ("forward", "end of autocast", "backward")
     during = {label: [live - base for mark, live in timeline if mark == label] for label in labels}
-    kept = (during["end of autocast"] or during["forward"])[-1]
+    left = (during["end of autocast"] or during["forward"])[-1]
     trained = [p for p in what.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.grad = None
     return Cost(
         output=output,
-        kept=kept,
+        kept=left if end.requires_grad else 0,
         forward_peak=max(during["forward"]),
         backward_peak=max(during["backward"]),
         gradients=_bytes(trained),
         state=_bytes([*what.parameters(), *what.buffers()]),
         forward=forward.work,
         backward=backward.work,
-        casts=during["forward"][-1] - kept,
+        casts=during["forward"][-1] - left,
     )
 
 

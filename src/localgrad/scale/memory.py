@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import resource
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -14,15 +13,22 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from localgrad.core.copies import without_values
 from localgrad.core.engine import block_steps
+from localgrad.core.errors import UserError
 from localgrad.core.model import LocalModel, localized
 from localgrad.core.task import Task
 from localgrad.core.trace import input_dtype
+from localgrad.scale.fakes import RealSizes
 
 KINDS: tuple[str, ...] = ("parameters", "gradients", "optimizer", "activations", "auxiliaries")
 Optimizers = Sequence[torch.optim.Optimizer]
@@ -36,14 +42,13 @@ class PeakBytes:
     reserved: what CUDA's allocator held (None on the CPU). timeline: on the CPU, (label, bytes live) each time that a
     storage came or went; labels come from `MemoryMeter.mark`. split: on the CPU, the peak by `KINDS`: parameters with
     their buffers, gradients, the optimizer's state, the parameters and averages of auxiliaries, and activations, which
-    is all else. rss: the most that the process has ever held, which the step's peak is a part of.
+    is all else.
     """
 
     total: int
     reserved: int | None = None
     timeline: list[tuple[str, int]] = field(default_factory=list, repr=False)
     split: dict[str, int] = field(default_factory=dict)
-    rss: int = 0
 
 
 class MemoryMeter(TorchDispatchMode):
@@ -64,7 +69,7 @@ class MemoryMeter(TorchDispatchMode):
         self._kinds: dict[int, str] = {}
         self._before: list[int] = []
         self._changes: list[tuple[str, int, int]] = []  # label, serial, 1 as it came and -1 as it went
-        self._named = {t.untyped_storage()._cdata: kind for t, kind in _named(model, optimizers)}
+        self._named = {s._cdata: kind for t, kind in _named(model, optimizers) for s in _storages(t)}
         self._parameters = [] if model is None else [p for p in model.parameters() if p.requires_grad]
         self._hooks: list[Any] = []
 
@@ -113,12 +118,13 @@ class MemoryMeter(TorchDispatchMode):
         split: dict[str, int] = dict.fromkeys(KINDS, 0)
         for serial, sign in [(s, 1) for s in self._before] + [(s, sign) for _, s, sign in self._changes[:peak]]:
             split[self._kinds.get(serial, "activations")] += sign * self._sizes[serial]
-        return PeakBytes(timeline[peak][1], timeline=timeline, split=split, rss=peak_rss())
+        return PeakBytes(timeline[peak][1], timeline=timeline, split=split)
 
     def _see(self, tree: Any, *, made: bool) -> None:
         for leaf in tree_leaves(tree):
             if isinstance(leaf, Tensor):
-                self._follow(leaf.untyped_storage(), made)
+                for storage in _storages(leaf):
+                    self._follow(storage, made)
 
     def _follow(self, storage: torch.UntypedStorage, made: bool) -> None:
         key = storage._cdata
@@ -140,8 +146,8 @@ class MemoryMeter(TorchDispatchMode):
         self._changes.append((self.label, serial, -1))
 
     def _gradient(self, parameter: Tensor) -> None:
-        if parameter.grad is not None:
-            serial = self._serial.get(parameter.grad.untyped_storage()._cdata)
+        for storage in () if parameter.grad is None else _storages(parameter.grad):
+            serial = self._serial.get(storage._cdata)
             if serial is not None:
                 self._kinds[serial] = "gradients"
 
@@ -166,7 +172,7 @@ def measure_peak(
         step()
         torch.cuda.synchronize(device)
         allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-        return PeakBytes(allocated, reserved, rss=peak_rss())
+        return PeakBytes(allocated, reserved)
     meter = MemoryMeter(model, optimizers)
     with meter:
         step()
@@ -201,16 +207,26 @@ def predict_peak(
 @contextlib.contextmanager
 def on_fake_tensors(model: LocalModel, batch_size: int) -> Iterator[tuple[LocalModel, Tensor, Tensor]]:
     """A copy of `model` with a batch for it, all of fake tensors: they have shapes, devices and formats, no values.
-    What lies on the meta device counts as if on the CPU."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        copied = without_values(model)
-        copied.task = cast(Task, SimpleNamespace(criterion=model.task.criterion, check_targets=lambda targets: None))
-        weight = next((p for p in copied.parameters() if p.ndim == 4), next(copied.parameters()))
-        last = weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.channels_last if last and len(model.image) == 3 else torch.contiguous_format
-        dtype = input_dtype(copied.backbone, model.blocks[0].entering.dtype)
-        x = torch.empty(batch_size, *model.image, device=weight.device, dtype=dtype).to(memory_format=layout)
-        yield copied, x, torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
+    What lies on the meta device counts as if on the CPU. Raises UserError for a network that asks for values."""
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), RealSizes():
+            yield _faked(model, batch_size)
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
+        raise UserError(
+            f"the memory of a step cannot be predicted where it depends on values, as that of {error} does: measure it "
+            "with lg.measure_peak"
+        ) from error
+
+
+def _faked(model: LocalModel, batch_size: int) -> tuple[LocalModel, Tensor, Tensor]:
+    copied = without_values(model)
+    copied.task = cast(Task, SimpleNamespace(criterion=model.task.criterion, check_targets=lambda targets: None))
+    weight = next((p for p in copied.parameters() if p.ndim == 4), next(copied.parameters()))
+    last = weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last and len(model.image) == 3 else torch.contiguous_format
+    dtype = input_dtype(copied.backbone, model.blocks[0].entering.dtype)
+    x = torch.empty(batch_size, *model.image, device=weight.device, dtype=dtype).to(memory_format=layout)
+    return copied, x, torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
 
 
 def training_step(
@@ -245,6 +261,8 @@ def optimizers_for(
 
 def peak_rss() -> int:
     """The most memory that this process has held, in bytes."""
+    import resource  # Windows does not have it
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -255,6 +273,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     refused = isinstance(error, OSError) and error.errno == errno.ENOMEM
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return refused or known or any(word in str(error) for word in words)
+
+
+def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
+    """One; of a sparse tensor, such as the gradient of an embedding may be, those of its places and values."""
+    parts = (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,)
+    return [part.untyped_storage() for part in parts]
 
 
 def _named(model: nn.Module | None, optimizers: Optimizers) -> Iterator[tuple[Tensor, str]]:

@@ -23,7 +23,7 @@ from localgrad.core.engine import BlockResult, check_step, run_blocks
 from localgrad.core.errors import UserError
 from localgrad.core.model import LocalModel, localized
 from localgrad.core.rebuild import Held
-from localgrad.scale.replicas import Ranks, SyncBatchNorm
+from localgrad.scale.replicas import Ranks, SyncBatchNorm, refuse_unlike
 
 AHEAD = 2  # How many batches a rank may send before the next rank has taken the first of them.
 
@@ -52,8 +52,8 @@ class Stage:
         stage.finish()
 
     shares: how many blocks each rank trains, in order. timeout: that a rank waits for what another sends, by default
-    PyTorch's. Raises UserError for shares that are not the model's, for a coupling of form="pull" across ranks, and for
-    parameters that blocks of two ranks read.
+    PyTorch's. Raises UserError for shares that are not the model's, for models that differ, for a coupling of
+    form="pull" across ranks, and for parameters that blocks of two ranks read.
 
     Without a coupling, and with one of any lag, the result is that of one process that steps as it goes with the same
     model; a lag of less than `least_lag(stage.hops)` makes ranks wait. What a network draws while it trains, such as
@@ -66,6 +66,7 @@ class Stage:
         rank, count = self.ranks.rank, self.ranks.count
         if len(shares) != count or sum(shares) != len(model.blocks) or min(shares) < 1:
             raise UserError(f"shares {list(shares)} do not deal {len(model.blocks)} blocks out to {count} ranks")
+        refuse_unlike(model, self.ranks)
         self.model, self.shares = model, tuple(shares)
         first = sum(shares[:rank])
         self.blocks = range(first, first + shares[rank])

@@ -82,6 +82,8 @@ class Planner:
         speed: Speed | None = None,
     ) -> None:
         check_network(backbone, example)
+        if not any(p.requires_grad for p in backbone.parameters()):
+            raise UserError("nothing can be planned: every parameter of the network is frozen (requires_grad=False)")
         shapes, one = without_values(backbone, "meta"), torch.empty_like(example[:1], device="meta")
         self._coupling = coupling
         cuttable = method if method.terms else dgl("0c1f")  # to tell the units' costs; no head of it is in a plan
@@ -160,6 +162,8 @@ class Planner:
         if plans:
             return min(plans, key=lambda plan: (plan.seconds, plan.peak))
         least = self.exactly(self.frontier(blocks, several=several, as_you_go=as_you_go)[-1])
+        if least.peak <= budget:  # it was put together from pieces that need less in one
+            return least
         raise UserError(
             f"no plan fits {budget / 2**20:.0f} MiB: the least is {least.peak / 2**20:.0f} MiB, of which parameters, "
             f"averages and the optimizer's state hold {least.lasting / 2**20:.0f}; a smaller batch needs less"

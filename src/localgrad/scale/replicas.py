@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import zip_longest
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from localgrad.core.auxiliary import Auxiliary, Term
+from localgrad.core.errors import UserError
 from localgrad.core.model import LocalModel, localized
 
 BUCKET = 25 * 2**20  # bytes that travel together, as many as DistributedDataParallel takes
@@ -103,7 +105,10 @@ class Replicas:
     statistics of batch norm not, of which each rank has its own unless the network has `SyncBatchNorm`; the first
     rank's are those that count. Objectives that compare images with each other (`Term.pairs`) see those of all ranks.
 
-    bucket: bytes that travel together at most.
+    Where a rank's forward pass has left a parameter out (stochastic depth that skips a whole unit), its gradient counts
+    as zero there; where all ranks have, it stays None. Sparse gradients, of embeddings, become dense ones.
+
+    bucket: bytes that travel together at most. Raises UserError on all ranks if their models differ.
     """
 
     def __init__(self, model: LocalModel, *, bucket: int = BUCKET) -> None:
@@ -111,8 +116,9 @@ class Replicas:
         self.ranks = Ranks(dist.get_rank(), dist.get_world_size())
         self.model = model
         self.bucket = bucket
-        self._members = [model.members(k) for k in range(len(model.blocks))]
-        self._travelling: dict[int, list[tuple[list[Tensor], Tensor, Any]]] = {}
+        refuse_unlike(model, self.ranks)
+        self._parameters = [[p for m in model.parts(k) for p in m.parameters()] for k in range(len(model.blocks))]
+        self._travelling: dict[int, _Travelling] = {}
         self.ranks.broadcast([*model.parameters(), *model.buffers()])
         for auxiliary in model.auxiliaries:
             _see_all(cast(Auxiliary, auxiliary))
@@ -120,21 +126,64 @@ class Replicas:
     def start(self, k: int, loss: Tensor, *more: Tensor) -> None:
         """Begins to average the gradients of block k, its loss, and `more` scalars, in place. Call it on all ranks,
         block by block, when the block has its gradients; nothing of this may be read or changed before `finish(k)`."""
-        gradients = [p.grad for p in self._members[k] if p.grad is not None]
-        self._travelling[k] = [self._send(group) for group in _buckets([loss, *more, *gradients], self.bucket)]
+        trained = [p for p in self._parameters[k] if p.requires_grad]
+        missing, gradients = [], []
+        have = torch.ones(len(trained), dtype=loss.dtype, device=loss.device)
+        for i, parameter in enumerate(trained):
+            if parameter.grad is None:
+                missing.append((i, parameter))
+                have[i] = 0
+            elif parameter.grad.is_sparse:
+                parameter.grad = parameter.grad.to_dense()
+            gradients.append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+        # What is sent must be alike on all ranks, so it may not depend on which gradients this rank has.
+        groups = _buckets([loss, *more, have, *gradients], self.bucket)
+        self._travelling[k] = _Travelling([self._send(group) for group in groups], missing, have, gradients)
 
     def finish(self, k: int | None = None) -> None:
         """Waits until the averages of block k, or of all blocks that were started, are there."""
         for block in list(self._travelling) if k is None else [k]:
-            for tensors, flat, work in self._travelling.pop(block):
+            travelling = self._travelling.pop(block)
+            for tensors, flat, work in travelling.buckets:
                 work.wait()
                 flat /= self.ranks.count
                 for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
                     tensor.copy_(part.view_as(tensor))
+            shares = travelling.have.tolist() if travelling.missing else []
+            for i, parameter in travelling.missing:
+                if shares[i]:
+                    parameter.grad = travelling.gradients[i]
 
     def _send(self, tensors: list[Tensor]) -> tuple[list[Tensor], Tensor, Any]:
         flat = torch.cat([t.detach().reshape(-1) for t in tensors])
         return tensors, flat, dist.all_reduce(flat, async_op=True)
+
+
+@dataclass(frozen=True)
+class _Travelling:
+    """A block's averages on their way. missing: the parameters without a gradient on this rank, with their number.
+    have: of each parameter, 1 where there is a gradient, which becomes the share of ranks that have one."""
+
+    buckets: list[tuple[list[Tensor], Tensor, Any]]
+    missing: list[tuple[int, nn.Parameter]]
+    have: Tensor
+    gradients: list[Tensor]
+
+
+def refuse_unlike(model: LocalModel, ranks: Ranks) -> None:
+    """Raises UserError on all ranks if the model of one is not like the first one's: parameters and buffers by name,
+    shape and dtype, what is trained, and where the network is cut."""
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    mine = [f"block {k} of {', '.join(block.names)}" for k, block in enumerate(model.blocks)]
+    mine += [f"{name} {tuple(t.shape)} {t.dtype}{' trained' * t.requires_grad}" for name, t in state.items()]
+    first, *others = ranks.all_gather_object(mine)
+    for rank, other in enumerate(others, 1):
+        for one, two in zip_longest(first, other, fillvalue="nothing more"):
+            if one != two:
+                raise UserError(
+                    f"ranks must make the same model, but where rank 0 has {one}, rank {rank} has {two}: give each "
+                    "rank the same arguments, and freeze the same parameters"
+                )
 
 
 class SyncBatchNorm(_BatchNorm):

@@ -54,15 +54,17 @@ def all_forms(costs: Costs, speed: Speed, *, coupled: bool) -> Forms:
 def peak(own: Sequence[Cost], end: Cost | None) -> int:
     """The most bytes above a block's input and what lives anyway: forward through the units, through the auxiliary and
     back, and back through the units, whose gradients stay; what the block hands on lives until the end, beside the
-    same made again where the last unit has kept nothing else."""
-    kept = most = gradients = casts = 0
-    held = own[-1].output if own[-1].kept == own[-1].output else 0
+    same made again where the last unit has kept nothing else. The output of a frozen unit that keeps nothing lives
+    until the next unit has read it, if that keeps nothing either."""
+    kept = most = gradients = casts = passing = 0
+    held = own[-1].output if own[-1].kept in (0, own[-1].output) else 0
     for unit in own:
-        most = max(most, kept + casts + unit.forward_peak)
-        kept += unit.kept
+        most = max(most, kept + passing + casts + unit.forward_peak)
+        kept += unit.kept + (passing if unit.kept else 0)
         casts += unit.casts
+        passing = 0 if unit.kept else unit.output
     if end is not None:
-        most = max(most, kept + casts + end.forward_peak, kept + end.backward_peak)
+        most = max(most, kept + passing + casts + end.forward_peak, kept + passing + end.backward_peak)
         gradients = end.gradients
     for unit in reversed(own):
         kept -= unit.kept
