@@ -18,7 +18,8 @@ from common import Table
 
 import localgrad as lg
 from localgrad.core.backbones import CifarResNet
-from localgrad.run.runlog import environment, mib
+from localgrad.core.sizes import mib
+from localgrad.run.folder import environment
 from localgrad.scale.memory import KINDS, PeakBytes, optimizers_for, training_step
 
 DEPTHS = (32, 56, 110, 218, 434, 1202)

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 import localgrad as lg
 from localgrad.core.errors import UserError
-from localgrad.run.runlog import environment, mib
+from localgrad.core.sizes import mib
+from localgrad.run.folder import environment
 from localgrad.scale.memory import optimizers_for, training_step
 from localgrad.scale.plan import Plan, Planner
 from localgrad.scale.speed import calibrate

@@ -19,7 +19,7 @@ from common import Table
 
 import localgrad as lg
 from localgrad.core.errors import UserError
-from localgrad.run.runlog import environment
+from localgrad.run.folder import environment
 from localgrad.scale.plan import Plan, Planner
 
 # The K=2 cut of InfoPro's published code and the K=4 cuts of MAN's. Nobody has published cuts of the transformers, so

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from localgrad.core.blocks import Boundary
 from localgrad.core.decoder import Decoder
-from localgrad.run.runlog import environment
+from localgrad.run.folder import environment
 
 MAPS = ((16, 32), (32, 16), (64, 8))  # channels and size in a CIFAR ResNet's three stages
 

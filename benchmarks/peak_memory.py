@@ -16,7 +16,8 @@ import tyro
 from common import Table
 
 import localgrad as lg
-from localgrad.run.runlog import environment, mib
+from localgrad.core.sizes import mib
+from localgrad.run.folder import environment
 
 MODEL = "resnet110"
 BALANCED = ["layer1.6", "layer1.14", "layer2.8"]  # These cuts make four blocks of about equal bytes.

@@ -22,8 +22,8 @@ from common import Table
 
 from localgrad.cli import main as localgrad
 from localgrad.run.checkpoint import MODEL
+from localgrad.run.folder import read_environment
 from localgrad.run.probe import agreement
-from localgrad.run.runlog import read_environment
 from localgrad.run.tables import read_csv
 
 # The names of the main part's runs, whose recipes have no setting of their own: method, blocks, seed.

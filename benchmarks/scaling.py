@@ -34,7 +34,7 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
 import localgrad as lg
-from localgrad.run.runlog import environment
+from localgrad.run.folder import environment
 from localgrad.scale.memory import MemoryMeter
 
 FILL = 3  # steps in which a pipeline fills, which are not timed

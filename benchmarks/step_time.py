@@ -17,14 +17,15 @@ import tyro
 from common import WARM_UP, Table, medians_in_turn, seconds_of
 from torch import Tensor
 
+from localgrad.core.sizes import mib
 from localgrad.run import data as data_room
 from localgrad.run.arguments import Compare
 from localgrad.run.build import build_model, machine_for
 from localgrad.run.compare import grid
+from localgrad.run.folder import environment
 from localgrad.run.modes import Alone
 from localgrad.run.recipe import Recipe
 from localgrad.run.recipes import RECIPES
-from localgrad.run.runlog import environment, mib
 from localgrad.run.step import Stepper
 from localgrad.run.tables import label_of
 from localgrad.run.train import to_device

@@ -20,8 +20,9 @@ from starts import Start, tiny, wait_for
 
 from localgrad.cli import main
 from localgrad.core.errors import RunError
+from localgrad.run.folder import read_environment, summary_rows
 from localgrad.run.ranks import joined
-from localgrad.run.runlog import read_environment, scores, summary_rows
+from localgrad.run.runlog import scores
 from localgrad.run.signals import Stopped
 
 FLAGS = ("--save-every", "5", "--nproc", "2")

@@ -29,8 +29,8 @@ from localgrad.core.errors import RunError
 from localgrad.run import data as data_room
 from localgrad.run import train as training
 from localgrad.run.augment import permutation
+from localgrad.run.folder import summary_rows
 from localgrad.run.recipe import Recipe, Saving, differences, settle
-from localgrad.run.runlog import summary_rows
 from localgrad.run.signals import Stopped
 from localgrad.run.step import Stepper
 from localgrad.run.train import train

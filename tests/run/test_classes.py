@@ -29,8 +29,8 @@ from localgrad.cli import main
 from localgrad.core.errors import UserError
 from localgrad.run import data as D
 from localgrad.run.checkpoint import save_weights
+from localgrad.run.folder import read_classes
 from localgrad.run.recipe import Recipe
-from localgrad.run.runlog import read_classes
 from localgrad.run.signals import Stopped
 from localgrad.run.step import Stepper
 from localgrad.run.train import Run, train

@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 import localgrad as lg
 from localgrad.cli import COMMANDS, _warnings_shown, main
 from localgrad.core.errors import UserError
+from localgrad.run.folder import summary_rows
 from localgrad.run.recipe import Recipe, Saving, read_recipe
-from localgrad.run.runlog import summary_rows
 
 QUICK = ["--model", "resnet20", "--limit-train", "64", "--batch-size", "16", "--epochs", "1", "--precision", "float32"]
 

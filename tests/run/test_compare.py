@@ -18,8 +18,8 @@ from localgrad.core.backbones import build
 from localgrad.core.errors import UserError
 from localgrad.run.arguments import Compare
 from localgrad.run.compare import Cell, grid, run_all
+from localgrad.run.folder import summary_rows
 from localgrad.run.recipe import Recipe, as_dict, read_recipe
-from localgrad.run.runlog import summary_rows
 from localgrad.run.tables import paired, row_of, summarize
 
 SET = ("model=resnet20", "limit-train=64", "batch-size=16", "epochs=1", "precision=float32")

@@ -398,3 +398,10 @@ def test_image_folder_splits_must_agree_on_their_classes_and_have_no_empty_one(t
     (tmp_path / "train" / "eel").mkdir()
     with pytest.raises(UserError, match="no valid file for the classes eel"):
         D.load("image-folder", data_dir=str(tmp_path))
+
+
+def test_data_load_no_model_code() -> None:
+    code = "import sys, localgrad.run.data; print(*[m for m in sys.modules if m.startswith('localgrad.')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[1] + "." + name.split(".")[2] for name in done.stdout.split() if name.count(".") > 1}
+    assert loaded == {"core.errors", "run.augment", "run.data", "run.image_folder", "run.readers", "run.signals"}

@@ -10,8 +10,8 @@ import pytest
 from localgrad.cli import main
 from localgrad.core.errors import UserError
 from localgrad.core.sizes import parse_bytes
+from localgrad.run.folder import summary_rows
 from localgrad.run.recipe import Recipe, read_plan, read_recipe
-from localgrad.run.runlog import summary_rows
 
 TINY = ["--model", "resnet20", "--batch-size", "64", "--precision", "float32", "--head", "1c2f"]
 

@@ -17,9 +17,9 @@ import pytest
 import yaml
 
 from localgrad.cli import main
+from localgrad.run.folder import summary_rows
 from localgrad.run.recipe import Recipe
 from localgrad.run.report import find, report
-from localgrad.run.runlog import summary_rows
 from localgrad.run.train import train
 
 TINY = Recipe(model="resnet20", limit_train=64, batch_size=32, epochs=2, precision="float32", head="1c2f", lr=0.02)

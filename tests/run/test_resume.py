@@ -23,8 +23,8 @@ from localgrad.cli import main
 from localgrad.core.errors import RunError, UserError
 from localgrad.run import build
 from localgrad.run.checkpoint import read_checkpoint, saved
+from localgrad.run.folder import claim, summary_rows
 from localgrad.run.recipe import Recipe, Saving
-from localgrad.run.runlog import claim, summary_rows
 from localgrad.run.signals import Stopped
 from localgrad.run.step import Stepper
 from localgrad.run.train import train

@@ -22,9 +22,9 @@ from localgrad.core.task import Classification
 from localgrad.run import data as data_room
 from localgrad.run.build import build_model, machine_for
 from localgrad.run.checkpoint import read_checkpoint, saved
+from localgrad.run.folder import summary_rows
 from localgrad.run.modes import Alone
 from localgrad.run.recipe import Recipe
-from localgrad.run.runlog import summary_rows
 from localgrad.run.step import SKIPS, NotFinite, Stepper
 from localgrad.run.train import to_device, train
 from localgrad.scale.replicas import Ranks

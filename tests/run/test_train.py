@@ -19,9 +19,9 @@ from localgrad.core.backbones import build
 from localgrad.core.errors import RunError, UserError
 from localgrad.run import data as data_room
 from localgrad.run.build import build_model, machine_for
+from localgrad.run.folder import SUMMARY, claim, summary_rows
 from localgrad.run.modes import Alone
 from localgrad.run.recipe import Recipe
-from localgrad.run.runlog import SUMMARY, claim, summary_rows
 from localgrad.run.step import Stepper, rate
 from localgrad.run.train import evaluate, to_device, train
 from localgrad.scale.replicas import Ranks

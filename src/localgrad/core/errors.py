@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import sys
 from collections.abc import Iterable
 
 
@@ -30,3 +32,13 @@ def unknown(kind: str, name: str, options: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean '{near[0]}'? " if near else "choose one of "
     return UserError(f"unknown {kind} '{name}': {hint}({', '.join(names)})")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out: CUDA's allocator has a class for it, the CPU's has only a sentence.
+    PyTorch is not loaded for this."""
+    words = ("can't allocate memory", "not enough memory", "bad_alloc", "could not create a memory")
+    refused = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    torch = sys.modules.get("torch")
+    known = isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
+    return refused or known or any(word in str(error) for word in words)

@@ -29,3 +29,12 @@ def bytes_of(budget: object) -> int:
     if isinstance(budget, str | Real) and not isinstance(budget, bool):
         return parse_bytes(str(budget), "budget")
     raise UserError(f'budget takes a number of bytes, or text such as "2GiB", not {budget!r}')
+
+
+def mib(size: float) -> str:
+    """Bytes as a person reads them.
+
+    >>> mib(2**20)
+    '1.0 MiB'
+    """
+    return f"{size / 2**20:.1f} MiB"

@@ -24,10 +24,11 @@ from localgrad.core.errors import UserError
 from localgrad.core.methods import METHODS
 from localgrad.core.model import LocalModel, localize
 from localgrad.core.task import Classification
-from localgrad.run.checkpoint import MODEL, load_backbone, read_weights
+from localgrad.run.checkpoint import load_backbone, read_weights
 from localgrad.run.data import DATASETS, Data, DataInfo, check_classes, load
+from localgrad.run.files import MODEL
+from localgrad.run.folder import read_classes
 from localgrad.run.recipe import Recipe
-from localgrad.run.runlog import read_classes
 from localgrad.scale.memory import MakeOptimizer, on_fake_tensors
 from localgrad.scale.plan import Planner
 from localgrad.scale.recompute import recompute

@@ -26,14 +26,13 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from localgrad.core.errors import RunError, UserError
-from localgrad.run.files import PART, flush, part_of, remove, replacing
+from localgrad.core.errors import RunError, UserError, is_out_of_memory
+from localgrad.run.files import MODEL, PART, flush, part_of, remove, replacing
 from localgrad.run.state import from_json, to_json
 from localgrad.run.weights import fill, read_weights
-from localgrad.scale.memory import is_out_of_memory
 
 FORMAT = 3
-MODEL, AUXILIARIES = "model.safetensors", "auxiliaries.safetensors"
+AUXILIARIES = "auxiliaries.safetensors"
 STATE, STATE_TENSORS, MANIFEST = "state.json", "state.safetensors", "manifest.json"
 FILES = (MODEL, AUXILIARIES, STATE, STATE_TENSORS)  # What a checkpoint has beside its manifest.
 DAMAGED = ".damaged"  # a checkpoint that was set aside

@@ -17,16 +17,17 @@ from rich.table import Table
 
 from localgrad.core.backbones import CIFAR_RESNETS
 from localgrad.core.errors import RunError, UserError
-from localgrad.core.sizes import parse_bytes
+from localgrad.core.sizes import mib, parse_bytes
 from localgrad.run import data as data_room
 from localgrad.run.arguments import Compare, Eval, Export, List, Plan, Probe, Report, Train
 from localgrad.run.build import backbone_of, data_of, info_of, machine_for, planner_for
-from localgrad.run.checkpoint import MODEL, classes_json, load_backbone, read_weights, save_weights
-from localgrad.run.files import check_folder, check_system, write_text
+from localgrad.run.checkpoint import classes_json, load_backbone, read_weights, save_weights
+from localgrad.run.files import MODEL, check_folder, check_system, write_text
+from localgrad.run.folder import claim, finished_runs, open_run, read_classes, summary_rows
 from localgrad.run.ranks import joined
 from localgrad.run.recipe import COUPLINGS, HEADS, METHODS, PLANNED, Recipe, read_recipe, settle
 from localgrad.run.recipes import RECIPES
-from localgrad.run.runlog import CONFIG, claim, finished_runs, mib, read_classes, scores, summary_rows
+from localgrad.run.runlog import scores
 from localgrad.run.tables import write_csv
 from localgrad.run.train import evaluate, train
 from localgrad.scale import plan as plans
@@ -130,7 +131,7 @@ def show_plans(rows: list[tuple[str, plans.Plan]], bp: float) -> None:
 
 
 def run_eval(args: Eval) -> int:
-    recipe = replace(finished(args.run), device=args.device)
+    recipe = replace(open_run(args.run), device=args.device)
     if args.data_dir is not None:
         recipe = replace(recipe, data_dir=args.data_dir)
     if recipe.precision == "fp16":  # which a CPU does not have; what is evaluated is the same
@@ -138,7 +139,7 @@ def run_eval(args: Eval) -> int:
     data = data_of(args.run, recipe)
     machine = machine_for(recipe)
     backbone = backbone_of(recipe, data.info)
-    load_backbone(backbone, args.run / "model.safetensors")
+    load_backbone(backbone, args.run / MODEL)
     backbone.to(machine.device, memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]
     bad: dict[str, str] = {}
     row = evaluate(backbone, data, recipe, machine, on_bad=bad.__setitem__ if recipe.on_bad_image == "skip" else None)
@@ -149,9 +150,9 @@ def run_eval(args: Eval) -> int:
 
 
 def run_export(args: Export) -> int:
-    recipe = finished(args.run)
+    recipe = open_run(args.run)
     place = args.out or args.run / f"export.{args.format}"
-    weights = args.run / "model.safetensors"
+    weights = args.run / MODEL
     check_folder(place)
     if args.format == "safetensors":
         save_weights(place, read_weights(weights), read_classes(args.run))
@@ -171,7 +172,7 @@ def run_probe(args: Probe) -> int:
     from localgrad.run import probe
 
     def load(run: Path) -> probe.Network:
-        recipe = replace(finished(run), device="auto", precision="float32")
+        recipe = replace(open_run(run), device="auto", precision="float32")
         return probe.load(run, replace(recipe, data_dir=args.data_dir or recipe.data_dir), args.images)
 
     runs = finished_runs(args.runs)
@@ -224,15 +225,6 @@ def run_list(args: List) -> int:
         table.add_row(name, size, "its folders" if folder else str(info.classes), place or "no")
     console.print(table)
     return 0
-
-
-def finished(run: Path) -> Recipe:
-    """The recipe of a finished run. Raises UserError if `run` is none."""
-    if not (run / CONFIG).is_file():
-        raise UserError(f"{run} is no run folder: it has no {CONFIG}")
-    if not (run / MODEL).is_file():
-        raise UserError(f"{run} holds a run that is not finished: train it to its end first")
-    return read_recipe(run / CONFIG)
 
 
 def _export_onnx(run: Path, recipe: Recipe, place: Path) -> None:

@@ -18,14 +18,14 @@ import yaml
 
 from localgrad.core.blocks import split, trace_units
 from localgrad.core.errors import RunError, UserError
+from localgrad.core.sizes import mib
 from localgrad.run import data as data_room
 from localgrad.run.arguments import Compare, parse_changes, parse_lists
 from localgrad.run.build import backbone_of, machine_for
-from localgrad.run.checkpoint import MODEL
-from localgrad.run.files import check_system
+from localgrad.run.files import MODEL, check_system
+from localgrad.run.folder import claim, summary_rows
 from localgrad.run.recipe import Recipe, as_dict, idle, override, settle
 from localgrad.run.recipes import named_recipe
-from localgrad.run.runlog import claim, mib, summary_rows
 from localgrad.run.tables import paired, row_of, show, summarize, write_csv
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from localgrad.core.errors import RunError, UserError, unknown
 from localgrad.run import readers
 from localgrad.run.augment import SUBSET, crop_flip, permutation
-from localgrad.run.folders import Files, listed, printable, read_folder
+from localgrad.run.image_folder import Files, listed, printable, read_folder
 from localgrad.run.readers import Batches, OnBad
 
 IMAGE_FOLDER_SIZE = 224  # pixels; the usual crop of ImageNet

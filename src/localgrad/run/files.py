@@ -11,6 +11,7 @@ from pathlib import Path
 
 from localgrad.core.errors import UserError
 
+MODEL = "model.safetensors"  # The bare network: a run whose folder has it is finished.
 PART = ".part"  # what is being written; the rest of a killed process, which the next one removes
 LOCK = ".lock"
 

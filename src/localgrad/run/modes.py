@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from localgrad.core.engine import BlockResult, block_steps
-from localgrad.core.errors import RunError, UserError
+from localgrad.core.errors import RunError, UserError, is_out_of_memory
 from localgrad.core.model import LocalModel
 from localgrad.run.build import Machine
 from localgrad.run.recipe import Recipe, Saving
 from localgrad.run.runlog import StepRecord
-from localgrad.scale.memory import is_out_of_memory
 from localgrad.scale.pipeline import Stage, least_lag
 from localgrad.scale.replicas import Ranks, Replicas
 from localgrad.scale.shares import block_seconds, shares_of

@@ -25,8 +25,9 @@ from localgrad.core.errors import UserError
 from localgrad.run import data as data_room
 from localgrad.run.augment import permutation
 from localgrad.run.build import Machine, backbone_of, data_of, machine_for
-from localgrad.run.checkpoint import MODEL, load_backbone
-from localgrad.run.folders import Files
+from localgrad.run.checkpoint import load_backbone
+from localgrad.run.files import MODEL
+from localgrad.run.image_folder import Files
 from localgrad.run.recipe import Recipe
 from localgrad.run.train import to_device
 

@@ -22,11 +22,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from localgrad.core.errors import RunError
+from localgrad.core.errors import RunError, is_out_of_memory
 from localgrad.run.augment import REPLACE, draws, resized_crop_box
-from localgrad.run.folders import Files, printable
+from localgrad.run.image_folder import Files, printable
 from localgrad.run.signals import held_back, outlive_signals
-from localgrad.scale.memory import is_out_of_memory
 
 Batches = Generator[tuple[Tensor, Tensor]]  # closed, it ends its workers
 OnBad = Callable[[str, str], None]  # is told of a file and why it cannot be used

@@ -17,9 +17,10 @@ from typing import Any
 
 import localgrad
 from localgrad.core.errors import UserError
+from localgrad.core.sizes import mib
 from localgrad.run import figures
+from localgrad.run.folder import CONFIG, METRICS, TIMELINE, finished_runs, summary_rows
 from localgrad.run.recipe import COUPLINGS, METHODS, OF_METHODS, PLACES, Recipe, as_dict, differences, read_recipe
-from localgrad.run.runlog import CONFIG, METRICS, TIMELINE, finished_runs, mib, summary_rows
 from localgrad.run.tables import conditions, csv_text, label_of, paired, read_csv, read_runs, row_of, summarize, told
 
 Rows = list[dict[str, Any]]

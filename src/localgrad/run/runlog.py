@@ -1,4 +1,4 @@
-"""The run folder and what a person sees while it fills: live on a terminal, one line an interval elsewhere."""
+"""What a run writes into its folder, and what a person sees meanwhile: live on a terminal, elsewhere some lines."""
 
 from __future__ import annotations
 
@@ -7,147 +7,28 @@ import csv
 import io
 import json
 import os
-import platform
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-import localgrad
-from localgrad.core.errors import RunError, UserError
-from localgrad.run.checkpoint import MODEL
-from localgrad.run.files import LOCK, PART, write_text
-from localgrad.run.recipe import Recipe, as_dict, differences, read_recipe
+from localgrad.core.errors import UserError
+from localgrad.core.sizes import mib
+from localgrad.run.files import MODEL, PART, write_text
+from localgrad.run.folder import BAD_IMAGES, CONFIG, METRICS, SUMMARY, TABLE, TIMELINE
+from localgrad.run.recipe import Recipe, as_dict
 from localgrad.scale.memory import PeakBytes
 
 INTERVAL = 10.0  # seconds between two lines without a terminal
-SUMMARY = (
-    "epoch", "train_loss", "eval_loss", "eval_top1", "eval_top5", "lr", "peak_bytes", "peak_rss_bytes", "seconds",
-    "skipped_steps", "bad_images",
-)  # fmt: skip
-CONFIG, METRICS, TABLE, TIMELINE = "config.yaml", "metrics.jsonl", "summary.csv", "memory_timeline.csv"
-BAD_IMAGES = "bad_images.txt"
-
-
-def environment() -> dict[str, str]:
-    """What bits and timings depend on beside the recipe."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return {
-        "localgrad": localgrad.__version__, "torch": str(torch.__version__), "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {processor()}", "threads": str(torch.get_num_threads()),
-        "gpu": device, "commit": commit(),
-    }  # fmt: skip
-
-
-def read_environment(folder: Path) -> dict[str, str]:
-    """What a run recorded of its machine and versions."""
-    return _section(folder, "environment")
-
-
-def read_sizes(folder: Path) -> dict[str, int]:
-    """What a run recorded of its model: the backbone's `parameters`, and those of the auxiliaries, `added`."""
-    return _section(folder, "model")
-
-
-def read_classes(folder: Path) -> list[str]:
-    """The names of the classes that a run was trained on, in the order of its logits; none in one of an older version.
-    Raises UserError where somebody's hand has left other things than names."""
-    content = yaml.safe_load((folder / CONFIG).read_text())
-    names = content.get("classes") or [] if isinstance(content, dict) else []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"the classes in {folder / CONFIG} are no list of names: put those in quotes")
-    return names
-
-
-def _section(folder: Path, name: str) -> dict[str, Any]:
-    """Of config.yaml; empty where an older version, or somebody's hand, has left none."""
-    content = yaml.safe_load((folder / CONFIG).read_text())
-    found = content.get(name) if isinstance(content, dict) else None
-    return found if isinstance(found, dict) else {}
-
-
-def commit() -> str:
-    """The commit that this package is run from, with -dirty if it was changed since; "" if it was installed."""
-    source = Path(localgrad.__file__).parent
-    if not (source.parents[1] / ".git").exists():  # src/localgrad in its repository; a folder or, in a worktree, a file
-        return ""
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(source), "--no-optional-locks", *words]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=10", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", ".") else "")
-    except OSError:
-        return ""
-
-
-def processor() -> str:
-    """The processor's name, as far as the system tells."""
-    name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name")
-    return str(name or platform.processor() or "unknown processor")
-
-
-def summary_rows(folder: Path) -> list[dict[str, float]]:
-    """The rows of a run's summary.csv, one an epoch. Raises RunError if it is not there or damaged."""
-    path = folder / TABLE
-    try:
-        with path.open(newline="") as file:
-            rows = [{name: float(row[name] or "") for name in SUMMARY} for row in csv.DictReader(file)]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{path} is damaged: remove {folder} and train again ({type(error).__name__})") from error
-    if not rows:
-        raise RunError(f"{path} is damaged: it has no epoch; remove {folder} and train again")
-    return rows
-
-
-def finished_runs(places: Sequence[Path]) -> list[Path]:
-    """The folders of finished runs among these and their folders, each once. Raises UserError for a place without."""
-    if not places:
-        raise UserError("there is no run to look at: name run folders, or a folder of localgrad compare")
-    folders: dict[Path, Path] = {}
-    for place in places:
-        found = [p for p in (place, *sorted(place.glob("*/"))) if (p / CONFIG).is_file() and (p / MODEL).is_file()]
-        if not found:
-            raise UserError(f"{place} holds no finished run: name run folders, or a folder of localgrad compare")
-        folders |= {path.resolve(): path for path in found}
-    return list(folders.values())
-
-
-def claim(folder: Path, recipe: Recipe, *, may_grow: bool = False) -> bool:
-    """Checks that `folder` is free for `recipe`: True if the very same run lies finished in it, False if it can begin
-    or go on there. may_grow: a run of fewer epochs can go on too. Raises UserError for another run, other files, or a
-    place that cannot be written."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: choose another --out")
-    config = folder / CONFIG
-    if config.exists():
-        there = read_recipe(config)
-        epochs = max(there.epochs, recipe.epochs) if may_grow else there.epochs
-        found = differences(replace(there, epochs=epochs), recipe)
-        if found:
-            raise UserError(f"{folder} holds a different run ({'; '.join(found[:3])}): choose another --out")
-        return there.epochs == recipe.epochs and (folder / MODEL).exists()
-    # A run that was killed at its very first file has left no more than these.
-    if folder.is_dir() and any(p.name not in (LOCK, CONFIG + PART) for p in folder.iterdir()):
-        raise UserError(f"{folder} holds files of something else: choose another --out")
-    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(
-            f"cannot write to {folder}: {place} is not a folder that you may write to; choose another --out"
-        )
-    return False
 
 
 @dataclass(frozen=True)
@@ -323,10 +204,6 @@ class NoLog(contextlib.AbstractContextManager):
 
 def scores(row: dict[str, float]) -> str:
     return f"test loss {row['eval_loss']:.4f}, top1 {row['eval_top1']:.2f}%, top5 {row['eval_top5']:.2f}%"
-
-
-def mib(size: float) -> str:
-    return f"{size / 2**20:.1f} MiB"
 
 
 class _Console(Console):

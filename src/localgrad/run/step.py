@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from localgrad.core.errors import RunError
+from localgrad.core.errors import RunError, is_out_of_memory
 from localgrad.core.model import param_groups
+from localgrad.core.sizes import mib
 from localgrad.run.build import Machine, optimizer_of
 from localgrad.run.modes import Alone
 from localgrad.run.recipe import Recipe
-from localgrad.run.runlog import StepRecord, mib
-from localgrad.scale.memory import MemoryMeter, PeakBytes, is_out_of_memory, optimizers_for, peak_rss
+from localgrad.run.runlog import StepRecord
+from localgrad.scale.memory import MemoryMeter, PeakBytes, optimizers_for, peak_rss
 
 Batch = tuple[Tensor | None, Tensor]  # normalised inputs, where they are read, and targets, on the device
 SKIPS = 10  # steps skipped one after another before a run is given up: no later one will be better

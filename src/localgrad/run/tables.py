@@ -16,9 +16,10 @@ from rich.table import Table
 from scipy import stats
 
 from localgrad.core.errors import UserError
+from localgrad.core.sizes import mib
 from localgrad.run.files import write_text
+from localgrad.run.folder import read_environment, read_sizes, summary_rows
 from localgrad.run.recipe import OF_METHODS, PLACES
-from localgrad.run.runlog import mib, read_environment, read_sizes, summary_rows
 
 NEEDED = {"blocks": int, "seed": int, "error": float, "peak_bytes": int, "seconds": float}
 NUMBERS = {**NEEDED, "parameters": int, "added": int}

@@ -20,10 +20,11 @@ from localgrad.run import checkpoint as checkpoints
 from localgrad.run import data as data_room
 from localgrad.run.build import Machine, build_model, check_single, machine_for
 from localgrad.run.files import locked
-from localgrad.run.folders import listed
+from localgrad.run.folder import SUMMARY, environment, read_environment
+from localgrad.run.image_folder import listed
 from localgrad.run.modes import check_batch_share, mode_for
 from localgrad.run.recipe import Recipe, Saving, shown
-from localgrad.run.runlog import SUMMARY, NoLog, RunLog, StepRecord, environment, read_environment
+from localgrad.run.runlog import NoLog, RunLog, StepRecord
 from localgrad.run.signals import Stopped, StopRequest
 from localgrad.run.step import Batch, Stepper
 from localgrad.scale.memory import peak_rss

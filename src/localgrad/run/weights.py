@@ -17,8 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from localgrad.core.errors import RunError, UserError
-from localgrad.scale.memory import is_out_of_memory
+from localgrad.core.errors import RunError, UserError, is_out_of_memory
 
 # Where programs put a state_dict among other things, the one that is taken first in front.
 _UNDER = ("state_dict", "model", "model_state_dict", "state_dict_ema", "model_ema", "net")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -265,14 +264,6 @@ def peak_rss() -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out: CUDA's allocator has a class for it, the CPU's only a sentence."""
-    words = ("can't allocate memory", "not enough memory", "bad_alloc", "could not create a memory")
-    refused = isinstance(error, OSError) and error.errno == errno.ENOMEM
-    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return refused or known or any(word in str(error) for word in words)
 
 
 def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:

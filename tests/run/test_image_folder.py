@@ -16,7 +16,7 @@ from torchvision.datasets import ImageFolder
 from localgrad.core.errors import UserError
 from localgrad.core.task import Classification
 from localgrad.run import data as D
-from localgrad.run.folders import listed, read_folder
+from localgrad.run.image_folder import listed, read_folder
 
 
 def write(place: Path, *files: str) -> Path:
