@@ -217,6 +217,50 @@ def test_a_run_moves_between_one_process_and_two(tmp_path: Path) -> None:
     assert (tmp_path / "moves" / MODEL).exists()
 
 
+THREADS = """
+import atexit, os
+from pathlib import Path
+
+def write():
+    names = [(thread / "comm").read_text().strip() for thread in Path("/proc/self/task").iterdir()]
+    Path({folder!r}, "threads-" + os.environ["RANK"]).write_text(" ".join(n for n in names if "gloo" in n))
+
+if "RANK" in os.environ:
+    atexit.register(write)
+"""
+AS_YOU_GO = ("--step-as-you-go", "--coupling", "none")
+
+
+@pytest.mark.parametrize(
+    ("flags", "code"),
+    [
+        (("--nproc", "2"), 0),
+        pytest.param(("--nproc", "2", *AS_YOU_GO, "--block-lr", "1e38,1,1,1"), 3, marks=pytest.mark.slow),
+        pytest.param(("--pipeline", "2", "--step-as-you-go", "--lag", "2"), 0, marks=pytest.mark.slow),
+        pytest.param(("--pipeline", "2", *AS_YOU_GO, "--block-lr", "1,1,1,1e38"), 3, marks=pytest.mark.slow),
+    ],
+)
+def test_no_thread_of_the_group_outlives_it(
+    flags: tuple[str, ...], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that does aborts the process as it ends, if it is late to give back its last tensor."""
+    (tmp_path / "sitecustomize.py").write_text(THREADS.format(folder=str(tmp_path)))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    start = Start(tmp_path / "run", *tiny(1, *flags), forked=False)
+    assert start.end() == code, start.err
+    assert [(tmp_path / f"threads-{rank}").read_text() for rank in range(2)] == ["", ""]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("times", "flags"), [(100, ("--nproc", "2")), (20, ("--pipeline", "2", "--step-as-you-go", "--lag", "2"))]
+)
+def test_ranks_end_cleanly_beside_other_load(times: int, flags: tuple[str, ...], tmp_path: Path) -> None:
+    script = [sys.executable, str(Path(__file__).with_name("ending.py")), str(tmp_path), str(times)]
+    run = subprocess.run([*script, *tiny(1, *flags)], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == str({0: 2 * times}), run.stderr
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import localgrad as lg
 from localgrad.core.errors import UserError
@@ -182,6 +183,7 @@ def recurrent(kind: Any, hidden: int = 48, out: int = 48, **how: Any) -> nn.Modu
     return nn.Sequential(nn.Conv2d(3, 32, 4, 4), Tokens(), nn.Sequential(*units), Mean(), nn.Linear(out, 10))
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("kind", "how"),
@@ -249,13 +251,27 @@ def test_sparse_gradients_are_measured_and_predicted() -> None:
     assert found.split["gradients"] > 0
 
 
-def test_a_network_that_asks_for_values_is_refused_with_a_sentence() -> None:
-    class Asks(nn.Module):
-        def forward(self, h: Tensor) -> Tensor:
-            return h * 2 if h.mean() > 0 else h
+def of_the_known(logits: Tensor, y: Tensor) -> Tensor:
+    return functional.cross_entropy(logits[y != 255], y[y != 255])
 
-    x = torch.zeros(2, 3, 8, 8)
-    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(Asks(), nn.ReLU()), nn.Flatten(), nn.Linear(288, 10))
-    model = lg.localize(network, method=lg.bp(), example=x)
-    with pytest.raises(UserError, match="cannot be predicted where it depends on values"):
-        lg.predict_peak(model, 2, sgd)
+
+def of_sequences(logits: Tensor, y: Tensor) -> Tensor:
+    return functional.ctc_loss(logits.log_softmax(-1)[:, None], y[None, :2] + 1, [len(y)], [2])
+
+
+@pytest.mark.parametrize("criterion", [of_the_known, of_sequences])
+def test_a_criterion_that_depends_on_values_is_refused_with_a_sentence(criterion: Any) -> None:
+    class Other(lg.Classification):
+        def criterion(self, output: Tensor, targets: Tensor) -> Tensor:
+            return criterion(output, targets)
+
+    x = torch.randn(4, 3, 16, 16)
+    network = lg.build("resnet20", classes=10)
+    model = lg.localize(network, method=lg.bp(), example=x, task=Other(10))
+    lg.local_backward(model, x, torch.arange(4))
+    for predict in (
+        lambda: lg.predict_peak(model, 4, sgd),
+        lambda: lg.plan(network, x, 2**30, method=lg.bp(), task=Other(10)),
+    ):
+        with pytest.raises(UserError, match="cannot be predicted where it depends on values, as that of aten"):
+            predict()

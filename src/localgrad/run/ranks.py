@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # before there is a group: see `_leave`
 
 from localgrad.core.errors import RunError, UserError
-from localgrad.run.signals import Stopped, rank_here
+from localgrad.run.signals import Stopped, deaf, rank_here
 from localgrad.scale.replicas import Ranks
 
 PATIENCE = 3.0  # seconds in which every rank that lives has noticed that another does not
@@ -78,12 +78,13 @@ def _leave() -> None:
     up; and objects that refer to each other.
     """
     error = sys.exception()
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__context__
-    gc.collect()
-    with contextlib.suppress(RuntimeError):  # of a group that has lost a rank
-        dist.destroy_process_group()
+    with deaf():  # or the SIGTERM that ends the others of a rank that died leaves this half done
+        while error is not None:
+            traceback.clear_frames(error.__traceback__)
+            error = error.__context__
+        gc.collect()
+        with contextlib.suppress(RuntimeError):  # of a group that has lost a rank
+            dist.destroy_process_group()
 
 
 def _lost(rank: int, count: int, timeout: float) -> str:

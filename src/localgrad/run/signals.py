@@ -91,6 +91,20 @@ def held_back() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def deaf() -> Iterator[None]:
+    """No thread hears signals: for what a process that is about to end must do before."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in BOTH}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def sigterm_raises() -> Iterator[None]:
     """For the time outside of the loop, when there is nothing to save: SIGTERM raises Stopped, as SIGINT raises
     KeyboardInterrupt."""
