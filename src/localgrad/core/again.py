@@ -142,19 +142,17 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         memo: The copies until now, by the id of the original or of its storage, so that what was shared stays shared.
     """
     kind = type(value)
-    if isinstance(value, Tensor) and value.requires_grad:
-        return value if isinstance(value, nn.Parameter) else RESULT
-    if id(value) in memo:
-        return memo[id(value)]
-    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-        memo[id(value)] = _copied_tensor(value, memo)
+    if isinstance(value, nn.Parameter) or id(value) in memo:
+        return memo.get(id(value), value)
+    if isinstance(value, Tensor):
+        memo[id(value)] = RESULT if value.requires_grad else _copied_tensor(value, memo)
     elif kind in CONTAINERS:
         other = memo[id(value)] = copy.copy(value)
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             other[key] = _copied(item, memo)
     elif kind is set:
         memo[id(value)] = set(value)
-    elif kind is torch.Generator:
+    elif isinstance(value, torch.Generator):
         memo[id(value)] = value.clone_state()
     elif kind in WHOLE:
         memo[id(value)] = copy.deepcopy(value)
