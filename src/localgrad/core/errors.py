@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -30,3 +31,11 @@ def unknown(kind: str, name: str, options: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean '{near[0]}'? " if near else "choose one of "
     return UserError(f"unknown {kind} '{name}': {hint}({', '.join(names)})")
+
+
+def callers_level() -> int:
+    """The `stacklevel` with which a warning of the caller of this function names a line of the user's program."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("localgrad."):
+        frame, level = frame.f_back, level + 1
+    return level
