@@ -52,17 +52,23 @@ class Net(nn.Module):
         self.units = nn.ModuleList(unit() for _ in range(4))
         self.table = nn.Parameter(torch.randn(6, 8, 8))
         self.handles: list[Any] = []
+        self.shapes, self.counts, self.factors = list[Any](), dict[str, int](), {"last": 1.0}
         self.last = self.top = nn.Sequential(nn.Dropout(0.1), nn.Linear(6, 10))
 
     def scaled(self, h: Tensor) -> Tensor:
         return h * getattr(self, "rate") / self.temperature  # noqa: B009
+
+    def count(self) -> None:
+        self.counts["all"] = self.counts.get("all", 0) + 1
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(self.stem(x)) + self.table
         for part in self.units:
             h = self.act(part(h))
         self.calls = self.calls + 1
-        return self.last(self.scaled(h.mean(self.axes)))
+        self.shapes.append(tuple(h.shape))
+        self.count()
+        return self.last(self.scaled(h.mean(self.axes))) * self.factors["last"]
 
 
 Change = Callable[[Any, lg.LocalModel], object]
@@ -108,7 +114,8 @@ TOLD: dict[str, tuple[Change, str]] = {
     "a number": (lambda net, m: put(net, "temperature", 9), "'temperature' was 1.0 as the network was cut, and is 9"),
     "of the class": (lambda net, m: put(net, "rate", 0.1), "'rate' was 0.5"),
     "a function": (lambda net, m: put(net, "act", torch.tanh), "'act' was relu as the network was cut, and is tanh"),
-    "a list": (lambda net, m: net.axes.pop(), r"'axes' was \(2, 3\)"),
+    "a list": (lambda net, m: net.axes.pop(), r"'axes' was \[2, 3\]"),
+    "a dictionary": (lambda net, m: net.factors.update(last=3.0), r"'factors' was \{'last': 1.0\}.*is \{'last': 3.0\}"),
     "a method": (lambda net, m: put(net, "scaled", torch.tanh), "'scaled' was that of its class"),
     "forward": (lambda net, m: put(net, "forward", torch.tanh), "'forward' was that of its class"),
     "a hook less": (lambda net, m: net.handles[1].remove(), "the hooks of the network itself"),
@@ -117,6 +124,7 @@ TOLD: dict[str, tuple[Change, str]] = {
 FINE: dict[str, Change] = {
     "a hook that had no effect less": lambda net, m: net.handles[0].remove(),
     "nothing": lambda net, m: None,
+    "what the forward fills": lambda net, m: (m(X), net.shapes.append(3), net.counts.update(all=9)),
     "an attribute that is not read": lambda net, m: put(net, "unread", 4),
     "a child that is not called": lambda net, m: put(net, "spare", nn.Linear(3, 3)),
     "a child more": lambda net, m: put(net, "probe", nn.Linear(3, 3)),
@@ -229,3 +237,11 @@ def test_a_check_is_cheap() -> None:
         model.watch.check(model.backbone)
         times.append(time.perf_counter() - start)
     assert min(times) < 0.001  # of a step of 1 s at batch 128
+
+
+def test_a_warning_names_the_line_of_the_program() -> None:
+    model = cut(Net())
+    model.backbone.temperature = 3.0
+    with pytest.warns(UserWarning, match="'temperature' was 1.0") as told:
+        lg.local_backward(model, X, Y)
+    assert [warning.filename for warning in told] == [__file__]

@@ -262,7 +262,11 @@ def split(traced: Traced, blocks: int | Sequence[str]) -> list[list[Unit]]:
         blocks = [blocks]
     if isinstance(blocks, Integral) and not isinstance(blocks, bool):
         blocks = int(blocks)  # one of numpy's, say
-    elif not (isinstance(blocks, Iterable) and all(isinstance(b, str) for b in blocks)):
+    elif not (
+        isinstance(blocks, Iterable)
+        and getattr(blocks, "ndim", 1)  # torch.tensor(2) cannot be iterated over
+        and all(isinstance(b, str) for b in blocks)
+    ):
         raise UserError(f"blocks takes a whole number or names of units, not {blocks}")
     if isinstance(blocks, int):
         if not 1 <= blocks <= len(names):

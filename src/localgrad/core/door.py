@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from numbers import Real
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from localgrad.core.copies import duplicate, without_values
-from localgrad.core.errors import UserError
+from localgrad.core.errors import UserError, callers_level
 from localgrad.core.task import Classification
 from localgrad.core.trace import input_dtype
 
@@ -78,7 +77,7 @@ def check_tensor(name: str, value: object) -> None:
         raise UserError(f"{name} takes a tensor, not {_kind(value)}")
 
 
-def check_call(x: object, y: object, scale: object, autocast: object) -> None:
+def check_call(x: object, y: object, scale: object, autocast: object, backward: object = None) -> None:
     """Raises UserError for arguments of a step that are of the wrong kind."""
     if not torch.is_grad_enabled():
         raise UserError(f"gradients are switched off, so nothing can be trained: {OUTSIDE}")
@@ -88,6 +87,8 @@ def check_call(x: object, y: object, scale: object, autocast: object) -> None:
             raise UserError(f"{name} was made under torch.inference_mode(): train on {name}.clone()")
     if not (autocast is None or (isinstance(autocast, torch.dtype) and autocast.is_floating_point)):
         raise UserError(f"autocast takes a dtype, such as torch.bfloat16, or None, not {autocast!r}")
+    if not (backward is None or callable(backward)):
+        raise UserError(f"backward takes a function of a loss, as accelerator.backward, or None, not {backward!r}")
     number = isinstance(scale, Real) and not isinstance(scale, bool)
     if number and scale == scale:
         return
@@ -212,17 +213,9 @@ class Door:
                         f"the optimizer steps block {k} but not its auxiliary, which then learns nothing while its "
                         "gradients may grow: make the optimizer after localize, of lg.param_groups(model) "
                         "(model.auxiliaries.requires_grad_(False) says that they shall stay as they are)",
-                        stacklevel=_callers_level(),
+                        stacklevel=callers_level(),
                     )
                     return
-
-
-def _callers_level() -> int:
-    """The `stacklevel` with which a warning of the caller of this function names a line of the user's program."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("localgrad."):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def _probes(model: LocalModel, k: int) -> tuple[nn.Parameter, nn.Parameter] | None:

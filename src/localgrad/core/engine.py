@@ -98,7 +98,7 @@ def block_steps(
     """
     model = localized(model, "local_backward")
     blocks = range(len(model.blocks))
-    check_step(model, blocks, x, y, images=images, scale=scale, autocast=autocast)
+    check_step(model, blocks, x, y, images=images, scale=scale, autocast=autocast, backward=backward)
     if images is None and model.needs_images(blocks):
         images = model.method.images(x)
     return run_blocks(model, blocks, x, y, images=images, scale=scale, autocast=autocast, backward=backward)
@@ -141,9 +141,10 @@ def check_step(
     images: Tensor | None,
     scale: float | Tensor,
     autocast: torch.dtype | None,
+    backward: object = None,
 ) -> None:
     """Raises UserError unless a step through these neighbouring blocks can be taken, of which the first reads h."""
-    check_call(h, y, scale, autocast)
+    check_call(h, y, scale, autocast, backward)
     model.watch.check(model.backbone)
     shape = tuple(model.blocks[blocks[0] - 1].boundary.shape) if blocks[0] else model.image
     model.task.check_targets(y)

@@ -42,3 +42,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     torch = sys.modules.get("torch")
     known = isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
     return refused or known or any(word in str(error) for word in words)
+
+
+def callers_level() -> int:
+    """The `stacklevel` with which a warning of the caller of this function names a line of the user's program."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("localgrad."):
+        frame, level = frame.f_back, level + 1
+    return level

@@ -8,18 +8,21 @@ import inspect
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
 
-from localgrad.core.errors import UserError
+from localgrad.core.errors import UserError, callers_level
 from localgrad.core.hooks import BACKWARD, FORWARD, PLAIN, touches_nothing
 from localgrad.core.opened import CONTAINERS
 
 AGAIN = "call localize again"
 MISSING = inspect.Parameter.empty
 READS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER", "LOAD_CONST")  # a constant may be what `getattr` is given
+FILLS = {"add", "append", "clear", "extend", "insert", "pop", "popitem", "remove", "setdefault", "update"}
+PUTS = ("STORE_SUBSCR", "STORE_SLICE", "DELETE_SUBSCR")
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +117,7 @@ class Watch:
             for key, what in part.ignored():
                 if key not in self.told:
                     self.told.add(key)
-                    warnings.warn(f"{what}, which local_backward does not see: {AGAIN}", stacklevel=3)
+                    warnings.warn(f"{what}, which local_backward does not see: {AGAIN}", stacklevel=callers_level())
 
     def silent(self) -> list[str]:
         """The modules that have hooks which local_backward does not call, because it calls their parts alone."""
@@ -127,8 +130,8 @@ def _parameters(module: nn.Module) -> list[tuple[str, Any]]:
 
 def _read(module: nn.Module) -> dict[str, Any]:
     """The plain attributes of a module that its forward may read, and does not write itself; MISSING for its methods,
-    so that one put in their place is seen."""
-    waiting, known, written = ["forward"], {"forward"}, {"training"}
+    so that one put in their place is seen. A list or dictionary that the forward may fill is left out."""
+    waiting, known, written, filled = ["forward"], {"forward"}, {"training"}, set[str]()
     kinds = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
     while waiting:
         name = waiting.pop()
@@ -136,11 +139,18 @@ def _read(module: nn.Module) -> dict[str, Any]:
             steps = [(step.opname, step.argval) for step in dis.get_instructions(code)]
             written.update(value for opname, value in steps if opname == "STORE_ATTR")
             read = {v for opname, v in steps if opname.startswith(READS) and isinstance(v, str) and v.isidentifier()}
+            filled.update(a for (_, a), (_, b) in pairwise(steps) if isinstance(a, str) and b in FILLS)
+            filled.update(read if any(opname in PUTS for opname, _ in steps) else ())
             waiting += read - known
             known |= read
     methods = {name for name in known if any(_code(vars(kind).get(name)) for kind in kinds)}
     found = {name: _attribute(module, name) for name in known - written}
-    return {name: value for name, value in found.items() if _is_plain(value) or (value is MISSING and name in methods)}
+    return {
+        name: value
+        for name, value in found.items()
+        if (_is_plain(value) and not (name in filled and isinstance(vars(module).get(name), list | dict)))
+        or (value is MISSING and name in methods)
+    }
 
 
 def _code(member: Any) -> CodeType | None:
@@ -162,22 +172,23 @@ def _codes(code: CodeType | None) -> Iterator[CodeType]:
 
 
 def _attribute(module: nn.Module, name: str) -> Any:
-    """Of the module itself, or a constant of its class; a list as a tuple, since it may be changed where it is."""
+    """Of the module itself, or a constant of its class; of a list or dictionary a copy, since it may be changed where
+    it is."""
     value = vars(module).get(name, module._modules.get(name, MISSING))
-    if value is MISSING and isinstance(constant := getattr(type(module), name, MISSING), (*PLAIN, tuple, list)):
+    if value is MISSING and isinstance(constant := getattr(type(module), name, MISSING), (*PLAIN, tuple, list, dict)):
         value = constant
-    return tuple(value) if isinstance(value, list) else value
+    return value.copy() if type(value) in (list, dict) else value
 
 
 def _said(value: Any) -> str:
     if value is MISSING:
         return "that of its class"
-    return (
-        repr(value) if isinstance(value, (*PLAIN, tuple)) else getattr(value, "__name__", f"a {type(value).__name__}")
-    )
+    if isinstance(value, (*PLAIN, tuple, list, dict)) and _is_plain(value):
+        return repr(value)
+    return getattr(value, "__name__", f"a {type(value).__name__}")
 
 
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_is_plain, value))
+    if isinstance(value, tuple | list | dict):
+        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
     return isinstance(value, (*PLAIN, FunctionType, BuiltinFunctionType))
