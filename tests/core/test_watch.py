@@ -241,7 +241,7 @@ def test_a_check_is_cheap() -> None:
 
 def test_a_warning_names_the_line_of_the_program() -> None:
     model = cut(Net())
-    model.backbone.temperature = 3.0
+    model.backbone.temperature = 3.0  # pyright: ignore[reportArgumentType]
     with pytest.warns(UserWarning, match="'temperature' was 1.0") as told:
         lg.local_backward(model, X, Y)
     assert [warning.filename for warning in told] == [__file__]

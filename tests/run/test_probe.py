@@ -20,8 +20,8 @@ from localgrad.core.errors import UserError
 from localgrad.run import commands, probe
 from localgrad.run import data as data_room
 from localgrad.run.checkpoint import load_backbone
-from localgrad.run.commands import finished
 from localgrad.run.data import normalize
+from localgrad.run.folder import open_run
 from localgrad.run.recipe import Recipe
 from localgrad.run.train import train
 
@@ -84,7 +84,7 @@ def test_hsic_of_independent_features_is_zero_on_average() -> None:
 
 def network(units: list[nn.Module], runs: Path) -> probe.Network:
     """The local run's network, cut after as many units, each of which is replaced."""
-    loaded = probe.load(runs / "local", finished(runs / "local"), IMAGES)
+    loaded = probe.load(runs / "local", open_run(runs / "local"), IMAGES)
     found = [replace(unit, module=module) for unit, module in zip(loaded.units, units, strict=False)]
     return replace(loaded, units=found, blocks=loaded.blocks[: len(found)])
 
@@ -125,7 +125,7 @@ def test_a_unit_that_says_nothing_has_no_cka(runs: Path) -> None:
 def test_cka_is_of_the_mean_over_batches_and_each_way_round(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "BATCH", 8)
     torch.manual_seed(0)
-    few = probe.load(runs / "local", finished(runs / "local"), 43)  # the last batch has 3 images: too few
+    few = probe.load(runs / "local", open_run(runs / "local"), 43)  # the last batch has 3 images: too few
     units = [replace(u, module=Mixed(torch.randn(64, 64))) for u in few.units[:4]]
     a, b = replace(few, units=units[:2]), replace(few, units=units[2:])
     sums = np.zeros((2, 2, 3))
@@ -185,7 +185,7 @@ def test_activations_are_means_of_absolute_values(runs: Path) -> None:
 
 
 def test_units_give_what_the_backbone_gives_there(runs: Path) -> None:
-    loaded = probe.load(runs / "local", finished(runs / "local"), 64)
+    loaded = probe.load(runs / "local", open_run(runs / "local"), 64)
     assert loaded.blocks == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
     images, labels = next(loaded.batches())
     outputs = list(loaded.outputs(images))
@@ -272,7 +272,7 @@ def test_what_cannot_be_probed_is_refused(
             return replace(loaded, name=run.name, data=replace(loaded.data, info=info))
 
         monkeypatch.setattr(probe, "load", load)
-        monkeypatch.setattr(commands, "finished", lambda run: finished(runs / "local"))
+        monkeypatch.setattr(commands, "open_run", lambda run: open_run(runs / "local"))
     assert main(["probe", *(flag.format(runs=runs) for flag in flags)]) == 2
     assert says in capsys.readouterr().err
 

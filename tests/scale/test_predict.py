@@ -256,14 +256,15 @@ def of_the_known(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def of_sequences(logits: Tensor, y: Tensor) -> Tensor:
-    return functional.ctc_loss(logits.log_softmax(-1)[:, None], y[None, :2] + 1, [len(y)], [2])
+    lengths: Any = [len(y)], [2]
+    return functional.ctc_loss(logits.log_softmax(-1)[:, None], y[None, :2] + 1, *lengths)
 
 
 @pytest.mark.parametrize("criterion", [of_the_known, of_sequences])
 def test_a_criterion_that_depends_on_values_is_refused_with_a_sentence(criterion: Any) -> None:
     class Other(lg.Classification):
-        def criterion(self, output: Tensor, targets: Tensor) -> Tensor:
-            return criterion(output, targets)
+        def criterion(self, logits: Tensor, targets: Tensor) -> Tensor:
+            return criterion(logits, targets)
 
     x = torch.randn(4, 3, 16, 16)
     network = lg.build("resnet20", classes=10)
