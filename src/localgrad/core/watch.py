@@ -175,7 +175,8 @@ def _attribute(module: nn.Module, name: str) -> Any:
     """Of the module itself, or a constant of its class; of a list or dictionary a copy, since it may be changed where
     it is."""
     value: Any = vars(module).get(name, module._modules.get(name, MISSING))
-    if value is MISSING and isinstance(constant := getattr(type(module), name, MISSING), (*PLAIN, tuple, list, dict)):
+    constant: Any = getattr(type(module), name, MISSING)
+    if value is MISSING and isinstance(constant, (*PLAIN, tuple, list, dict)):
         value = constant
     return value.copy() if type(value) in (list, dict) else value
 
