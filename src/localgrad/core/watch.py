@@ -3,6 +3,7 @@ change to what lies between them, or to what their forward reads, would never re
 
 from __future__ import annotations
 
+import copy
 import dis
 import inspect
 import warnings
@@ -175,10 +176,9 @@ def _attribute(module: nn.Module, name: str) -> Any:
     """Of the module itself, or a constant of its class; of a list or dictionary a copy, since it may be changed where
     it is."""
     value: Any = vars(module).get(name, module._modules.get(name, MISSING))
-    constant: Any = getattr(type(module), name, MISSING)
-    if value is MISSING and isinstance(constant, (*PLAIN, tuple, list, dict)):
+    if value is MISSING and isinstance(constant := getattr(type(module), name, MISSING), (*PLAIN, tuple, list, dict)):
         value = constant
-    return value.copy() if type(value) in (list, dict) else value
+    return copy.copy(value) if isinstance(value, list | dict) else value
 
 
 def _said(value: Any) -> str:
