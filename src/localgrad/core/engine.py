@@ -96,7 +96,7 @@ def block_steps(
         UserError: an argument is not what it should be, or does not fit the model. It is raised at once, before any
             block runs.
     """
-    model = localized(model, "local_backward")
+    model = localized(model, "block_steps")
     blocks = range(len(model.blocks))
     check_step(model, blocks, x, y, images=images, scale=scale, autocast=autocast, backward=backward)
     if images is None and model.needs_images(blocks):
