@@ -184,7 +184,11 @@ def recurrent(kind: Any, hidden: int = 48, out: int = 48, **how: Any) -> nn.Modu
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.float64, torch.bfloat16))],
+    ids=str,
+)
 @pytest.mark.parametrize(
     ("kind", "how"),
     [
