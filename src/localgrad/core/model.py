@@ -167,10 +167,7 @@ def localize(
     device = next(backbone.parameters()).device
     for auxiliary in auxiliaries:
         auxiliary.to(device).train()
-    frozen = [m for m in backbone.modules() if backbone.training and not m.training]
-    backbone.train()
-    for module in frozen:
-        module.training = False
+    _to_training(backbone)
     watch = traced.cut.watch
     for source in (s for auxiliary in auxiliaries if auxiliary.coupling for s in auxiliary.coupling.sources):
         watch.copies(source.name, source.module)
@@ -178,6 +175,14 @@ def localize(
         told = f"local_backward does not call the hooks of {', '.join(silent)}"
         warnings.warn(f"{told}: it calls the units within, so hook those", stacklevel=2)
     return LocalModel(backbone, built, auxiliaries, method, task, tuple(example.shape[1:]), watch)
+
+
+def _to_training(backbone: nn.Module) -> None:
+    """Puts a network into training mode. If it is in that mode already, frozen parts of it stay in evaluation mode."""
+    frozen = [m for m in backbone.modules() if backbone.training and not m.training]
+    backbone.train()
+    for module in frozen:
+        module.training = False
 
 
 def localized(model: Any, what: str) -> LocalModel:
