@@ -19,7 +19,7 @@ import tyro
 from common import Table, keep_freed_memory, medians_in_turn, seconds_of
 from torch import Tensor, nn
 
-from localgrad.core.blocks import Boundary
+from localgrad.core.boundary import Boundary
 from localgrad.core.decoder import Decoder
 from localgrad.run.folder import environment
 

@@ -17,7 +17,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from localgrad.core.auxiliary import Auxiliary, Method, Site, Term
     from localgrad.core.backbones import CifarResNet, build
-    from localgrad.core.blocks import Block, Boundary, Unit, units
+    from localgrad.core.blocks import Block, Unit, units
+    from localgrad.core.boundary import Boundary
     from localgrad.core.couplings import MAN, DeepMAN, MANPlusPlus, update_ema
     from localgrad.core.engine import BlockResult, StepResult, block_steps, local_backward
     from localgrad.core.errors import RunError, UserError
@@ -35,17 +36,10 @@ if TYPE_CHECKING:
 _HOME = {
     "core.auxiliary": ("Auxiliary", "Method", "Site", "Term"),
     "core.backbones": ("CifarResNet", "build"),
-    "core.blocks": ("Block", "Boundary", "Unit", "units"),
+    "core.blocks": ("Block", "Unit", "units"),
+    "core.boundary": ("Boundary",),
     "core.couplings": ("DeepMAN", "MAN", "MANPlusPlus", "update_ema"),
-    "core.engine": (
-        "BlockResult",
-        "LocalModel",
-        "StepResult",
-        "block_steps",
-        "local_backward",
-        "localize",
-        "param_groups",
-    ),
+    "core.engine": ("BlockResult", "StepResult", "block_steps", "local_backward"),
     "core.errors": ("RunError", "UserError"),
     "core.model": ("LocalModel", "localize", "param_groups"),
     "core.methods": ("auglocal", "bp", "dgl", "infopro", "infopro_weights", "predsim"),

@@ -33,8 +33,8 @@ def test_a_lagging_average_follows_the_source_of_so_many_steps_ago(make: type[lg
             for p in source.parameters():
                 p.mul_(1.1).add_(0.2)
         history.append([p.detach().clone() for p in source.parameters()])
-    assert not any(p.requires_grad for p in coupling_of(auxiliary).past.parameters())
-    assert not {id(p) for p in coupling_of(auxiliary).past.parameters()} & {
+    assert not any(p.requires_grad for p in coupling_of(auxiliary).snapshots.parameters())
+    assert not {id(p) for p in coupling_of(auxiliary).snapshots.parameters()} & {
         id(p) for group in lg.param_groups(model) for p in group["params"]
     }
 

@@ -12,7 +12,8 @@ from small import assert_same, chain
 from torch import nn
 
 import localgrad as lg
-from localgrad.core.blocks import Boundary, Unit, select_path
+from localgrad.core.blocks import Unit, select_path
+from localgrad.core.boundary import Boundary
 
 LAYERS = ("convolution", "norm", "relu", "in place", "pool", "composite", "tanh")
 

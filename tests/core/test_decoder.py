@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from localgrad.core.blocks import Boundary
+from localgrad.core.boundary import Boundary
 from localgrad.core.decoder import Decoder, is_worth_it, resized_convolution
 from localgrad.scale.memory import measure_peak
 

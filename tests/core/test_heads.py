@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from localgrad.core import heads
-from localgrad.core.blocks import Boundary
+from localgrad.core.boundary import Boundary
 from localgrad.core.decoder import Decoder
 from localgrad.core.errors import UserError
 from localgrad.core.task import Classification

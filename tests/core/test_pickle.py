@@ -129,7 +129,7 @@ def test_every_network_goes_on_as_it_was(name: str) -> None:
     model.zero_grad()
     torch.save(model, io.BytesIO())
     twin = sent(model)
-    assert [b.ways for b in twin.blocks] == [b.ways for b in model.blocks]
+    assert [b.calls for b in twin.blocks] == [b.calls for b in model.blocks]
     assert_twins(model, sent(twin), size)
 
 

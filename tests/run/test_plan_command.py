@@ -124,8 +124,8 @@ def test_bytes_in_words() -> None:
 
 
 def test_what_is_recomputed_is_named_in_the_recipe() -> None:
-    assert Recipe(recompute="all").again == {"units": True, "couplings": []}
-    assert Recipe(recompute="layer1.0, coupling.2").again == {"units": ["layer1.0"], "couplings": [2]}
-    assert Recipe().again == {"units": [], "couplings": []}
+    assert Recipe(recompute="all").recomputed == {"units": True, "couplings": []}
+    assert Recipe(recompute="layer1.0, coupling.2").recomputed == {"units": ["layer1.0"], "couplings": [2]}
+    assert Recipe().recomputed == {"units": [], "couplings": []}
     with pytest.raises(UserError, match=r"recompute takes names of units, all, and coupling\.K"):
         Recipe(recompute="coupling.x")

@@ -18,7 +18,7 @@ from localgrad.core.errors import UserError
 from localgrad.scale.costs import Cost, Costs, Work
 from localgrad.scale.memory import optimizers_for, training_step
 from localgrad.scale.plan import Plan, Planner
-from localgrad.scale.search import all_forms, fastest_chain
+from localgrad.scale.search import block_options, fastest_chain
 from localgrad.scale.speed import Speed
 
 BATCH = 16
@@ -123,7 +123,7 @@ def networks(draw: st.DrawFn) -> Costs:
 @settings(deadline=None, max_examples=150)
 @given(networks(), st.integers(60, 600))
 def test_no_chain_under_the_cap_is_faster(network: Costs, cap: int) -> None:
-    forms = all_forms(network, Speed(1.0, 1.0), coupled=True)
+    forms = block_options(network, Speed(1.0, 1.0), coupled=True)
     chain = fastest_chain(network, forms, cap, as_you_go=False)
     count, best = len(network.names), None
     for ends in itertools.chain.from_iterable(itertools.combinations(range(count - 1), n) for n in range(count)):

@@ -86,7 +86,7 @@ def test_only_what_is_chosen_is_recomputed_and_it_can_be_undone() -> None:
     lg.local_backward(model, *batch())
     assert {name for name in runs if runs.count(name) == 2} == {"layer1.1", "layer3.0"}
     links = [m for m in model.modules() if isinstance(m, Link)]
-    assert all(link.way is links[0].way for link in links)
+    assert all(link.call is links[0].call for link in links)
     runs.clear()
     lg.recompute(model, units=False)
     lg.local_backward(model, *batch())

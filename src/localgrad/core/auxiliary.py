@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from localgrad.core.blocks import Boundary, Unit
+from localgrad.core.blocks import Unit
+from localgrad.core.boundary import Boundary
 from localgrad.core.couplings import Momentum
 from localgrad.core.errors import UserError
 from localgrad.core.task import Task
@@ -103,7 +104,7 @@ class Auxiliary(nn.Module):
 
     def move(self, *, stepped: bool) -> None:
         """Moves the coupling's averages once, if this is when they move: before or after the optimizer has stepped."""
-        if self.coupling is not None and (self.coupling.spec.form == "pull") == stepped:
+        if self.coupling is not None and self.coupling.spec.moves_after_step == stepped:
             self.coupling.update()
 
     def __repr__(self) -> str:

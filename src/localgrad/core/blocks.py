@@ -6,95 +6,21 @@ A unit or block references the modules that it runs, never copies or renames the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from localgrad.core.again import again
+from localgrad.core.boundary import Boundary
+from localgrad.core.checks import check_network
 from localgrad.core.copies import draw_anew, duplicate
-from localgrad.core.door import check_network
 from localgrad.core.errors import UserError, unknown
 from localgrad.core.hooks import FORWARD
-from localgrad.core.rows import reads_row, writes_row
+from localgrad.core.layouts import boundary_behind, reads_row
+from localgrad.core.recomputation import recomputed
 from localgrad.core.segments import Segment, Segments, segments
-
-MOST_PREFIX = 5  # class, distillation and register tokens
-
-
-@dataclass(frozen=True)
-class Boundary:
-    """What crosses between two units: the shape of one sample, its layout, and how many shape changes came before.
-
-    layout: "NCHW" or "NHWC" feature maps, "NCL" maps of one row, as `nn.Conv1d` has them, "NLC" tokens or "NC" vectors.
-    prefix: tokens before those of the image, the class token first. grid: on which those of the image lie. dtype: in
-    which it arrives, without autocast. Heads read
-    it through `to_map` and `summary`; nobody guesses from `ndim`.
-    """
-
-    shape: tuple[int, ...]
-    layout: str
-    stage: int
-    prefix: int = 0
-    grid: tuple[int, int] | None = None
-    dtype: torch.dtype = field(default=torch.float32, repr=False)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the map, or of the tokens' grid; a vector is a map of one pixel."""
-        if self.layout == "NC":
-            return 1, 1
-        if self.layout == "NCL":
-            return 1, self.shape[1]
-        if self.layout == "NLC":
-            return self.grid or (self.shape[0] - self.prefix, 1)
-        height = self.layout.index("H") - 1
-        return self.shape[height], self.shape[height + 1]
-
-    @property
-    def channels(self) -> int:
-        return self.shape[0] if self.layout in ("NCHW", "NCL", "NC") else self.shape[-1]
-
-    def to_map(self) -> list[nn.Module]:
-        """Modules that turn what crosses, [B, *shape], into a map [B, C, H, W]: none where it is one already."""
-        if self.layout in ("NC", "NCL"):
-            return [nn.Unflatten(1, (self.channels, 1, 1) if self.layout == "NC" else (self.channels, 1))]
-        return [] if self.layout == "NCHW" else [ToMap(self.size, self.prefix)]
-
-    def summary(self) -> tuple[list[nn.Module], Boundary]:
-        """What a classifier reads, and the modules that take it from [B, *shape]: the class token, or all there is.
-
-        Where channels come last they are normed first, as transformers' own heads do: what runs between their layers
-        is not. So does MAN++'s published code for vision transformers.
-        """
-        norm: list[nn.Module] = [nn.LayerNorm(self.channels)] if self.layout in ("NLC", "NHWC") else []
-        if not self.prefix:
-            return norm, self
-        return [ClassToken(), *norm], Boundary((self.channels,), "NC", self.stage, dtype=self.dtype)
-
-
-class ToMap(nn.Module):
-    """[B, prefix + H * W, C] or [B, H, W, C] -> [B, C, H, W]."""
-
-    def __init__(self, size: tuple[int, int], prefix: int) -> None:
-        super().__init__()
-        self.size, self.prefix = size, prefix
-
-    def forward(self, h: Tensor) -> Tensor:
-        tokens = h[:, self.prefix :] if h.ndim == 3 else h.flatten(1, 2)
-        return tokens.mT.unflatten(2, self.size)
-
-    def extra_repr(self) -> str:
-        return f"{self.size}, prefix={self.prefix}"
-
-
-class ClassToken(nn.Module):
-    """[B, L, C] -> [B, C], the first token."""
-
-    def forward(self, h: Tensor) -> Tensor:
-        return h[:, 0]
 
 
 class Clone(nn.Module):
@@ -104,7 +30,7 @@ class Clone(nn.Module):
         return h.clone()
 
 
-class Asks(nn.Module):
+class RequiresGrad(nn.Module):
     """Has its output ask for a gradient, which is dropped: behind an input that asks for none, as that of a block, a
     reentrant checkpoint would give its parameters none."""
 
@@ -150,11 +76,11 @@ class Unit:
         return module
 
 
-Way = Callable[[nn.Module, Tensor], Tensor]
+Call = Callable[[nn.Module, Tensor], Tensor]
 
 
-def straight(module: nn.Module, h: Tensor) -> Tensor:
-    """The way in which a piece of the network is run: as it is. `again` is another."""
+def plain_call(module: nn.Module, h: Tensor) -> Tensor:
+    """The way in which a piece of the network is run: as it is. `recomputed` is another."""
     return module(h)
 
 
@@ -165,17 +91,17 @@ class Checkpoint:
     number: int
 
     def __call__(self, module: nn.Module, h: Tensor) -> Tensor:
-        return again(module, h)
+        return recomputed(module, h)
 
 
-def _way(checkpoint: int | None) -> Way:
-    return straight if checkpoint is None else Checkpoint(checkpoint)
+def _call(checkpoint: int | None) -> Call:
+    return plain_call if checkpoint is None else Checkpoint(checkpoint)
 
 
 class Block(nn.Sequential):
     """Consecutive units that share one loss; the last block also runs the network's own head.
 
-    names: of its units. entering, boundary: what it reads and hands on. ways: how each of its modules is run; at first
+    names: of its units. entering, boundary: what it reads and hands on. calls: how each of its modules is run; at first
     as the backbone's own checkpoints have it, the one of the head by number.
     """
 
@@ -184,15 +110,15 @@ class Block(nn.Sequential):
         self.names = tuple(u.name for u in units)
         self.entering, self.boundary = units[0].input, units[-1].output
         numbers = [*[u.checkpoint for u in units], *([] if head is None else [checkpoint])]
-        self.ways = [_way(number) for number in numbers]
+        self.calls = [_call(number) for number in numbers]
 
     def forward(self, h: Tensor) -> Tensor:
         modules, start = list(self), 0
         while start < len(modules):
-            way, end = self.ways[start], start + 1
-            while isinstance(way, Checkpoint) and self.ways[end : end + 1] == [way]:
+            call, end = self.calls[start], start + 1
+            while isinstance(call, Checkpoint) and self.calls[end : end + 1] == [call]:
                 end += 1
-            h = way(nn.Sequential(*modules[start:end]) if end > start + 1 else modules[start], h)
+            h = call(nn.Sequential(*modules[start:end]) if end > start + 1 else modules[start], h)
             start = end
         return h
 
@@ -237,7 +163,7 @@ def trace_units(backbone: nn.Module, example: Tensor) -> Traced:
     before = Boundary(entering, kinds.get(len(entering), "NC"), stage, dtype=cut.units[0].entered)
     for segment, following in zip(cut.units, rest, strict=True):
         stage += segment.enters != segment.leaves and bool(found)
-        after = replace(_boundary(segment, before, following, stage, image), dtype=segment.left)
+        after = replace(boundary_behind(segment, before, following, stage, image), dtype=segment.left)
         found.append(Unit(segment.name, _runnable(segment, segment.in_place), before, after, segment.checkpoint))
         before = after
     tail, checkpoint = (_runnable(cut.head, False), cut.head.checkpoint) if cut.head else (None, None)
@@ -249,7 +175,7 @@ def trace_units(backbone: nn.Module, example: Tensor) -> Traced:
 
 
 def _runnable(segment: Segment, in_place: bool) -> nn.Module:
-    first = [Asks()] * segment.reentrant + [Clone()] * in_place
+    first = [RequiresGrad()] * segment.reentrant + [Clone()] * in_place
     return nn.Sequential(*first, segment.module) if first else segment.module
 
 
@@ -316,47 +242,3 @@ def select_path(downstream: Sequence[Unit], depth: int) -> list[Unit]:
     extra = max(0, min(depth - len(changing), len(others)))
     spread = [others[i * len(others) // extra] for i in range(extra)]
     return [downstream[i] for i in sorted(changing + spread)]
-
-
-def _boundary(
-    segment: Segment, before: Boundary, following: Segment | None, stage: int, image: tuple[int, int]
-) -> Boundary:
-    """What leaves a segment; its layout is told by what reads it, or read the like before."""
-    shape = segment.leaves
-    itself = segment if segment.enters == shape else None
-    if len(shape) == 1:
-        return Boundary(shape, "NC", stage)
-    if len(shape) == 2:
-        told = reads_row(shape, following) or (itself and before.layout) or writes_row(shape, segment) or before.layout
-        return (
-            Boundary(shape, "NCL", stage) if told == "NCL" else Boundary(shape, "NLC", stage, *_grid(shape[0], image))
-        )
-    if len(shape) != 3:
-        raise UserError(f"behind '{segment.name}', {shape} crosses: neither a map, nor tokens, nor a vector")
-    return Boundary(shape, _read_as(shape, following) or _read_as(shape, itself) or "NCHW", stage)
-
-
-def _grid(tokens: int, image: tuple[int, int]) -> tuple[int, tuple[int, int]]:
-    """How many of the tokens come before those of a grid of the image's proportions, and that grid."""
-    for prefix in range(min(tokens, MOST_PREFIX + 1)):
-        height = round(((tokens - prefix) * image[0] / image[1]) ** 0.5)
-        if height and (tokens - prefix) % height == 0 and (tokens - prefix) // height * image[0] == height * image[1]:
-            return prefix, (height, (tokens - prefix) // height)
-    return 0, (tokens, 1)
-
-
-def _read_as(shape: tuple[int, ...], reader: Segment | None) -> str | None:
-    """The layout in which a segment reads a map [B, *shape], as far as the first layer with parameters in it tells."""
-    if reader is None or reader.reads is None:
-        return None
-    module, given = reader.reads
-    if given != shape:
-        return "NHWC" if given == (shape[-1], *shape[:-1]) else None
-    first = next(m for m in module.modules() if next(m.parameters(recurse=False), None) is not None)
-    if isinstance(first, nn.LayerNorm) and first.normalized_shape[-1] == shape[-1]:
-        # Norms over the channels of NCHW are its subclasses.
-        return "NHWC" if type(first) is nn.LayerNorm or shape[0] != shape[-1] else "NCHW"
-    if isinstance(first, nn.Linear) and first.in_features == shape[-1]:
-        return "NHWC"
-    channels = getattr(first, "in_channels", None) or getattr(first, "num_features", None)
-    return "NCHW" if channels == shape[0] else None

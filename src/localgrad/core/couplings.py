@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from localgrad.core.blocks import Unit, Way, select_path, straight
+from localgrad.core.blocks import Call, Unit, plain_call, select_path
 from localgrad.core.copies import duplicate
 from localgrad.core.errors import UserError
 
-FORMS = ("branches", "pull")
 PLAIN_DEPTH = 3  # of deep MAN in a network without stages: as many as a network of four has behind its first
 
 
@@ -51,17 +50,18 @@ class MAN:
             raise UserError(f"momentum must lie between 0 and 1, not {self.momentum}")
         if not (self.learnable or self.ema):
             raise UserError("a coupling without its learnable and its EMA branch is coupling none")
-        if self.form not in FORMS:
-            raise UserError(f"form must be {' or '.join(FORMS)}, not '{self.form}'")
+        if self.form not in LINKS:
+            raise UserError(f"form must be {' or '.join(LINKS)}, not '{self.form}'")
         if self.learnable_units < 1 or (self.learnable_units > 1 and not self.learnable):
             raise UserError(
                 f"the learnable branch, where there is one, takes 1 unit or more, not {self.learnable_units}"
             )
         if self.lag < 0 or self.ema_every < 1:
             raise UserError(f"lag counts steps from 0 on, and ema_every from 1 on: not {self.lag} and {self.ema_every}")
-        if self.delayed and (self.form == "pull" or not self.ema):
+        one_branch = self.moves_after_step
+        if self.delayed and (one_branch or not self.ema):
             raise UserError('only the EMA of form="branches" can be behind its source: leave lag and ema_every out')
-        if self.form == "pull" and not (self.learnable and self.ema and not self.scaled and self.learnable_units == 1):
+        if one_branch and not (self.learnable and self.ema and not self.scaled and self.learnable_units == 1):
             raise UserError(
                 'form="pull" has one branch, both learnable and averaged: it takes MAN or deep MAN as they are'
             )
@@ -70,6 +70,11 @@ class MAN:
     def delayed(self) -> bool:
         """Whether the EMA follows what its source was."""
         return self.lag > 0 or self.ema_every > 1
+
+    @property
+    def moves_after_step(self) -> bool:
+        """Whether averages move after the optimizer's step, and not before it."""
+        return LINKS[self.form].moves_after_step
 
     def select(self, downstream: Sequence[Unit]) -> list[Unit]:
         """The units to copy, in the order in which h passes them. downstream: every unit beyond the boundary."""
@@ -119,29 +124,59 @@ class DeepMAN(MAN):
 
 
 class Link(nn.Module):
-    """Both branches of one source unit. A branch that is switched off is None. way: how each is run. alone: without
-    the EMA's branch."""
+    """Both branches of one source unit: `learnable(h) + ema(h)`, as in the published code.
 
-    way: Way
+    Attributes:
+        learnable: the branch that gradients train, or None if it is switched off.
+        ema: the branch that averages the source, or None if it is switched off.
+        scale: the learnable scalar s of MAN++, or None.
+        call: how each branch is run; `recompute` changes it.
+    """
+
+    fresh: ClassVar[bool] = True  # The learnable branch starts from newly drawn parameters.
+    moves_after_step: ClassVar[bool] = False  # The average moves before the optimizer's step.
+    call: Call
 
     def __init__(self, spec: MAN, source: Unit, *, alone: bool) -> None:
+        """alone: whether the link has no EMA branch, even if `spec` has one."""
         super().__init__()
-        pull = spec.form == "pull"
-        self.learnable = source.copy(fresh=not pull).requires_grad_() if spec.learnable else None
-        self.ema = source.copy(fresh=False).requires_grad_(False) if spec.ema and not pull and not alone else None
+        self.learnable = source.copy(fresh=self.fresh).requires_grad_() if spec.learnable else None
+        self.ema = source.copy(fresh=False).requires_grad_(False) if spec.ema and not alone else None
         parameter = next(source.module.parameters(), None)
         device = None if parameter is None else parameter.device
         scale = torch.ones((), dtype=source.output.dtype, device=device)
         self.scale = nn.Parameter(scale) if spec.scaled and not alone else None
-        self.way = straight
+        self.call = plain_call
+
+    @property
+    def averaged(self) -> nn.Module | None:
+        """The branch that follows the source."""
+        return self.ema
 
     def forward(self, h: Tensor) -> Tensor:
         if self.learnable is None or self.ema is None:
             branch = self.ema if self.learnable is None else self.learnable
             assert branch is not None
-            return self.way(branch, h)
-        learnable, ema = self.way(self.learnable, h), self.way(self.ema, h)
+            return self.call(branch, h)
+        learnable, ema = self.call(self.learnable, h), self.call(self.ema, h)
         return learnable + ema if self.scale is None else self.scale * learnable + (2 - self.scale) * ema
+
+
+class PullLink(Link):
+    """One branch, as in the paper's text: gradients train it, and after each step the EMA draws it to its source."""
+
+    fresh = False
+    moves_after_step = True
+
+    def __init__(self, spec: MAN, source: Unit, *, alone: bool) -> None:
+        super().__init__(spec, source, alone=True)
+
+    @property
+    def averaged(self) -> nn.Module | None:
+        return self.learnable
+
+
+LINKS = {"branches": Link, "pull": PullLink}  # by `MAN.form`
 
 
 class Momentum(nn.Module):
@@ -155,11 +190,11 @@ class Momentum(nn.Module):
         self.spec = spec
         self.sources = tuple(sources)  # a tuple, so that the backbone's modules are not registered a second time
         self.links = nn.ModuleList(
-            Link(spec, unit, alone=0 < i < spec.learnable_units) for i, unit in enumerate(sources)
+            LINKS[spec.form](spec, unit, alone=0 < i < spec.learnable_units) for i, unit in enumerate(sources)
         )
         if spec.delayed:
             followed = [unit for unit, link in zip(sources, self.links, strict=True) if link.ema is not None]
-            self.past = nn.ModuleList(Past(unit.module, spec.lag, spec.ema_every) for unit in followed)
+            self.snapshots = nn.ModuleList(Snapshots(unit.module, spec.lag, spec.ema_every) for unit in followed)
 
     def forward(self, h: Tensor) -> Tensor:
         for link in self.links:
@@ -180,17 +215,17 @@ class Momentum(nn.Module):
         """Moves the averaged branches once: `averaged <- momentum * averaged + (1 - momentum) * source`."""
         for i, (averaged, source) in enumerate(self._followed()):
             if self.spec.delayed:
-                source = self.past[i](source)
+                source = self.snapshots[i](source)
             update_ema(averaged, source, self.spec.momentum, buffers=self.spec.buffers)
 
     def _followed(self) -> list[tuple[nn.Module, nn.Module]]:
         """The averaged branches, each with its source."""
-        averaged = [link.learnable if self.spec.form == "pull" else link.ema for link in self.links]
-        pairs = zip(averaged, self.sources, strict=True)
-        return [(module, source.module) for module, source in pairs if isinstance(module, nn.Module)]
+        links = cast(list[Link], list(self.links))
+        pairs = zip((link.averaged for link in links), self.sources, strict=True)
+        return [(module, source.module) for module, source in pairs if module is not None]
 
 
-class Past(nn.Module):
+class Snapshots(nn.Module):
     """What a source was, after steps 0, `every`, 2 `every`, ...: as many states as a lag of `lag` steps asks for.
 
     forward: takes the source as it is in this step, and gives the newest of those states that is at least `lag` steps
@@ -202,14 +237,14 @@ class Past(nn.Module):
 
     def __init__(self, source: nn.Module, lag: int, every: int = 1) -> None:
         super().__init__()
-        self.lag, self.every, self.elsewhere = lag, every, False
+        self.lag, self.every, self.remote = lag, every, False
         count = -(-lag // every) + 1
         self.states = nn.ModuleList(duplicate(source).requires_grad_(False) for _ in range(count))
         self.register_buffer("turn", torch.zeros((), dtype=torch.int64))
 
     def forward(self, source: nn.Module) -> nn.Module:
         turn = int(self.turn)
-        if turn % self.every == 0 and not self.elsewhere:
+        if turn % self.every == 0 and not self.remote:
             update_ema(self.state(turn // self.every), source, 0.0, buffers=True)  # a momentum of 0 copies
         self.turn += 1
         return self.state(self.index(turn))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localgrad.core.blocks import Boundary
+from localgrad.core.boundary import Boundary
 
 VECTOR = 64  # bytes, of a processor's wide registers
 WORTH = 3  # times less arithmetic: below it, small products are slower than one convolution

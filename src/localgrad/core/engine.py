@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from localgrad.core.auxiliary import Auxiliary, full_precision
-from localgrad.core.door import check_call
+from localgrad.core.checks import check_call
 from localgrad.core.errors import UserError
 from localgrad.core.model import LocalModel, localized
 
@@ -153,7 +153,7 @@ def check_step(
         raise UserError(
             f"inputs of shape {tuple(h.shape)} for {len(y)} targets: this model was localized for {expected}"
         )
-    model.door.admit(model, blocks, h, y, images, autocast)
+    model.checks.check_step(model, blocks, h, y, images, autocast)
 
 
 def run_blocks(

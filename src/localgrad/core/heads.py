@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from localgrad.core.blocks import Boundary
+from localgrad.core.boundary import Boundary
 from localgrad.core.errors import unknown
 from localgrad.core.task import Task
 

@@ -11,12 +11,12 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from localgrad.core.auxiliary import Auxiliary, Method, Site, cast_head
-from localgrad.core.blocks import Block, Traced, split, straight, trace_units
+from localgrad.core.blocks import Block, Traced, plain_call, split, trace_units
+from localgrad.core.checks import StepChecks, check_making, no_local_model
 from localgrad.core.copies import computed
 from localgrad.core.couplings import MAN
-from localgrad.core.door import Door, check_making, no_local_model
 from localgrad.core.errors import UserError
-from localgrad.core.rebuild import Reads
+from localgrad.core.rebuild import TensorReference
 from localgrad.core.task import Classification, Task
 from localgrad.core.watch import Watch
 
@@ -46,7 +46,7 @@ class LocalModel(nn.Module):
         self.method = method
         self.task = task
         self.image = image
-        self.door = Door()
+        self.checks = StepChecks()
         self.watch = watch
 
     def __deepcopy__(self, memo: dict) -> LocalModel:
@@ -80,7 +80,7 @@ class LocalModel(nn.Module):
         training mode may change."""
         found = {id(b): b for module in self.parts(k) for b in module.buffers()}
         beside = {id(b) for b in self.backbone.buffers()}
-        for read in (m() for module in self.parts(k) for m in module.modules() if isinstance(m, Reads)):
+        for read in (m() for module in self.parts(k) for m in module.modules() if isinstance(m, TensorReference)):
             if id(read) in beside:
                 found[id(read)] = read
         return list(found.values())
@@ -229,11 +229,12 @@ def table(model: LocalModel) -> str:
         own, extra = (list(m.parameters()) if m is not None else [] for m in (block, auxiliary))
         mib = sum(p.numel() * p.element_size() for p in own + extra) / 2**20
         first, last, count = block.names[0], block.names[-1], len(block.names)
-        again = sum(way is not straight for way in block.ways)
+        recomputed = sum(call is not plain_call for call in block.calls)
         rows.append(
             (
                 str(k),
-                (first if count == 1 else f"{first} .. {last} ({count})") + (f", {again} recomputed" if again else ""),
+                (first if count == 1 else f"{first} .. {last} ({count})")
+                + (f", {recomputed} recomputed" if recomputed else ""),
                 "logits" if auxiliary is None else "x".join(map(str, block.boundary.shape)),
                 "-" if auxiliary is None else str(auxiliary),
                 f"{sum(p.numel() for p in own):,}",

@@ -20,47 +20,47 @@ from torch.fx.node import map_aggregate, map_arg
 from torch.utils._pytree import tree_map
 
 from localgrad.core.errors import UserError
-from localgrad.core.trace import AGAIN, BATCHES, EVALUATION, NO_GRAD, VALUE, WRITES, has_tensor
+from localgrad.core.trace import BATCHES, CHECKPOINT, EVALUATION, NO_GRAD, VALUE, WRITES, has_tensor
 
 
-class Held(nn.Module):
+class FrozenReference(nn.Module):
     """Runs a module that another block trains: its parameters are not part of this one."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.held = (module,)  # a tuple, so that it is not registered
+        self.reference = (module,)  # a tuple, so that it is not registered
 
-    def __deepcopy__(self, memo: dict) -> Held:
-        whole = any(id(p) in memo for p in self.held[0].parameters())
-        return Held(copy.deepcopy(self.held[0], memo) if whole else self.held[0])
+    def __deepcopy__(self, memo: dict) -> FrozenReference:
+        whole = any(id(p) in memo for p in self.reference[0].parameters())
+        return FrozenReference(copy.deepcopy(self.reference[0], memo) if whole else self.reference[0])
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.held[0](h).detach()
+        return self.reference[0](h).detach()
 
 
-class Reads(nn.Module):
+class TensorReference(nn.Module):
     """A tensor that is no parameter, read where it lies."""
 
     def __init__(self, owner: nn.Module, name: str) -> None:
         super().__init__()
         self.owner, self.name = (owner,), name
 
-    def __deepcopy__(self, memo: dict) -> Reads:
-        return Reads(memo.get(id(self.owner[0]), self.owner[0]), self.name)
+    def __deepcopy__(self, memo: dict) -> TensorReference:
+        return TensorReference(memo.get(id(self.owner[0]), self.owner[0]), self.name)
 
     def forward(self) -> Any:
         return getattr(self.owner[0], self.name)
 
 
-class ByMode(nn.Module):
+class ModeConstant(nn.Module):
     """What a forward takes in training, and in evaluation, of the network: its own mode is asked, as it asks itself."""
 
     def __init__(self, network: nn.Module, training: Any, evaluation: Any) -> None:
         super().__init__()
         self.network, self.values = (network,), (evaluation, training)
 
-    def __deepcopy__(self, memo: dict) -> ByMode:
-        return ByMode(memo.get(id(self.network[0]), self.network[0]), *reversed(self.values))
+    def __deepcopy__(self, memo: dict) -> ModeConstant:
+        return ModeConstant(memo.get(id(self.network[0]), self.network[0]), *reversed(self.values))
 
     def forward(self) -> Any:
         return self.values[self.network[0].training]
@@ -132,7 +132,7 @@ class Rebuild:
 
     def __init__(self, backbone: nn.Module, nodes: Sequence[fx.Node], depends: set[fx.Node]) -> None:
         self.backbone, self.nodes, self.depends = backbone, nodes, depends
-        self.place = {node: i for i, node in enumerate(nodes)}
+        self.index = {node: i for i, node in enumerate(nodes)}
         self.owner: dict[int, str] = {}  # of parameters beside the chain: the first unit that reads them
         self.writers: dict[int, list[fx.Node]] = {}  # steps beside the chain that change a tensor in place
         for node in nodes:
@@ -166,14 +166,14 @@ class Rebuild:
 
         def add(node: fx.Node) -> Any:
             if node.op == "get_attr" and (where := self._lies(node)) is not None:
-                return extra("reads", Reads(*where))
+                return extra("reads", TensorReference(*where))
             own = node.op in ("call_module", "get_attr")
             if own:
                 roots[name_of(node)] = self._attribute(node)
             now = node.args, node.kwargs
             args, kwargs = tree_map(choice, now, node.meta.get(EVALUATION, now))
             added: Any = graph.create_node(node.op, name_of(node) if own else node.target, args, kwargs, node.name)
-            added.meta[AGAIN] = node.meta[AGAIN]
+            added.meta[CHECKPOINT] = node.meta[CHECKPOINT]
             if node.meta[NO_GRAD] and isinstance(node.meta[VALUE][0], Tensor):
                 return graph.call_method("detach", (added,))
             return added
@@ -181,10 +181,10 @@ class Rebuild:
         def choice(now: Any, evaluation: Any) -> Any:
             """An argument, by the network's mode where it is another constant in evaluation."""
             if now is evaluation or isinstance(now, fx.Node | slice) or now == evaluation:
-                return map_arg(now, place)
-            return extra("by_mode", ByMode(self.backbone, now, evaluation))
+                return map_arg(now, value_of)
+            return extra("by_mode", ModeConstant(self.backbone, now, evaluation))
 
-        def place(node: fx.Node) -> Any:
+        def value_of(node: fx.Node) -> Any:
             if node not in env:  # no tensor: those come in their order
                 env[node] = _literal(node.meta[VALUE], h, entering.meta[VALUE][0].dtype)
             return env[node]
@@ -195,29 +195,29 @@ class Rebuild:
             if all(self.owner.setdefault(p, name) == name for p in self._parameters_beside(node)):
                 return add(node)
             owner = next(self.owner[p] for p in self._parameters_beside(node))
-            return extra("held", Held(self.build(owner, self.nodes[0], [node], node)), h)
+            return extra("held", FrozenReference(self.build(owner, self.nodes[0], [node], node)), h)
 
         for node in self._with_beside(run, leaving):
             if node not in env:
                 env[node] = add(node) if node in self.depends else beside(node)
-        graph.output(map_arg(leaving, place))
+        graph.output(map_arg(leaving, value_of))
         return Run(roots, graph, type(self.backbone).__name__)
 
     def _with_beside(self, run: Sequence[fx.Node], leaving: Any) -> list[fx.Node]:
         """The steps of a run, and those beside the chain that they read or that write there before, in their order."""
-        last = self.place[run[-1]]
+        last = self.index[run[-1]]
         found, waiting = set(run), list(run)
         map_arg(leaving, waiting.append)
         while waiting:
             node = waiting.pop()
             read = [n for n in (node, *node.all_input_nodes) if n not in self.depends and has_tensor(n.meta[VALUE])]
             written = [
-                w for n in read for w in self.writers.get(id(_base(n.meta[VALUE][0])), ()) if self.place[w] < last
+                w for n in read for w in self.writers.get(id(_base(n.meta[VALUE][0])), ()) if self.index[w] < last
             ]
             new = {*read, *written} - found
             found |= new
             waiting += new
-        return sorted(found, key=self.place.__getitem__)
+        return sorted(found, key=self.index.__getitem__)
 
     def _parameters_beside(self, node: fx.Node) -> set[int]:
         """Parameters that a step beside the chain depends on."""

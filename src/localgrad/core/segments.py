@@ -15,11 +15,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves, tree_map
 
-from localgrad.core.again import split_again
 from localgrad.core.errors import UserError
 from localgrad.core.opened import is_unit, weighted_layers
 from localgrad.core.rebuild import Rebuild, name_of
-from localgrad.core.trace import AGAIN, BATCHES, BORN, NO_GRAD, PACKED, REENTRANT, VALUE, WRITES, has_tensor, trace
+from localgrad.core.recomputation import split_recomputed
+from localgrad.core.trace import BATCHES, BORN, CHECKPOINT, NO_GRAD, PACKED, REENTRANT, VALUE, WRITES, has_tensor, trace
 from localgrad.core.watch import Watch
 
 DRAWS = re.compile("rand|dropout|bernoulli|normal_|uniform_|multinomial")  # in names of functions of chance
@@ -81,10 +81,10 @@ class _Flow:
         self.backbone, self.nodes, self.output = backbone, nodes[: last + 1], output
         self.depends = self._dependent()
         self.rebuild = Rebuild(backbone, self.nodes, self.depends)
-        self.place, self.module = self.rebuild.place, self.rebuild.module
+        self.index, self.module = self.rebuild.index, self.rebuild.module
         self.steps = [node for node in self.nodes if node in self.depends]  # the input first
         self.last_use = {
-            node: max((self.place[u] for u in self._users(node)), default=self.place[node]) for node in self.steps
+            node: max((self.index[u] for u in self._users(node)), default=self.index[node]) for node in self.steps
         } | dict.fromkeys(output.all_input_nodes, len(self.nodes))
         self.shared = self._shared()
         self.worthy = sum(m is not None and is_unit(m) for m in map(self.module, self.steps)) > 1
@@ -118,22 +118,22 @@ class _Flow:
         for node in self.steps:  # one may also read what is another's as a tensor
             for parameter in self.rebuild.parameters_read(node) & uses.keys():
                 uses[parameter].add(node)
-        ordered = (sorted(nodes, key=self.place.__getitem__) for nodes in uses.values() if len(nodes) > 1)
+        ordered = (sorted(nodes, key=self.index.__getitem__) for nodes in uses.values() if len(nodes) > 1)
         return list({(nodes[0], nodes[-1]) for nodes in ordered})
 
     def _users(self, node: fx.Node) -> Iterable[fx.Node]:
         """Steps that read the values of `node`."""
-        return (u for u in node.users if u in self.depends and u in self.place)
+        return (u for u in node.users if u in self.depends and u in self.index)
 
     def crossing(self, after: int) -> list[fx.Node]:
         """What crosses behind step number `after`."""
-        return [n for n in self.steps if self.place[n] <= after < self.last_use[n]]
+        return [n for n in self.steps if self.index[n] <= after < self.last_use[n]]
 
     def is_cut(self, after: int) -> bool:
         """Whether one tensor of real numbers crosses there, whose first dimension is the batch, and no parameters are
         shared across."""
         crossing = self.crossing(after)
-        if len(crossing) != 1 or any(self.place[a] <= after < self.place[b] for a, b in self.shared):
+        if len(crossing) != 1 or any(self.index[a] <= after < self.index[b] for a, b in self.shared):
             return False
         values = crossing[0].meta[VALUE]
         tensors = all(isinstance(v, Tensor) and v.ndim > 1 and v.is_floating_point() for v in values)
@@ -142,7 +142,7 @@ class _Flow:
     def segments(self, closed: dict[str, str]) -> Segments:
         ends, refused = self._ends()
         bounds = list(zip([0, *(end + 1 for end in ends)], [*ends, len(self.nodes) - 1], strict=True))
-        runs = [[n for n in self.steps[1:] if a <= self.place[n] <= b] for a, b in bounds]
+        runs = [[n for n in self.steps[1:] if a <= self.index[n] <= b] for a, b in bounds]
         names = self._names(runs)
         found: list[Segment] = []
         entering: Any = self.steps[0]
@@ -155,7 +155,7 @@ class _Flow:
         head = None
         if len(found) > 1 and not self._begins_with_unit(runs[-1]):
             head = found.pop()
-        starts = {self.place[n]: name_of(n) for n in self.steps if self._is_start(n)}
+        starts = {self.index[n]: name_of(n) for n in self.steps if self._is_start(n)}
         legal = {end: segment.name for (_, end), segment in zip(bounds, found, strict=False)}
         order = {**{p: n for p, n in starts.items() if n in refused}, **legal}
         watch = Watch(self.backbone, filter(None, map(self.rebuild.taken, self.nodes)))
@@ -173,7 +173,7 @@ class _Flow:
 
     def _ends(self) -> tuple[list[int], dict[str, str]]:
         """The last step of each unit but the last, and the places where no cut can be."""
-        starts = [self.place[n] for n in self.steps if self._is_start(n)]
+        starts = [self.index[n] for n in self.steps if self._is_start(n)]
         if not starts:
             raise UserError(f"{type(self.backbone).__name__} cannot be cut into units: it has no module with weights")
         ends: list[int] = []
@@ -181,13 +181,13 @@ class _Flow:
         # Behind each unit comes what has no weights (pooling, say); a layer with weights in between goes to the next,
         # if it can: in a partial stage, whose units run beside a shortcut, the cut lies behind where the two meet.
         for start, following in zip(starts, [*starts[1:], len(self.nodes)], strict=True):
-            between = [n for n in self.steps if start < self.place[n] < following]
+            between = [n for n in self.steps if start < self.index[n] < following]
             weighted = [n for n in between if (m := self.module(n)) is not None and _has_parameters(m)]
             if following == len(self.nodes):  # the network's own head follows, where there are units worth the name
-                reading = [self.place[n] for n in between if n in weighted or self.rebuild.parameters_read(n)]
+                reading = [self.index[n] for n in between if n in weighted or self.rebuild.parameters_read(n)]
                 places = [*range(start, reading[-1])] if self.worthy and reading else []
             else:
-                first = (self.place[weighted[0]] if weighted else following) - 1
+                first = (self.index[weighted[0]] if weighted else following) - 1
                 places = [*range(first, following), *range(start, first)]
             cut = next((p for p in places if self.is_cut(p)), None)
             if cut is not None:
@@ -195,14 +195,14 @@ class _Flow:
             elif places:
                 refused[name_of(self.nodes[start])] = self._reason(start)
         first = starts[0]
-        before = [m for n in self.steps if self.place[n] < first and (m := self.module(n)) is not None]
+        before = [m for n in self.steps if self.index[n] < first and (m := self.module(n)) is not None]
         if any(map(_has_parameters, before)) and self.is_cut(first - 1):
             ends.insert(0, first - 1)
         return ends, refused
 
     def _reason(self, after: int) -> str:
         for a, b in self.shared:
-            if self.place[a] <= after < self.place[b]:
+            if self.index[a] <= after < self.index[b]:
                 again = name_of(a) == name_of(b)
                 return (
                     f"'{name_of(a)}' runs again" if again else f"'{name_of(b)}' shares parameters with '{name_of(a)}'"
@@ -222,10 +222,10 @@ class _Flow:
             )
             return f"for {BATCHES[0]} samples {given} crosses, not one tensor whose first dimension is the samples"
         skips = self._maker(others[0])
-        later = [u for u in self._users(others[0]) if self.place[u] > after]
+        later = [u for u in self._users(others[0]) if self.index[u] > after]
         if not later:
             return f"the network gives the tensor of '{skips}' at its end"
-        to = min(later, key=self.place.__getitem__)
+        to = min(later, key=self.index.__getitem__)
         return f"the tensor of '{skips}' skips over it to '{name_of(to)}'"
 
     def _maker(self, node: fx.Node) -> str:
@@ -270,7 +270,7 @@ class _Flow:
         overwritten = before._version != entering.meta[BORN]
         checkpoint, *others = self._checkpoints(run) or [None]
         if others:
-            checkpoint, built = None, split_again(built, AGAIN)
+            checkpoint, built = None, split_recomputed(built, CHECKPOINT)
         packed, reentrant = (any(node.meta[key] for node in run) for key in (PACKED, REENTRANT))
         shapes, dtypes = (tuple(before.shape[1:]), tuple(after.shape[1:])), (before.dtype, after.dtype)
         return Segment(name, built, *shapes, reads, overwritten, checkpoint, packed, reentrant, *dtypes)
@@ -279,7 +279,9 @@ class _Flow:
         """The network's own checkpoints that the layers of a run are in, by number; where no layer is in any, those of
         its other steps."""
         layers = [n for n in run if (m := self.module(n)) is not None and _has_parameters(m)]
-        found, least = ({n.meta[AGAIN]: None for n in steps if n.meta[AGAIN] is not None} for steps in (layers, run))
+        found, least = (
+            {n.meta[CHECKPOINT]: None for n in steps if n.meta[CHECKPOINT] is not None} for steps in (layers, run)
+        )
         return list(found or least)
 
 

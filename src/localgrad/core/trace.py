@@ -33,7 +33,7 @@ BORN = "born"  # the version of a step's tensor as it was made
 EVALUATION = "evaluation"  # a step's arguments in evaluation
 NO_GRAD = "no_grad"  # whether a step ran without gradients
 WRITES = "writes"  # which tensors a step has changed in place
-AGAIN = "again"  # which of the network's own activation checkpoints a step runs in, by number
+CHECKPOINT = "checkpoint"  # which of the network's own activation checkpoints a step runs in, by number
 REENTRANT = "reentrant"  # whether a module enters reentrant checkpoints
 PACKED = "packed"  # whether other hooks of the network would keep what a step saves for its backward pass
 
@@ -244,7 +244,7 @@ class _Tracer(fx.Tracer):
             node.meta[NO_GRAD] = not torch.is_grad_enabled()
             own, others = (None if a is b else a for a, b in zip(_hooks(), self._packing, strict=True))
             own = own and _innermost(_attribute(self.root, str(node.target)) if node.op == "call_module" else None)
-            node.meta[AGAIN] = None if own is None else self._checkpoints.setdefault(own, len(self._checkpoints))
+            node.meta[CHECKPOINT] = None if own is None else self._checkpoints.setdefault(own, len(self._checkpoints))
             node.meta[PACKED] = others is not None
             self._reentered = False
             read = [v for n in node.all_input_nodes if isinstance(v := n.meta[VALUE][0], Tensor)]

@@ -51,6 +51,10 @@ class Machine:
     def autocast(self) -> torch.dtype | None:
         return DTYPES[self.precision]
 
+    def place(self, module: nn.Module) -> None:
+        """Moves `module` to this device, into this memory format."""
+        module.to(self.device, memory_format=self.memory_format)  # pyright: ignore[reportCallIssue]
+
     def cast(self) -> contextlib.AbstractContextManager:
         """Autocast for a forward pass, if the precision asks for it."""
         dtype = self.autocast
@@ -123,7 +127,7 @@ def build_model(
             say(sentence)
     if recipe.sync_batch_norm:
         sync_batch_norm(backbone)
-    backbone.to(machine.device, memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]
+    machine.place(backbone)
     model = localize(
         backbone,
         blocks=recipe.cut,
@@ -135,8 +139,9 @@ def build_model(
     if recipe.sync_batch_norm:
         sync_batch_norm(model.auxiliaries)
     if recipe.recompute is not None:
-        recompute(model, **recipe.again)
-    return model.to(memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]
+        recompute(model, **recipe.recomputed)
+    machine.place(model)
+    return model
 
 
 def check_single(model: LocalModel, share: str) -> None:
@@ -164,7 +169,7 @@ def planner_for(recipe: Recipe, machine: Machine, classes: int | None = None) ->
     info = replace(info, classes=info.classes or classes or 1000)
     size = recipe.image_size or info.size
     backbone = backbone_of(recipe, info)
-    backbone.to(machine.device, memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]
+    machine.place(backbone)
     example = torch.zeros(recipe.batch_size, info.channels, size, size, device=machine.device)
     example = example.contiguous(memory_format=machine.memory_format)
     return Planner(

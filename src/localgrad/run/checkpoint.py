@@ -87,8 +87,8 @@ def save_checkpoint(
 ) -> Path:
     """Writes `folder/step-N`. RunError if the disk does not take it; then nothing is left of it, and the checkpoints
     that were there are as they were."""
-    place = folder / f"step-{step}"
-    part = part_of(place)
+    path = folder / f"step-{step}"
+    part = part_of(path)
     try:
         if not folder.is_dir():
             folder.mkdir(parents=True)
@@ -106,14 +106,14 @@ def save_checkpoint(
         (part / MANIFEST).write_bytes(_rendered(content))
         flush(part / MANIFEST)
         flush(part)
-        os.replace(part, place)
+        os.replace(part, path)
         flush(folder)
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
         if isinstance(error, OSError | RuntimeError) and not isinstance(error, RunError):
-            raise RunError(f"cannot write {place}: {_reason(error)}") from error
+            raise RunError(f"cannot write {path}: {_reason(error)}") from error
         raise
-    return place
+    return path
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -140,7 +140,7 @@ def run_eval(args: Eval) -> int:
     machine = machine_for(recipe)
     backbone = backbone_of(recipe, data.info)
     load_backbone(backbone, args.run / MODEL)
-    backbone.to(machine.device, memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]
+    machine.place(backbone)
     bad: dict[str, str] = {}
     row = evaluate(backbone, data, recipe, machine, on_bad=bad.__setitem__ if recipe.on_bad_image == "skip" else None)
     print(f"{len(data.test) - len(bad):,} images of {recipe.data}, {machine.precision}: {scores(row)}")
@@ -151,14 +151,14 @@ def run_eval(args: Eval) -> int:
 
 def run_export(args: Export) -> int:
     recipe = open_run(args.run)
-    place = args.out or args.run / f"export.{args.format}"
+    path = args.out or args.run / f"export.{args.format}"
     weights = args.run / MODEL
-    check_folder(place)
+    check_folder(path)
     if args.format == "safetensors":
-        save_weights(place, read_weights(weights), read_classes(args.run))
+        save_weights(path, read_weights(weights), read_classes(args.run))
     else:
-        _export_onnx(args.run, recipe, place)
-    print(f"wrote {place}")
+        _export_onnx(args.run, recipe, path)
+    print(f"wrote {path}")
     return 0
 
 
@@ -219,15 +219,15 @@ def run_list(args: List) -> int:
     console.print(f"[bold]backbones[/]  {models} (classification networks)", highlight=False)
     table = Table("data set", "images", "classes", "present", title="data sets", title_justify="left")
     for name, info in data_room.DATASETS.items():
-        place = data_room.present(name, args.data_dir)
+        path = data_room.present(name, args.data_dir)
         folder = name == "image-folder"
         size = "any" if folder else f"{info.channels}x{info.size}x{info.size}"
-        table.add_row(name, size, "its folders" if folder else str(info.classes), place or "no")
+        table.add_row(name, size, "its folders" if folder else str(info.classes), path or "no")
     console.print(table)
     return 0
 
 
-def _export_onnx(run: Path, recipe: Recipe, place: Path) -> None:
+def _export_onnx(run: Path, recipe: Recipe, path: Path) -> None:
     try:
         import onnx  # noqa: F401  # pyright: ignore[reportUnusedImport]
         import onnxscript  # noqa: F401  # pyright: ignore[reportUnusedImport, reportMissingImports]
@@ -237,7 +237,7 @@ def _export_onnx(run: Path, recipe: Recipe, place: Path) -> None:
     backbone = backbone_of(recipe, info)
     load_backbone(backbone, run / MODEL)
     example = torch.zeros(2, info.channels, info.size, info.size)
-    part = place.with_name(place.name + ".part")
+    part = path.with_name(path.name + ".part")
     batch = torch.export.Dim("batch")
     try:
         program: Any = torch.onnx.export(
@@ -247,7 +247,7 @@ def _export_onnx(run: Path, recipe: Recipe, place: Path) -> None:
         if names := read_classes(run):
             program.model.metadata_props["classes"] = classes_json(names)
         program.save(str(part), external_data=False)
-        os.replace(part, place)
+        os.replace(part, path)
     except Exception as error:  # the exporter raises as many kinds as there are operators
         part.unlink(missing_ok=True)
         raise RunError(f"exporting {recipe.model} to ONNX failed: {str(error).splitlines()[0]}") from error

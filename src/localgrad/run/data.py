@@ -114,14 +114,14 @@ def load(
     if name == "image-folder":
         if image_size is not None and image_size < 1:
             raise UserError(f"image size must be at least 1 pixel, not {image_size}")
-        place = _locate(name, data_dir, download, only_test)
-        names, train, test = read_folder(place, only_val=only_test)
+        folder = _locate(name, data_dir, download, only_test)
+        names, train, test = read_folder(folder, only_val=only_test)
         info = replace(info, classes=len(names), size=image_size or IMAGE_FOLDER_SIZE)
     else:
         if image_size not in (None, info.size):
             raise UserError(f"the images of {name} are {info.size} pixels wide and are not resized to {image_size}")
-        place = Path() if name == "digits" else _locate(name, data_dir, download, only_test)
-        raws = readers.read(name, place, only_test=only_test)
+        folder = Path() if name == "digits" else _locate(name, data_dir, download, only_test)
+        raws = readers.read(name, folder, only_test=only_test)
         *trains, test = (_checked(raw, info) for raw in raws)
         train = trains[0] if trains else Images(test.images[:0], test.labels[:0])
         names = _names(raws[-1], info)
@@ -179,8 +179,8 @@ def present(name: str, data_dir: str | None = None) -> str | None:
     _info(name)
     if name == "digits":
         return "scikit-learn"
-    place = readers.find(name, _root(data_dir))
-    return None if place is None else str(place)
+    folder = readers.find(name, _root(data_dir))
+    return None if folder is None else str(folder)
 
 
 def steps_per_epoch(data: Data, batch_size: int) -> int:
@@ -268,14 +268,14 @@ def _locate(name: str, data_dir: str | None, download: bool, only_test: bool = F
     root = _root(data_dir)
     if download and name != "image-folder" and readers.find(name, root) is None:
         readers.fetch(name, root)
-    place = readers.find(name, root, only_test=only_test)
-    if place is not None:
-        return place
+    folder = readers.find(name, root, only_test=only_test)
+    if folder is not None:
+        return folder
     if name == "image-folder":
         need = "val/CLASS/*.jpg" if only_test else "train/CLASS/*.jpg and val/CLASS/*.jpg"
         need += ": name the folder that does with --data-dir"
         raise UserError(f"{root} does not hold {need} (an image folder cannot be downloaded)")
-    *most, last = (str(place) for place in readers.places(name, root))
+    *most, last = (str(folder) for folder in readers.folders_of(name, root))
     where = f"{', '.join(most)} or {last}" if most else last
     debian = "install it (apt-get install dataset-fashion-mnist), " if name == "fashion-mnist" else ""
     files = ", ".join(readers.files_of(name, only_test=only_test))

@@ -16,43 +16,43 @@ PART = ".part"  # what is being written; the rest of a killed process, which the
 LOCK = ".lock"
 
 
-def part_of(place: Path) -> Path:
-    return place.with_name(place.name + PART)
+def part_of(path: Path) -> Path:
+    return path.with_name(path.name + PART)
 
 
 @contextlib.contextmanager
-def replacing(place: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `place` when the block ends, and goes when the block fails."""
-    part = part_of(place)
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of `path` when the block ends, and goes when the block fails."""
+    part = part_of(path)
     remove(part)
     try:
         yield part
         flush(part)
-        os.replace(part, place)
-        flush(place.parent)
+        os.replace(part, path)
+        flush(path.parent)
     except BaseException:
         remove(part)
         raise
 
 
-def write_text(place: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Writes a whole file, or leaves what was there."""
-    with replacing(place) as part:
+    with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
-def check_folder(place: Path, *, make: bool = False) -> None:
-    """Raises UserError if `place` is a folder, or the folder that it is in is not there or cannot be written. make: if
+def check_folder(path: Path, *, make: bool = False) -> None:
+    """Raises UserError if `path` is a folder, or the folder that it is in is not there or cannot be written. make: if
     it is not there."""
-    if place.is_dir():
-        raise UserError(f"{place} is a folder: name a file with --out")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file with --out")
     try:
         if make:
-            place.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the folder {place.parent}: {error.strerror}") from error
-    if not place.parent.is_dir() or not os.access(place.parent, os.W_OK):
-        raise UserError(f"cannot write to {place.parent}: choose another --out")
+        raise UserError(f"cannot make the folder {path.parent}: {error.strerror}") from error
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"cannot write to {path.parent}: choose another --out")
 
 
 def check_system() -> None:

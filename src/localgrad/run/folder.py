@@ -99,16 +99,16 @@ def summary_rows(folder: Path) -> list[dict[str, float]]:
     return rows
 
 
-def finished_runs(places: Sequence[Path]) -> list[Path]:
+def finished_runs(paths: Sequence[Path]) -> list[Path]:
     """The folders of finished runs among these and their folders, each once. Raises UserError for a place without."""
-    if not places:
+    if not paths:
         raise UserError("there is no run to look at: name run folders, or a folder of localgrad compare")
     folders: dict[Path, Path] = {}
-    for place in places:
-        found = [p for p in (place, *sorted(place.glob("*/"))) if (p / CONFIG).is_file() and (p / MODEL).is_file()]
+    for path in paths:
+        found = [p for p in (path, *sorted(path.glob("*/"))) if (p / CONFIG).is_file() and (p / MODEL).is_file()]
         if not found:
-            raise UserError(f"{place} holds no finished run: name run folders, or a folder of localgrad compare")
-        folders |= {path.resolve(): path for path in found}
+            raise UserError(f"{path} holds no finished run: name run folders, or a folder of localgrad compare")
+        folders |= {run.resolve(): run for run in found}
     return list(folders.values())
 
 
@@ -138,9 +138,9 @@ def claim(folder: Path, recipe: Recipe, *, may_grow: bool = False) -> bool:
     # A run that was killed at its very first file has left no more than these.
     if folder.is_dir() and any(p.name not in (LOCK, CONFIG + PART) for p in folder.iterdir()):
         raise UserError(f"{folder} holds files of something else: choose another --out")
-    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(
-            f"cannot write to {folder}: {place} is not a folder that you may write to; choose another --out"
+            f"cannot write to {folder}: {existing} is not a folder that you may write to; choose another --out"
         )
     return False

@@ -53,11 +53,11 @@ class _Found:
     left_out: Counter[str] = field(default_factory=Counter)
 
 
-def read_folder(place: Path, *, only_val: bool = False) -> tuple[list[str], Files, Files]:
+def read_folder(path: Path, *, only_val: bool = False) -> tuple[list[str], Files, Files]:
     """Reads which classes and files an image folder has, and warns of what is left out.
 
     Args:
-        place: The folder, with train/CLASS/* and val/CLASS/*.
+        path: The folder, with train/CLASS/* and val/CLASS/*.
         only_val: Whether train/ is not looked at and need not be there; then the first split is empty.
 
     Returns:
@@ -68,14 +68,14 @@ def read_folder(place: Path, *, only_val: bool = False) -> tuple[list[str], File
         UserError: If a split has fewer than two classes or an empty one, or if the splits have different classes.
     """
     try:
-        splits = {name: _found(place, name) for name in (["val"] if only_val else ["train", "val"])}
+        splits = {name: _found(path, name) for name in (["val"] if only_val else ["train", "val"])}
     except OSError as error:
-        raise UserError(f"{place} is no image folder: {error}") from error
+        raise UserError(f"{path} is no image folder: {error}") from error
     val = splits["val"]
     train = splits.get("train", _Found(val.classes))
     if odd := set(train.classes) ^ set(val.classes):
         raise UserError(
-            f"{place / 'train'} and {place / 'val'} must hold the same classes, but only one has {printable(min(odd))}"
+            f"{path / 'train'} and {path / 'val'} must hold the same classes, but only one has {printable(min(odd))}"
         )
     if hidden := [folder for found in splits.values() for folder in found.hidden]:
         warnings.warn(f"left out {_count(len(hidden), 'folder')}: {listed(hidden)} ({HIDDEN})", stacklevel=2)
@@ -83,7 +83,7 @@ def read_folder(place: Path, *, only_val: bool = False) -> tuple[list[str], File
         warnings.warn(f"{'; '.join(counts)} (what is read ends in {', '.join(ENDINGS)})", stacklevel=2)
     # Names are UTF-8 whatever the locale says, so that a run knows them again under another one.
     names = [os.fsencode(name).decode("utf-8", "surrogateescape") for name in val.classes]
-    return names, _files(place, train), _files(place, val)
+    return names, _files(path, train), _files(path, val)
 
 
 def printable(text: str) -> str:
@@ -97,13 +97,13 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(shown if len(shown) <= MOST else [*shown[: MOST - 2], "...", shown[-1]])
 
 
-def _files(place: Path, found: _Found) -> Files:
-    return Files(place, np.array(found.paths, np.bytes_), torch.tensor(found.labels, dtype=torch.int64))
+def _files(path: Path, found: _Found) -> Files:
+    return Files(path, np.array(found.paths, np.bytes_), torch.tensor(found.labels, dtype=torch.int64))
 
 
-def _found(place: Path, split: str) -> _Found:
-    """What lies in place/split, in the order of torchvision's ImageFolder: by the names, as text."""
-    found, top = _Found(), place / split
+def _found(path: Path, split: str) -> _Found:
+    """What lies in path/split, in the order of torchvision's ImageFolder: by the names, as text."""
+    found, top = _Found(), path / split
     for entry in sorted(os.scandir(top), key=lambda entry: entry.name):
         if not entry.is_dir():
             _leave_out(found, entry.name, " beside the classes")
@@ -115,7 +115,7 @@ def _found(place: Path, split: str) -> _Found:
         raise UserError(_too_few(top, found))
     for label, name in enumerate(found.classes):
         for folder, below, files in sorted(_walk(top / name)):
-            inner = os.path.relpath(folder, place)
+            inner = os.path.relpath(folder, path)
             found.hidden += [os.path.join(inner, other) for other in below if _is_hidden(other)]
             for file in sorted(files):
                 if file.lower().endswith(ENDINGS):

@@ -20,7 +20,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from localgrad.core.blocks import Boundary, Unit, split, trace_units
+from localgrad.core.blocks import Unit, split, trace_units
+from localgrad.core.boundary import Boundary
 from localgrad.core.errors import UserError
 from localgrad.run import data as data_room
 from localgrad.run.augment import permutation
@@ -77,7 +78,7 @@ def load(run: Path, recipe: Recipe, images: int) -> Network:
     machine = machine_for(recipe)
     backbone = backbone_of(recipe, data.info)
     load_backbone(backbone, run / MODEL)
-    backbone.to(machine.device, memory_format=machine.memory_format).eval()  # pyright: ignore[reportCallIssue]
+    machine.place(backbone.eval())
     info = data.info
     traced = trace_units(backbone, torch.zeros(2, info.channels, info.size, info.size))
     for unit in traced.units:

@@ -66,7 +66,7 @@ class Raw(NamedTuple):
     names: tuple[str, ...] = ()
 
 
-def places(name: str, root: Path) -> list[Path]:
+def folders_of(name: str, root: Path) -> list[Path]:
     """The folders that may hold a set, the first choice first. Debian's counts only where nobody named another."""
     if name != "fashion-mnist":
         return [root]
@@ -79,24 +79,24 @@ def files_of(name: str, *, only_test: bool = False) -> tuple[str, ...]:
 
 
 def find(name: str, root: Path, *, only_test: bool = False) -> Path | None:
-    """The first of `places` that has all of the set's files, else None. Opens nothing."""
+    """The first of `folders_of` that has all of the set's files, else None. Opens nothing."""
     zipped = ("", ".gz") if name == "fashion-mnist" else ("",)
-    for place in places(name, root):
+    for folder in folders_of(name, root):
         files = files_of(name, only_test=only_test)
-        if all(any((place / (file + end)).exists() for end in zipped) for file in files):
-            return place
+        if all(any((folder / (file + end)).exists() for end in zipped) for file in files):
+            return folder
     return None
 
 
-def read(name: str, place: Path, *, only_test: bool = False) -> list[Raw]:
+def read(name: str, folder: Path, *, only_test: bool = False) -> list[Raw]:
     """Train and test split of an in-memory set that `find` found, or the test split alone. RunError names a damaged
     file."""
     if name == "digits":
         return _digits()[only_test:]
     if name == "fashion-mnist":
-        files = [_idx_path(place, file) for file in files_of(name, only_test=only_test)]
+        files = [_idx_path(folder, file) for file in files_of(name, only_test=only_test)]
         return [_idx_split(*pair) for pair in zip(files[::2], files[1::2], strict=True)]
-    return _torchvision_splits(name, place, only_test)
+    return _torchvision_splits(name, folder, only_test)
 
 
 def read_idx(path: Path, axes: int) -> NDArray[np.uint8]:
@@ -181,10 +181,10 @@ def fetch(name: str, root: Path) -> None:
         raise RunError(f"{name} could not be downloaded into {root}: {reason}") from error
 
 
-def _idx_path(place: Path, file: str) -> Path:
+def _idx_path(folder: Path, file: str) -> Path:
     # The .gz first: torchvision unpacks beside it, and an interrupted unpacking leaves a short plain file.
-    zipped = place / f"{file}.gz"
-    return zipped if zipped.exists() else place / file
+    zipped = folder / f"{file}.gz"
+    return zipped if zipped.exists() else folder / file
 
 
 def _idx_split(images: Path, labels: Path) -> Raw:

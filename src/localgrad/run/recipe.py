@@ -138,7 +138,7 @@ class Recipe:
                 raise UserError(f"{name} must be {allowed}, not {value}")
         if any(not 0 <= factor <= LARGEST for factor in self.block_factors or ()):
             raise UserError(f"block-lr takes factors of at least 0, not '{self.block_lr}'")
-        _ = self.again, self.arguments
+        _ = self.recomputed, self.arguments
         if self.init is not None:  # the same file by either name, in YAML too
             object.__setattr__(self, "init", os.path.expanduser(self.init))
         if self.step_as_you_go and self.accumulate > 1:
@@ -171,7 +171,7 @@ class Recipe:
         return {name: float(v) if isinstance(v, str) and tens.fullmatch(v) else v for name, v in found.items()}
 
     @property
-    def again(self) -> dict[str, Any]:
+    def recomputed(self) -> dict[str, Any]:
         """`recompute` as the function of that name takes it. Raises UserError for a coupling without a number."""
         words = [word.strip() for word in (self.recompute or "").split(",") if word.strip()]
         numbers = [word.removeprefix("coupling.") for word in words if word.startswith("coupling.")]

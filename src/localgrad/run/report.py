@@ -21,7 +21,17 @@ from localgrad.core.sizes import mib
 from localgrad.run import figures
 from localgrad.run.folder import CONFIG, METRICS, TIMELINE, finished_runs, summary_rows
 from localgrad.run.recipe import COUPLINGS, METHODS, OF_METHODS, PLACES, Recipe, as_dict, differences, read_recipe
-from localgrad.run.tables import conditions, csv_text, label_of, paired, read_csv, read_runs, row_of, summarize, told
+from localgrad.run.tables import (
+    conditions,
+    csv_text,
+    error_text,
+    label_of,
+    paired,
+    read_csv,
+    read_runs,
+    row_of,
+    summarize,
+)
 
 Rows = list[dict[str, Any]]
 TOLD = ("model", "data", "method", "coupling", "seed")  # fields of which a run's study and label speak by themselves
@@ -70,10 +80,10 @@ class Page:
         # Buttons that need nothing but the page: by default one would send the data away.
         buttons = [["toImage", "zoom2d", "pan2d", "resetScale2d"]]
         config = {"responsive": True, "displaylogo": False, "showSendToCloud": False, "modeBarButtons": buttons}
-        place = f"figure-{self.figures}"
-        data = _download(f"{place}.csv", csv_text(figures.data_of(picture)))
+        name = f"figure-{self.figures}"
+        data = _download(f"{name}.csv", csv_text(figures.data_of(picture)))
         short = figures.with_short_lines(picture)
-        drawn = short.to_html(full_html=False, include_plotlyjs=False, div_id=place, config=config)
+        drawn = short.to_html(full_html=False, include_plotlyjs=False, div_id=name, config=config)
         caption = f"<figcaption>{html.escape(alt)} {data}</figcaption>"
         self.add(section, f'<figure aria-label="{html.escape(alt)}">{drawn}{caption}</figure>')
 
@@ -98,10 +108,10 @@ class Page:
         )  # fmt: skip
 
 
-def report(places: Sequence[Path], results: Path | None = None) -> str:
-    """The page's HTML. places: run folders, or folders of such. results: a folder with accuracy_*_runs.csv and
-    frontier_*.csv. Raises UserError for a place without finished runs, and for a file that is not what it should be."""
-    runs = find(places)
+def report(paths: Sequence[Path], results: Path | None = None) -> str:
+    """The page's HTML. paths: run folders, or folders of such. results: a folder with accuracy_*_runs.csv and
+    frontier_*.csv. Raises UserError for a path without finished runs, and for a file that is not what it should be."""
+    runs = find(paths)
     page = Page()
     studies: dict[str, list[Ran]] = {}
     for ran in runs:
@@ -128,7 +138,7 @@ def report(places: Sequence[Path], results: Path | None = None) -> str:
     for ran in runs:
         page.add("Runs", _about(ran))
     machines = dict.fromkeys(str(row.get("machine", "")) for rows in tables.values() for row in rows)
-    started = {p for place in places for p in (place, *place.glob("*/")) if (p / CONFIG).is_file()}
+    started = {p for path in paths for p in (path, *path.glob("*/")) if (p / CONFIG).is_file()}
     unfinished = f" ({len(started) - len(runs)} more are not finished)" if len(started) > len(runs) else ""
     said = [f"{len(runs)} runs{unfinished}", " / ".join(filter(None, machines))]
     return page.written(
@@ -136,10 +146,10 @@ def report(places: Sequence[Path], results: Path | None = None) -> str:
     )
 
 
-def find(places: Sequence[Path]) -> list[Ran]:
+def find(paths: Sequence[Path]) -> list[Ran]:
     """The finished runs in these folders, or in theirs, each once, in the order in which a page shows them."""
     runs = []
-    for folder in finished_runs(places):
+    for folder in finished_runs(paths):
         recipe = read_recipe(folder / CONFIG)
         entries = _entries(folder / METRICS)
         blocks = len(next((entry["losses"] for entry in entries if "losses" in entry), [0]))
@@ -152,12 +162,12 @@ def find(places: Sequence[Path]) -> list[Ran]:
             if ran.study == other.study and as_much and not differences(ran.recipe, other.recipe):
                 raise UserError(f"{other.folder} and {ran.folder} are the same run: name one of them")
 
-    def place_of(ran: Ran) -> tuple:
+    def order_of(ran: Ran) -> tuple:
         """Networks and data together, methods as they are listed everywhere, then the plain settings first."""
         kind = METHODS.index(ran.recipe.method), COUPLINGS.index(ran.recipe.coupling)
         return ran.study, *kind, ran.row["blocks"], ran.row["setting"], ran.recipe.seed
 
-    return sorted(runs, key=place_of)
+    return sorted(runs, key=order_of)
 
 
 def _setting(ran: Ran, runs: Sequence[Ran]) -> str:
@@ -200,7 +210,9 @@ def _study(page: Page, section: str, runs: Rows) -> None:
         alike = [r for r in plain if conditions(r["setting"]) == conditions(row["setting"])]
         below = f"{100 - 100 * row['peak_bytes'] / alike[0]['peak_bytes']:.1f}%" if len(alike) == 1 else ""
         added = f"{row['added']:,}" if isinstance(row.get("added"), int) else ""
-        body.append([label_of(row), told(row), row["n"], mib(row["peak_bytes"]), below, added, f"{row['seconds']:.0f}"])
+        body.append(
+            [label_of(row), error_text(row), row["n"], mib(row["peak_bytes"]), below, added, f"{row['seconds']:.0f}"]
+        )
     head = ("method", "test error, %", "n", "peak memory", "below BP", "parameters added", "seconds")
     note = (
         "Test error of the last epoch, mean ± standard deviation over n seeds; median peak of a step, and median "

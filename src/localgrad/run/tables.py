@@ -69,7 +69,7 @@ def conditions(setting: str) -> frozenset[str]:
     return frozenset(word for word in setting.split() if word.partition("=")[0] not in OF_METHODS | PLACES)
 
 
-def told(row: dict[str, Any]) -> str:
+def error_text(row: dict[str, Any]) -> str:
     """Mean ± standard deviation."""
     spread = f" ± {row['error_std']:.2f}" if row["error_std"] != "" else ""
     return f"{row['error_mean']:.2f}{spread}"
@@ -140,7 +140,7 @@ def show(rows: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]] = ()) -
     console = Console()
     table = Table("method", "test error %", "n", "peak memory", "parameters added", "seconds")
     for row in rows:
-        cells = (told(row), str(row["n"]), mib(row["peak_bytes"]), str(row.get("added", "")))
+        cells = (error_text(row), str(row["n"]), mib(row["peak_bytes"]), str(row.get("added", "")))
         table.add_row(escape(label_of(row)), *cells, f"{row['seconds']:.0f}")
     console.print(table)
     where = f"{rows[0].get('machine')}, torch {rows[0].get('torch')}"
@@ -172,7 +172,7 @@ def conclusion(rows: Sequence[dict[str, Any]]) -> str:
         apart = row["error_mean"] - plain["error_mean"]
         return f"{label_of(row)}: {apart:+.2f} points, {memory:.2f} times the memory, {time:.2f} times the time"
 
-    said = [f"Against backpropagation ({told(plain)}% error, {mib(plain['peak_bytes'])}):"]
+    said = [f"Against backpropagation ({error_text(plain)}% error, {mib(plain['peak_bytes'])}):"]
     said += [f"- the smallest error has {against_plain(nearest)};"]
     said += [f"- the least memory has {against_plain(least)}."] if least is not nearest else []
     if any(row["n"] < 3 for row in (plain, nearest, least)):

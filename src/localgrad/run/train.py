@@ -89,7 +89,7 @@ class Run:
     def __init__(
         self, recipe: Recipe, folder: Path, saving: Saving, ranks: Ranks | None = None, *, pipeline: bool = False
     ) -> None:
-        self.recipe, self.saving, self.place = recipe, saving, folder / "checkpoints"
+        self.recipe, self.saving, self.checkpoints = recipe, saving, folder / "checkpoints"
         self.ranks = ranks = ranks or Ranks()
         self.machine = machine_for(recipe)
         self.data = data_room.load(
@@ -132,8 +132,8 @@ class Run:
         found = None
         if self.ranks.first:
             if self.saving.resume == "never":
-                shutil.rmtree(self.place, ignore_errors=True)
-            found = checkpoints.newest_checkpoint(self.place, said.append)
+                shutil.rmtree(self.checkpoints, ignore_errors=True)
+            found = checkpoints.newest_checkpoint(self.checkpoints, said.append)
         found = self.ranks.broadcast_object(found)
         if found is None:
             return [*self.said, *said, *(["no checkpoint is sound: beginning anew"] if said else [])]
@@ -256,7 +256,7 @@ class Run:
             return True
         try:
             self._saved = checkpoints.save_checkpoint(
-                self.place, step, model=self.model.backbone.state_dict(),
+                self.checkpoints, step, model=self.model.backbone.state_dict(),
                 auxiliaries=self.model.auxiliaries.state_dict(), state=state,
                 environment=self.environment,
             )  # fmt: skip
@@ -264,7 +264,9 @@ class Run:
             log.note(f"{error}; the last checkpoint is {self._saved or 'none'}")
             return False
         best = max(range(len(self.rows)), key=lambda epoch: self.rows[epoch]["eval_top1"], default=None)
-        checkpoints.prune(self.place, self.saving.keep_last, None if best is None else (best + 1) * self.per_epoch)
+        checkpoints.prune(
+            self.checkpoints, self.saving.keep_last, None if best is None else (best + 1) * self.per_epoch
+        )
         return True
 
     def farewell(self, log: RunLog) -> str:

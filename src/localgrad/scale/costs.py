@@ -86,7 +86,7 @@ class Costs:
 
 def trace_costs(model: LocalModel, batch_size: int, autocast: torch.dtype | None = None) -> Costs:
     """Costs of `model`, which has a block for each unit. Pieces that look alike are traced once; nothing is run."""
-    model.door.check_size(model, batch_size)
+    model.checks.check_size(model, batch_size)
     plain, again = (_trace(model, batch_size, autocast, again=again) for again in (False, True))
     names = tuple(block.names[0] for block in model.blocks)
     dtype = input_dtype(model.backbone, model.blocks[0].entering.dtype)

@@ -192,7 +192,7 @@ def predict_peak(
     the copy: one, or with `step_as_you_go` one for each block. Seconds for a network of ImageNet's size.
     """
     model = localized(model, "predict_peak")
-    model.door.check_size(model, batch_size)
+    model.checks.check_size(model, batch_size)
     with on_fake_tensors(model, batch_size) as (copied, x, y):
         own = optimizers(copied)
 

@@ -18,11 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from localgrad.core.couplings import Momentum, Past, update_ema
+from localgrad.core.couplings import Momentum, Snapshots, update_ema
 from localgrad.core.engine import BlockResult, check_step, run_blocks
 from localgrad.core.errors import UserError
 from localgrad.core.model import LocalModel, localized
-from localgrad.core.rebuild import Held
+from localgrad.core.rebuild import FrozenReference
 from localgrad.scale.replicas import Ranks, SyncBatchNorm, refuse_unlike
 
 AHEAD = 2  # How many batches a rank may send before the next rank has taken the first of them.
@@ -151,7 +151,9 @@ class Stage:
         """Parameters that a block only reads, as it reads those of another rank, would be out of date."""
         trained = {id(p): k for k, block in enumerate(self.model.blocks) for p in block.parameters()}
         for k, owner in enumerate(self.owners):
-            held = (m.held[0] for part in self.model.parts(k) for m in part.modules() if isinstance(m, Held))
+            held = (
+                m.reference[0] for part in self.model.parts(k) for m in part.modules() if isinstance(m, FrozenReference)
+            )
             for parameter in (p for module in held for p in module.parameters()):
                 other = trained.get(id(parameter), k)
                 if self.owners[other] != owner:
@@ -223,7 +225,7 @@ class _Route:
     module: nn.Module
     lag: int
     every: int
-    into: list[Past] = field(default_factory=list)
+    into: list[Snapshots] = field(default_factory=list)
     travelling: deque[tuple[Any, Tensor]] = field(default_factory=deque)
     taken: int = 0
 
@@ -232,8 +234,8 @@ class _Route:
 
     def begin(self) -> None:
         """Before the first step: what the source is now, as one process would find it then."""
-        for past in self.into:
-            update_ema(past.state(0), self.module, 0.0, buffers=True)
+        for snapshots in self.into:
+            update_ema(snapshots.state(0), self.module, 0.0, buffers=True)
 
     def take(self, step: int) -> None:
         """The state that is followed in a step, and those before it."""
@@ -242,7 +244,7 @@ class _Route:
             if work is not None:
                 work.wait()
             self.taken += 1
-            for module in [past.state(self.taken) for past in self.into] or [self.module]:
+            for module in [snapshots.state(self.taken) for snapshots in self.into] or [self.module]:
                 tensors = _tensors(module)
                 for tensor, part in zip(tensors, packed.split([t.nbytes for t in tensors]), strict=True):
                     tensor.copy_(part.clone().view(tensor.dtype).view_as(tensor))  # the clone is aligned
@@ -267,16 +269,16 @@ class _Sources:
                 user, owner, spec = owners[k], owners[block_of[unit.name]], coupling.spec
                 if user == owner:
                     continue
-                if spec.form == "pull":
+                if spec.moves_after_step:
                     raise UserError('form="pull" follows its sources at once, which lie on another rank: take branches')
                 if cast(Any, coupling.links[i]).ema is None:
                     continue
                 fresh = _Route(owner, user, len(self.routes), unit.module, spec.lag, spec.ema_every)
                 route = self.routes.setdefault((user, unit.name), fresh)
                 if spec.delayed and user == self.rank:
-                    past = cast(Past, coupling.past[i])
-                    past.elsewhere = True
-                    route.into.append(past)
+                    snapshots = cast(Snapshots, coupling.snapshots[i])
+                    snapshots.remote = True
+                    route.into.append(snapshots)
 
     @property
     def mine(self) -> list[_Route]:

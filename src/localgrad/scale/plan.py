@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from localgrad.core.auxiliary import Method
 from localgrad.core.blocks import units
+from localgrad.core.checks import check_network
 from localgrad.core.copies import without_values
 from localgrad.core.couplings import MAN
-from localgrad.core.door import check_network
 from localgrad.core.errors import UserError
 from localgrad.core.methods import dgl
 from localgrad.core.model import LocalModel, localize, param_groups
@@ -29,7 +29,7 @@ from localgrad.core.task import Task
 from localgrad.scale.costs import trace_costs
 from localgrad.scale.memory import MakeOptimizer, optimizers_for, predict_peak
 from localgrad.scale.recompute import recompute
-from localgrad.scale.search import Form, all_forms, fastest_chain
+from localgrad.scale.search import BlockOption, block_options, fastest_chain
 from localgrad.scale.speed import Speed
 
 TRIES = 5  # to come down from an estimate to within the budget
@@ -92,38 +92,38 @@ class Planner:
         self._blocks = None if method.terms else 1
         self._optimizer = optimizer or partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)
         self.costs = trace_costs(self._cut(blocks=len(units(shapes, one)), coupling=coupling), self._batch, autocast)
-        self._forms = all_forms(self.costs, speed or Speed(), coupled=coupling is not None)
+        self._options = block_options(self.costs, speed or Speed(), coupled=coupling is not None)
         self._slots = _slots(self._optimizer)
 
     @property
     def bp(self) -> Plan:
         """Backpropagation, for comparison."""
-        return self._whole(again=0)
+        return self._whole(recomputed=0)
 
     @property
     def checkpointing(self) -> Plan:
         """Backpropagation with every unit recomputed: activation checkpointing, for comparison."""
-        return self._whole(again=len(self.costs.names))
+        return self._whole(recomputed=len(self.costs.names))
 
     def cut(self, blocks: Sequence[str]) -> Plan:
         """Cut after the units named, the last included, and nothing recomputed; for comparison."""
         ends = [self.costs.names.index(name) for name in blocks]
         starts = [0, *(end + 1 for end in ends)]
-        plain = {(f.i, f.j): f for forms in self._forms.values() for f in forms if f.plain}
+        plain = {(f.i, f.j): f for options in self._options.values() for f in options if f.plain}
         return self._plan([plain[i, j] for i, j in zip(starts, ends, strict=False)], as_you_go=False)
 
     def even(self, blocks: int) -> Plan:
         """As many blocks as asked for, cut as `localize` cuts, nothing recomputed; for comparison."""
         self._check(blocks)
-        count = len(self._forms)
+        count = len(self._options)
         return self.cut([self.costs.names[i * count // blocks - 1] for i in range(1, blocks + 1)])
 
     def balanced(self, blocks: int) -> Plan:
         """As many blocks as asked for, cut so that the step needs the least, nothing recomputed."""
         self._check(blocks)
-        plain = {j: [f for f in forms if f.plain] for j, forms in self._forms.items()}
+        plain = {j: [f for f in options if f.plain] for j, options in self._options.items()}
 
-        def chain(cap: int) -> list[Form] | None:
+        def chain(cap: int) -> list[BlockOption] | None:
             return fastest_chain(self.costs, plain, cap, as_you_go=False, blocks=blocks)
 
         low, high = 0, 2 * self.bp.peak
@@ -136,8 +136,8 @@ class Planner:
         """The plans of which no other needs both less memory and less time, of as many blocks as asked for; the fastest
         first."""
         self._check(2 if several else blocks or 1)
-        ends = [min(form.peak for form in forms) for forms in self._forms.values()]
-        low, high = max(ends), self._forms[len(self._forms) - 1][0].peak
+        ends = [min(option.peak for option in options) for options in self._options.values()]
+        low, high = max(ends), self._options[len(self._options) - 1][0].peak
         plans: dict[tuple, Plan] = {}
         for n in range(CAPS):
             for go in (False, True) if as_you_go else (False,):
@@ -183,7 +183,7 @@ class Planner:
         return replace(plan, peak=found.total, exact=True)
 
     def _check(self, blocks: int) -> None:
-        count = len(self._forms)
+        count = len(self._options)
         if not 1 <= blocks <= count:
             raise UserError(f"blocks={blocks} is out of range: this network has {count} units, so 1 to {count}")
 
@@ -210,36 +210,36 @@ class Planner:
     def _under(self, cap: int, as_you_go: bool, blocks: int | None, several: bool) -> Plan | None:
         """The fastest plan none of whose blocks goes beyond `cap`."""
         blocks = blocks or self._blocks
-        chain = fastest_chain(self.costs, self._forms, cap, as_you_go=as_you_go, blocks=blocks, several=several)
+        chain = fastest_chain(self.costs, self._options, cap, as_you_go=as_you_go, blocks=blocks, several=several)
         return None if chain is None else self._plan(chain, as_you_go=as_you_go and len(chain) > 1)
 
-    def _whole(self, again: int) -> Plan:
-        (form,) = [f for f in self._forms[len(self._forms) - 1] if f.i == 0 and f.again == again]
-        return self._plan([form], as_you_go=False)
+    def _whole(self, recomputed: int) -> Plan:
+        (option,) = [f for f in self._options[len(self._options) - 1] if f.i == 0 and f.recomputed == recomputed]
+        return self._plan([option], as_you_go=False)
 
-    def _plan(self, chain: Sequence[Form], *, as_you_go: bool) -> Plan:
+    def _plan(self, chain: Sequence[BlockOption], *, as_you_go: bool) -> Plan:
         names = self.costs.names
-        ends = [self.costs.auxiliaries[0][form.j] for form in chain[:-1]]
+        ends = [self.costs.auxiliaries[0][option.j] for option in chain[:-1]]
         pieces = [*self.costs.units[0], *ends]
         gradients = sum(piece.gradients for piece in pieces)
         lasting = sum(piece.state for piece in pieces) + round(self._slots * gradients)
-        kept, made_again = self.costs.units
-        run = [u for f in chain for u in (*made_again[f.i : f.i + f.again], *kept[f.i + f.again : f.j + 1])]
-        run += [self.costs.auxiliaries[form.coupling_again][form.j] for form in chain[:-1]]
+        kept, remade = self.costs.units
+        run = [u for f in chain for u in (*remade[f.i : f.i + f.recomputed], *kept[f.i + f.recomputed : f.j + 1])]
+        run += [self.costs.auxiliaries[option.coupling_recomputed][option.j] for option in chain[:-1]]
         peak, before = 0, self.costs.images if len(chain) > 1 else 0
-        for form, end in zip(chain, [*ends, None], strict=True):
-            peak = max(peak, before + form.peak)
+        for option, end in zip(chain, [*ends, None], strict=True):
+            peak = max(peak, before + option.peak)
             if not as_you_go:
-                before += sum(unit.gradients for unit in self.costs.units[0][form.i : form.j + 1])
+                before += sum(unit.gradients for unit in self.costs.units[0][option.i : option.j + 1])
                 before += end.gradients if end is not None else 0
         return Plan(
-            blocks=tuple(names[form.j] for form in chain),
-            units=tuple(name for form in chain for name in names[form.i : form.i + form.again]),
-            couplings=tuple(k for k, form in enumerate(chain) if form.coupling_again),
+            blocks=tuple(names[option.j] for option in chain),
+            units=tuple(name for option in chain for name in names[option.i : option.i + option.recomputed]),
+            couplings=tuple(k for k, option in enumerate(chain) if option.coupling_recomputed),
             step_as_you_go=as_you_go,
             peak=lasting + max(peak, before),
             lasting=lasting,
-            seconds=sum(form.seconds for form in chain),
+            seconds=sum(option.seconds for option in chain),
             flops=sum(piece.forward.flops + piece.backward.flops for piece in run),
         )
 

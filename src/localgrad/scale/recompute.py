@@ -1,18 +1,18 @@
 """Recompute inside a block: a unit's tensors are not kept for its backward pass but made again.
 
 Plain activation checkpointing, confined to a block, or to the branches of a coupling. Gradients, random draws and
-buffers are those of the plain step, bit for bit (`core.again`).
+buffers are those of the plain step, bit for bit (`core.recomputation`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from localgrad.core.again import again
-from localgrad.core.blocks import straight
+from localgrad.core.blocks import plain_call
 from localgrad.core.couplings import Link
 from localgrad.core.errors import unknown
 from localgrad.core.model import LocalModel, localized
+from localgrad.core.recomputation import recomputed
 
 
 def recompute(
@@ -31,11 +31,11 @@ def recompute(
     for name in chosen - set(names):
         raise unknown("unit", name, names)
     for block in model.blocks:
-        own = [again if name in chosen else straight for name in block.names]
-        block.ways = own + [straight] * (len(block) - len(own))
+        own = [recomputed if name in chosen else plain_call for name in block.names]
+        block.calls = own + [plain_call] * (len(block) - len(own))
     for k, auxiliary in enumerate(model.auxiliaries):
         here = couplings if isinstance(couplings, bool) else k in couplings
         for link in auxiliary.modules():
             if isinstance(link, Link):
-                link.way = again if here else straight
+                link.call = recomputed if here else plain_call
     return model

@@ -12,42 +12,42 @@ SHARES = 8  # in which a block's units may be recomputed, the first ones first: 
 
 
 @dataclass(frozen=True)
-class Form:
-    """Units i..j as one block, of which the first `again` are recomputed, and its coupling or not."""
+class BlockOption:
+    """Units i..j as one block, of which the first `recomputed` are recomputed, and its coupling or not."""
 
     i: int
     j: int
-    again: int
-    coupling_again: bool
+    recomputed: int
+    coupling_recomputed: bool
     peak: int
     seconds: float
 
     @property
     def plain(self) -> bool:
-        return not (self.again or self.coupling_again)
+        return not (self.recomputed or self.coupling_recomputed)
 
 
-Forms = Mapping[int, Sequence[Form]]
+Options = Mapping[int, Sequence[BlockOption]]
 
 
-def all_forms(costs: Costs, speed: Speed, *, coupled: bool) -> Forms:
+def block_options(costs: Costs, speed: Speed, *, coupled: bool) -> Options:
     """Every possible block, by its last unit."""
     count = len(costs.names)
-    found: dict[int, list[Form]] = {j: [] for j in range(count)}
-    kept, made_again = costs.units
+    found: dict[int, list[BlockOption]] = {j: [] for j in range(count)}
+    kept, remade = costs.units
     times = [[speed.seconds(u.forward + u.backward) for u in units] for units in costs.units]
     for i in range(count):
         enters = costs.batch if i == 0 else costs.batch + kept[i - 1].output
         for j in range(i, count):
             last = j == count - 1
             shares = count if last and i == 0 else SHARES  # each number of units where there is one block only
-            for again in sorted({round((j + 1 - i) * n / shares) for n in range(shares + 1)}):
-                own = [*made_again[i : i + again], *kept[i + again : j + 1]]
-                seconds = sum(times[1][i : i + again]) + sum(times[0][i + again : j + 1])
-                for coupling_again in (False, True) if coupled and not last else (False,):
-                    end = None if last else costs.auxiliaries[coupling_again][j]
+            for recomputed in sorted({round((j + 1 - i) * n / shares) for n in range(shares + 1)}):
+                own = [*remade[i : i + recomputed], *kept[i + recomputed : j + 1]]
+                seconds = sum(times[1][i : i + recomputed]) + sum(times[0][i + recomputed : j + 1])
+                for coupling_recomputed in (False, True) if coupled and not last else (False,):
+                    end = None if last else costs.auxiliaries[coupling_recomputed][j]
                     spent = seconds + (speed.seconds(end.forward + end.backward) if end else 0)
-                    found[j].append(Form(i, j, again, coupling_again, enters + peak(own, end), spent))
+                    found[j].append(BlockOption(i, j, recomputed, coupling_recomputed, enters + peak(own, end), spent))
     return found
 
 
@@ -75,34 +75,34 @@ def peak(own: Sequence[Cost], end: Cost | None) -> int:
 
 
 def fastest_chain(
-    costs: Costs, forms: Forms, cap: int, *, as_you_go: bool, blocks: int | None = None, several: bool = False
-) -> list[Form] | None:
+    costs: Costs, options: Options, cap: int, *, as_you_go: bool, blocks: int | None = None, several: bool = False
+) -> list[BlockOption] | None:
     """The fastest blocks in a row, as many as asked for or `several` (not one), none of which goes beyond `cap`; with
     gradients of those before it on top unless each block steps right away. None if there are none."""
     before = [0]
     for unit in costs.units[0]:
         before.append(before[-1] + unit.gradients)
     # By the last unit of a chain, and by its length where that counts: time, gradients of auxiliaries, last block.
-    best: dict[tuple[int, int], tuple[float, int, Form | None]] = {(-1, 0): (0.0, 0, None)}
-    for j, ending in forms.items():
-        extra = costs.auxiliaries[0][j].gradients if j < len(forms) - 1 else 0
-        for form in ending:
-            if several and form.i == 0 and j == len(forms) - 1:
+    best: dict[tuple[int, int], tuple[float, int, BlockOption | None]] = {(-1, 0): (0.0, 0, None)}
+    for j, ending in options.items():
+        extra = costs.auxiliaries[0][j].gradients if j < len(options) - 1 else 0
+        for option in ending:
+            if several and option.i == 0 and j == len(options) - 1:
                 continue
             for length in range(blocks or 1):
-                start = best.get((form.i - 1, length))
-                if start is None or form.peak + (0 if as_you_go else before[form.i] + start[1]) > cap:
+                start = best.get((option.i - 1, length))
+                if start is None or option.peak + (0 if as_you_go else before[option.i] + start[1]) > cap:
                     continue
                 here = (j, length + 1 if blocks else 0)
-                seconds = start[0] + form.seconds
+                seconds = start[0] + option.seconds
                 if here not in best or seconds < best[here][0]:
-                    best[here] = (seconds, start[1] + extra, form)
-    chain: list[Form] = []
-    at = (len(forms) - 1, blocks or 0)
+                    best[here] = (seconds, start[1] + extra, option)
+    chain: list[BlockOption] = []
+    at = (len(options) - 1, blocks or 0)
     while at[0] >= 0:
-        form = best[at][2] if at in best else None
-        if form is None:
+        option = best[at][2] if at in best else None
+        if option is None:
             return None
-        chain.insert(0, form)
-        at = (form.i - 1, at[1] - 1 if blocks else 0)
+        chain.insert(0, option)
+        at = (option.i - 1, at[1] - 1 if blocks else 0)
     return chain

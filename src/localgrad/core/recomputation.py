@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.split_module import split_module
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from localgrad.core.rebuild import Held, Reads
+from localgrad.core.rebuild import FrozenReference, TensorReference
 
 OF_MODULES = frozenset(vars(nn.Module())) - {"training"}  # These attributes of a module are PyTorch's own.
 CONTAINERS = frozenset((list, deque, dict, OrderedDict, defaultdict, Counter))
@@ -28,7 +28,7 @@ RESULT = object()  # It stands in a kept state where a result of an earlier forw
 
 
 @torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]  # The compiler cannot follow `_Before`.
-def again(module: nn.Module, *given: Any) -> Any:
+def recomputed(module: nn.Module, *given: Any) -> Any:
     """Computes `module(*given)` without its inner tensors, and computes it again in the backward pass.
 
     Args:
@@ -46,18 +46,18 @@ def again(module: nn.Module, *given: Any) -> Any:
         return checkpoint(module, *given, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), before))
 
 
-class Again(nn.Module):
-    """A module that runs another one by `again`."""
+class Recomputed(nn.Module):
+    """A module that runs another one by `recomputed`."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 
     def forward(self, *given: Any) -> Any:
-        return again(self.module, *given)
+        return recomputed(self.module, *given)
 
 
-def split_again(whole: nn.Module, key: str) -> nn.Module:
+def split_recomputed(whole: nn.Module, key: str) -> nn.Module:
     """Divides a module of traced steps where the value of `meta[key]` changes from one step to the next.
 
     Args:
@@ -65,7 +65,7 @@ def split_again(whole: nn.Module, key: str) -> nn.Module:
         key: A step without this key belongs to the step before it.
 
     Returns:
-        The divided module. A part whose value is not None is an `Again`.
+        The divided module. A part whose value is not None is an `Recomputed`.
     """
     assert isinstance(whole, fx.GraphModule)
     parts: list[Any] = []
@@ -79,7 +79,7 @@ def split_again(whole: nn.Module, key: str) -> nn.Module:
     for number, value in enumerate(parts):
         name = f"submod_{number}"
         if value is not None and hasattr(divided, name):
-            setattr(divided, name, Again(divided.get_submodule(name)))
+            setattr(divided, name, Recomputed(divided.get_submodule(name)))
     return divided
 
 
@@ -114,9 +114,9 @@ def _parts(module: nn.Module) -> list[nn.Module]:
     """All modules whose state `module` may use: its own, and other blocks that it runs or reads a tensor of."""
     parts = list(module.modules())
     for part in parts:  # The list grows meanwhile.
-        if isinstance(part, Held):
-            parts += part.held[0].modules()
-        elif isinstance(part, Reads):
+        if isinstance(part, FrozenReference):
+            parts += part.reference[0].modules()
+        elif isinstance(part, TensorReference):
             parts.append(part.owner[0])
     return list(dict.fromkeys(parts))
 

@@ -112,7 +112,7 @@ def no_local_model(model: object, what: str, kind: type[nn.Module]) -> UserError
     return UserError(text)
 
 
-class Door:
+class StepChecks:
     """What the steps of one model have shown so far. A copy of the model begins anew."""
 
     def __init__(self) -> None:
@@ -124,13 +124,13 @@ class Door:
         self._left: dict[int, int] = {}
         self._said = False
 
-    def __deepcopy__(self, memo: dict) -> Door:
-        return Door()
+    def __deepcopy__(self, memo: dict) -> StepChecks:
+        return StepChecks()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Door, ()
+        return StepChecks, ()
 
-    def admit(
+    def check_step(
         self,
         model: LocalModel,
         blocks: Sequence[int],

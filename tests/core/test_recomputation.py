@@ -16,7 +16,7 @@ from torch.ao import quantization
 from torch.nn.utils import parametrizations, spectral_norm
 
 import localgrad as lg
-from localgrad.core import again
+from localgrad.core import recomputation
 from localgrad.scale import memory
 
 
@@ -329,7 +329,7 @@ def test_a_state_that_is_shared_by_reference() -> None:
     base = torch.arange(6.0).view(2, 3).t()
     state = {"base": base, "row": base[1], "list": [base, deque([base[0]])], "none": None}
     state["twice"] = state["list"]
-    other = {name: again._copied(value, memo) for name, value in state.items()}
+    other = {name: recomputation._copied(value, memo) for name, value in state.items()}
     other["row"] += 10
     assert other["base"].stride() == base.stride()
     assert torch.equal(other["base"][1], base[1] + 10)
@@ -386,10 +386,10 @@ def test_statistics_are_kept_and_the_buffers_stay_the_same_objects() -> None:
     # A plain batch norm was once kept without its statistics. A copy of these few numbers needs no special case.
     for norm in (nn.BatchNorm2d(8), nn.BatchNorm2d(8).eval(), Renorm(8)):
         unit = nn.Sequential(nn.Conv2d(3, 8, 1), norm, nn.ReLU())
-        out = again.again(unit, torch.randn(2, 3, 4, 4))
+        out = recomputation.recomputed(unit, torch.randn(2, 3, 4, 4))
         found, values = list(norm.buffers()), [b.clone() for b in norm.buffers()]
         out.sum().backward()
         assert all(a is b for a, b in zip(found, norm.buffers(), strict=True))
         assert all(torch.equal(a, b) for a, b in zip(values, found, strict=True))
-        kept = again._Before(unit).kept
+        kept = recomputation._Before(unit).kept
         assert sum(isinstance(value, Tensor) for state in kept for value in state.values()) == 3
