@@ -16,7 +16,6 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import localgrad as lg
-from localgrad.core.blocks import Checkpoint, plain_call
 from localgrad.scale import memory
 
 X, Y = torch.randn(8, 3, 24, 24, generator=torch.Generator().manual_seed(1)), torch.arange(8)
@@ -172,17 +171,17 @@ def test_one_around_the_network_or_around_others(kind: type[Network]) -> None:
 @pytest.mark.filterwarnings("ignore:None of the inputs")  # the plain loop's, of one reentrant checkpoint in another
 def test_entered_by_the_call_of_a_layer(kinds: tuple[type, ...], reentrant: bool) -> None:
     model = check(OfLayers(kinds, reentrant))[1]
-    ways = {way for block in model.blocks for way in block.calls} - {plain_call}
-    assert ways == ({Checkpoint(0), Checkpoint(1)} if Stage in kinds else set())  # a layer's own stays its own
+    ranges = [found for block in model.blocks for found in block.ranges]
+    assert bool(ranges) == (Stage in kinds)  # A layer's own checkpoint stays the layer's own.
 
 
 def test_units_of_one_checkpoint_run_again_together_and_an_explicit_choice_replaces_it() -> None:
     model = check(Segments())[0]
-    assert model.blocks[0].calls == [plain_call, *[Checkpoint(0)] * 2, *[Checkpoint(1)] * 2, *[plain_call] * 3]
+    assert model.blocks[0].ranges == ((1, 2), (3, 4))
     assert "7 recomputed" not in repr(model)
     assert "4 recomputed" in repr(model)
     lg.recompute(model, units=["layers.5"])
-    assert [way is plain_call for way in model.blocks[0].calls] == [*[True] * 6, False, True]
+    assert model.blocks[0].ranges == ((6, 6),)
 
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "convnext_atto", "resnet18"])
@@ -236,7 +235,7 @@ def test_hooks_of_whoever_cuts_are_not_the_network_s() -> None:
     with warnings.catch_warnings(), save_on_cpu():
         warnings.simplefilter("error")
         models = [checkpoint(lambda: lg.localize(Network(), example=X, **HOW[1]), use_reentrant=False)]
-    assert {way for model in models for block in model.blocks for way in block.calls} == {plain_call}
+    assert not any(block.ranges for model in models for block in model.blocks)
 
 
 class Reversed(torch.autograd.Function):

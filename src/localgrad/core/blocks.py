@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from numbers import Integral
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from localgrad.core.copies import draw_anew, duplicate
 from localgrad.core.errors import UserError, unknown
 from localgrad.core.hooks import FORWARD
 from localgrad.core.layouts import boundary_behind, reads_row
-from localgrad.core.recomputation import recomputed
+from localgrad.core.recomputation import Recomputed
 from localgrad.core.segments import Segment, Segments, segments
 
 
@@ -77,49 +78,45 @@ class Unit:
 
 
 Call = Callable[[nn.Module, Tensor], Tensor]
+Range = tuple[int, int]  # the first and the last of some modules in a row, by number
 
 
 def plain_call(module: nn.Module, h: Tensor) -> Tensor:
-    """The way in which a piece of the network is run: as it is. `recomputed` is another."""
+    """Runs `module` and keeps what its backward pass needs. `recomputed` is the other way to run it."""
     return module(h)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """The way of units that the backbone itself runs in its checkpoint of this number: again, and together."""
-
-    number: int
-
-    def __call__(self, module: nn.Module, h: Tensor) -> Tensor:
-        return recomputed(module, h)
-
-
-def _call(checkpoint: int | None) -> Call:
-    return plain_call if checkpoint is None else Checkpoint(checkpoint)
 
 
 class Block(nn.Sequential):
     """Consecutive units that share one loss; the last block also runs the network's own head.
 
-    names: of its units. entering, boundary: what it reads and hands on. calls: how each of its modules is run; at first
-    as the backbone's own checkpoints have it, the one of the head by number.
+    Attributes:
+        names: those of its units.
+        entering: what it reads.
+        boundary: what it hands on.
+        ranges: which of its modules are recomputed together in the backward pass, nested ranges included. At first they
+            are those that the backbone itself runs in an activation checkpoint.
     """
 
+    ranges: tuple[Range, ...]
+
     def __init__(self, units: Sequence[Unit], head: nn.Module | None = None, checkpoint: int | None = None) -> None:
+        """checkpoint: the number of the backbone's own activation checkpoint that the head runs in, if any."""
         super().__init__(*[u.module for u in units], *([] if head is None else [head]))
         self.names = tuple(u.name for u in units)
         self.entering, self.boundary = units[0].input, units[-1].output
         numbers = [*[u.checkpoint for u in units], *([] if head is None else [checkpoint])]
-        self.calls = [_call(number) for number in numbers]
+        runs = [list(run) for _, run in groupby(range(len(numbers)), numbers.__getitem__)]
+        self.recompute([(run[0], run[-1]) for run in runs if numbers[run[0]] is not None])
+
+    def recompute(self, ranges: Iterable[Range]) -> None:
+        """Sets which modules are recomputed together. Ranges lie apart or within each other."""
+        self.ranges = tuple(sorted(set(ranges), key=lambda r: (r[0], -r[1])))
+        # A tuple, so that the modules are not registered a second time.
+        self._steps = tuple(_with_ranges(list(self), self.ranges))
 
     def forward(self, h: Tensor) -> Tensor:
-        modules, start = list(self), 0
-        while start < len(modules):
-            call, end = self.calls[start], start + 1
-            while isinstance(call, Checkpoint) and self.calls[end : end + 1] == [call]:
-                end += 1
-            h = call(nn.Sequential(*modules[start:end]) if end > start + 1 else modules[start], h)
-            start = end
+        for step in self._steps:
+            h = step(h)
         return h
 
     def check(self, h: Tensor) -> None:
@@ -242,3 +239,17 @@ def select_path(downstream: Sequence[Unit], depth: int) -> list[Unit]:
     extra = max(0, min(depth - len(changing), len(others)))
     spread = [others[i * len(others) // extra] for i in range(extra)]
     return [downstream[i] for i in sorted(changing + spread)]
+
+
+def _with_ranges(modules: Sequence[nn.Module], ranges: Sequence[Range]) -> list[nn.Module]:
+    """`modules` with each outermost range of them as one `Recomputed` module, and the inner ranges within it."""
+    steps: list[nn.Module] = []
+    end = 0
+    for first, last in ranges:
+        if first < end:  # It lies within the range before.
+            continue
+        inner = [(a - first, b - first) for a, b in ranges if first <= a and b <= last and (a, b) != (first, last)]
+        parts = _with_ranges(modules[first : last + 1], inner)
+        steps += [*modules[end:first], Recomputed(parts[0] if len(parts) == 1 else nn.Sequential(*parts))]
+        end = last + 1
+    return [*steps, *modules[end:]]

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
 
 from localgrad.core.auxiliary import Auxiliary, full_precision
 from localgrad.core.checks import check_call
@@ -117,19 +117,44 @@ def local_backward(
     """K isolated backward passes: gradients of every block and auxiliary are added to `.grad`, none crosses.
 
     It is the loop over `block_steps`, which says what the arguments are, and moves the averages of the couplings.
-    Call it once per optimizer step, before it. To accumulate gradients over several batches, loop over `block_steps`
-    instead, and call `model.move_averages()` once, before the optimizer steps.
+    Call it once per optimizer step, before it. With `model.accumulate = n` it takes the batch in n parts, one after the
+    other, so that the activations of one part only are live; the gradients are those of the mean loss over the batch.
+    To accumulate gradients over several batches, loop over `block_steps` instead, and call `model.move_averages()` once,
+    before the optimizer steps.
     """
     model = localized(model, "local_backward")
-    steps = block_steps(model, x, y, images=images, scale=scale, autocast=autocast, backward=backward)
+    check_call(x, y, scale, autocast, backward)
     model.move_averages(stepped=True)
-    losses, parts, output = [], [], None
-    for done in steps:
-        model.move_averages(done.block)
-        losses.append(done.loss)
-        parts.append(done.parts)
-        output = done.output
-    return StepResult(losses, parts, cast(Tensor, output))
+    results: list[StepResult] = []
+    shares: list[float] = []
+    count = max(1, min(model.accumulate, len(x)))
+    for part in range(count):
+        rows = slice(part * len(x) // count, (part + 1) * len(x) // count)
+        own = {"images": None if images is None else images[rows], "autocast": autocast, "backward": backward}
+        share = 1.0 if count == 1 else (rows.stop - rows.start) / len(x)
+        losses, parts, output = [], [], None
+        for done in block_steps(model, x[rows], y[rows], scale=scale if count == 1 else scale * share, **own):
+            if part == count - 1:
+                model.move_averages(done.block)
+            losses.append(done.loss)
+            parts.append(done.parts)
+            output = done.output
+        results.append(StepResult(losses, parts, cast(Tensor, output)))
+        shares.append(share)
+    return results[0] if count == 1 else _mean(results, shares)
+
+
+def _mean(results: Sequence[StepResult], shares: Sequence[float]) -> StepResult:
+    """The result of a batch from those of its parts: losses weighted by `shares`, and the outputs in a row."""
+
+    def mean(values: Iterable[Tensor]) -> Tensor:
+        return torch.stack([share * value for share, value in zip(shares, values, strict=True)]).sum()
+
+    blocks = range(len(results[0].losses))
+    losses = [mean(result.losses[k] for result in results) for k in blocks]
+    parts = [{name: mean(r.parts[k][name] for r in results) for name in results[0].parts[k]} for k in blocks]
+    logits = tree_map(lambda *tensors: torch.cat(tensors), *(result.logits for result in results))
+    return StepResult(losses, parts, logits)
 
 
 def check_step(

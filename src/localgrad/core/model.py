@@ -11,7 +11,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from localgrad.core.auxiliary import Auxiliary, Method, Site, cast_head
-from localgrad.core.blocks import Block, Traced, plain_call, split, trace_units
+from localgrad.core.blocks import Block, Traced, split, trace_units
 from localgrad.core.checks import StepChecks, check_making, no_local_model
 from localgrad.core.copies import computed
 from localgrad.core.couplings import MAN
@@ -46,6 +46,7 @@ class LocalModel(nn.Module):
         self.method = method
         self.task = task
         self.image = image
+        self.accumulate: Any = 1  # into how many micro-batches `local_backward` splits a batch
         self.checks = StepChecks()
         self.watch = watch
 
@@ -229,7 +230,7 @@ def table(model: LocalModel) -> str:
         own, extra = (list(m.parameters()) if m is not None else [] for m in (block, auxiliary))
         mib = sum(p.numel() * p.element_size() for p in own + extra) / 2**20
         first, last, count = block.names[0], block.names[-1], len(block.names)
-        recomputed = sum(call is not plain_call for call in block.calls)
+        recomputed = sum(any(a <= i <= b for a, b in block.ranges) for i in range(len(block)))
         rows.append(
             (
                 str(k),

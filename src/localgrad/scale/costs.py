@@ -23,24 +23,39 @@ from localgrad.scale.recompute import recompute
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations, and bytes read and written."""
+    """What a device does.
+
+    Attributes:
+        flops: floating-point operations.
+        moved: bytes read and written.
+        calls: how many of PyTorch's operations it takes.
+    """
 
     flops: float = 0.0
     moved: float = 0.0
+    calls: int = 0
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.flops + other.flops, self.moved + other.moved)
+        return Work(self.flops + other.flops, self.moved + other.moved, self.calls + other.calls)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One unit, or one auxiliary with its loss, for one batch.
+    """What one unit, or one auxiliary with its loss, takes for one batch. Sizes are in bytes.
 
-    output: bytes of what it hands on. kept: bytes that the forward pass leaves for the backward pass, output included;
-    0 where there is no backward pass, because nothing up to here is trained.
-    forward_peak, backward_peak: the most bytes above what lived before the forward pass began. gradients: bytes of its
-    parameters' gradients. state: bytes that it adds to the model, parameters and all. casts: bytes of weights in
-    another precision that autocast keeps, though no backward pass needs them, until the block's forward pass is over.
+    Attributes:
+        output: what it hands on.
+        kept: what the forward pass leaves for the backward pass, output included; 0 if there is no backward pass,
+            because nothing up to here is trained.
+        forward_peak: the most in the forward pass, above what lived before that.
+        backward_peak: the most in the backward pass, above what lived before the forward pass.
+        gradients: the gradients of its parameters.
+        state: what it adds to the model, which is parameters and buffers.
+        forward: the work of the forward pass.
+        backward: the work of the backward pass.
+        casts: weights in another precision that autocast keeps until the block's forward pass is over, although no
+            backward pass needs them.
+        seconds: the time of the forward and of the backward pass, once a `Speed` has filled it in.
     """
 
     output: int
@@ -52,6 +67,7 @@ class Cost:
     forward: Work
     backward: Work
     casts: int = 0
+    seconds: tuple[float, float] = (0.0, 0.0)
 
 
 class WorkMeter(TorchDispatchMode):
@@ -67,15 +83,22 @@ class WorkMeter(TorchDispatchMode):
             count = flop_registry.get(func._overloadpacket)
             flops = count(*args, **(kwargs or {}), out_val=out) if count is not None else 0
             tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
-            self.work += Work(flops, sum(t.numel() * t.element_size() for t in tensors))
+            self.work += Work(flops, sum(t.numel() * t.element_size() for t in tensors), 1)
         return out
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Of a network that is cut after each unit: its units, the auxiliary that a cut after each but the last would add,
-    both as they are ([0]) and recomputed ([1]), the bytes of a batch, and those of the images that decoders compare
-    with. The last unit has the network's own head and the criterion with it."""
+    """The costs of a network that is cut after each unit.
+
+    Attributes:
+        names: those of its units.
+        units: what each unit costs, as it is ([0]) and recomputed ([1]). The last one has the network's own head and
+            the criterion with it.
+        auxiliaries: what the auxiliary costs that a cut after each unit but the last would add, as it is and recomputed.
+        batch: bytes of a batch.
+        images: bytes of the images that decoders compare with, 0 without decoders.
+    """
 
     names: tuple[str, ...]
     units: tuple[list[Cost], list[Cost]]

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from localgrad.core.copies import without_values
-from localgrad.core.engine import block_steps
+from localgrad.core.engine import block_steps, local_backward
 from localgrad.core.errors import UserError
 from localgrad.core.model import LocalModel, localized
 from localgrad.core.task import Task
@@ -238,15 +238,16 @@ def training_step(
     autocast: torch.dtype | None = None,
 ) -> None:
     """One step as `localgrad train` takes it: optimizers[0] after the pass, or optimizers[k] after block k."""
+    if not step_as_you_go:
+        local_backward(model, x, y, autocast=autocast)
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+        return
     model.move_averages(stepped=True)
     for done in block_steps(model, x, y, autocast=autocast):
         model.move_averages(done.block)
-        if step_as_you_go:
-            optimizers[done.block].step()
-            optimizers[done.block].zero_grad()
-    if not step_as_you_go:
-        optimizers[0].step()
-        optimizers[0].zero_grad()
+        optimizers[done.block].step()
+        optimizers[done.block].zero_grad()
 
 
 def optimizers_for(

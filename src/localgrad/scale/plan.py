@@ -1,55 +1,67 @@
-"""Fit a training step into a budget: where to cut and what to recompute, so that the fastest plan that fits is found.
+"""Fit a training step into a budget: how to split the batch, where to cut and what to recompute.
 
-Every unit and every auxiliary that a cut could add is traced once (`costs.py`). A block of units i..j then has a known
-peak and time, with some or all of its units recomputed, its coupling, both or neither. For a cap on the peak of any
-block, dynamic programming over the cuts finds the fastest chain of blocks under it (`search.py`); many caps give the
-frontier. The peak of the plan that is chosen is then predicted on the whole step.
+Every unit and every auxiliary that a cut could add is traced once (`costs.py`). For each possible block, dynamic
+programming then gives the fastest recomputation under each number of bytes, and dynamic programming over the blocks the
+fastest chain of them under a cap (`search.py`). Many caps give the frontier. The peak of a plan is put together from the
+costs of its pieces (`peaks.py`); that of the plan that is chosen is predicted on the whole step too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from localgrad.core.auxiliary import Method
+from localgrad.core.auxiliary import Auxiliary, Method
 from localgrad.core.blocks import units
 from localgrad.core.checks import check_network
 from localgrad.core.copies import without_values
 from localgrad.core.couplings import MAN
 from localgrad.core.errors import UserError
-from localgrad.core.methods import dgl
+from localgrad.core.methods import bp, dgl
 from localgrad.core.model import LocalModel, localize, param_groups
 from localgrad.core.sizes import bytes_of
 from localgrad.core.task import Task
-from localgrad.scale.costs import trace_costs
+from localgrad.scale.costs import Cost, Costs, Work, trace_costs
 from localgrad.scale.memory import MakeOptimizer, optimizers_for, predict_peak
 from localgrad.scale.recompute import recompute
-from localgrad.scale.search import BlockOption, block_options, fastest_chain
+from localgrad.scale.search import BlockOption, Search
 from localgrad.scale.speed import Speed
 
-TRIES = 5  # to come down from an estimate to within the budget
+TRIES = 5  # to come from an estimated peak to an exact one within the budget
 CAPS = 48  # on the peak of a block, evenly spread in the logarithm
+SPLITS = (2, 4, 8, 16)  # into how many micro-batches a batch may be split
+
+Accumulate = Literal["never", "exact", "any"]
 
 
 @dataclass(frozen=True)
 class Plan:
     """How to train a network.
 
-    blocks: the last unit of each block, as `localize` takes them; one block is backpropagation. units, couplings: what
-    `recompute` makes again. peak: bytes of a step, everything counted; `exact` if it was predicted on the whole step
-    and not put together from its pieces. lasting: those of them that parameters, averages and the optimizer's state
-    hold. seconds: predicted time of a step. flops: its floating-point operations.
+    Attributes:
+        blocks: the last unit of each block, as `localize` takes them. One block is backpropagation, which is exact.
+        units: what `recompute` takes: units and ranges of units that are recomputed.
+        couplings: the blocks whose coupling is recomputed.
+        step_as_you_go: whether each block steps right after its backward pass.
+        accumulate: into how many micro-batches the batch is split, whose gradients are added up.
+        peak: bytes of a step, with everything counted.
+        lasting: those of them that parameters, averages and the optimizer's state hold.
+        seconds: the predicted time of a step.
+        flops: its floating-point operations.
+        exact: whether `peak` was predicted on the whole step, and not put together from its pieces.
     """
 
     blocks: tuple[str, ...]
     units: tuple[str, ...]
     couplings: tuple[int, ...]
     step_as_you_go: bool
+    accumulate: int
     peak: int
     lasting: int
     seconds: float
@@ -57,16 +69,28 @@ class Plan:
     exact: bool = False
 
     def apply(self, model: LocalModel) -> LocalModel:
-        """Sets what `model`, which was localized with `blocks`, recomputes."""
+        """Sets what `model`, which was localized with `blocks`, recomputes, and how `local_backward` splits a batch."""
+        model.accumulate = self.accumulate
         return recompute(model, units=self.units, couplings=self.couplings)
 
 
 class Planner:
-    """Traces a network once; then `frontier` and `fastest` are quick.
+    """Traces a network once; then `frontier` and `fastest` are quick. Nothing is run and the backbone stays as it was.
 
-    backbone, example, method, coupling, task: as for `localize`; the batch is the example's. optimizer: makes one from
-    groups of parameters; SGD with Nesterov momentum by default. autocast: as for `local_backward`. speed: of the
-    device (`calibrate`). Nothing is run and the backbone is left as it was.
+    Args:
+        backbone: the network to train.
+        example: a batch [B, ...] of the size of a step.
+        method: the local losses, as for `localize`; `lg.bp()` plans exact training alone.
+        coupling: as for `localize`.
+        task: as for `localize`.
+        optimizer: makes an optimizer from groups of parameters. By default SGD with Nesterov momentum.
+        autocast: as for `local_backward`.
+        speed: of the device (`calibrate`). By default one that ranks plans, but tells no seconds.
+        accumulate: whether a plan may split the batch into micro-batches: "never"; "exact", where that changes no
+            result, as there are no batch statistics; or "any".
+
+    Raises:
+        UserError: the network cannot be cut or trained.
     """
 
     def __init__(
@@ -80,70 +104,83 @@ class Planner:
         optimizer: MakeOptimizer | None = None,
         autocast: torch.dtype | None = None,
         speed: Speed | None = None,
+        accumulate: Accumulate = "exact",
     ) -> None:
         check_network(backbone, example)
         if not any(p.requires_grad for p in backbone.parameters()):
             raise UserError("nothing can be planned: every parameter of the network is frozen (requires_grad=False)")
+        if accumulate not in ("never", "exact", "any"):
+            raise UserError(f"accumulate takes never, exact or any, not '{accumulate}'")
         shapes, one = without_values(backbone, "meta"), torch.empty_like(example[:1], device="meta")
-        self._coupling = coupling
+        self._coupling, self._speed, self._autocast, self._accumulate = coupling, speed or Speed(), autocast, accumulate
         cuttable = method if method.terms else dgl("0c1f")  # to tell the units' costs; no head of it is in a plan
         self._cut = partial(localize, shapes, method=cuttable, example=one, task=task)
-        self._batch, self._autocast = len(example), autocast
+        self._batch = len(example)
         self._blocks = None if method.terms else 1
         self._optimizer = optimizer or partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)
-        self.costs = trace_costs(self._cut(blocks=len(units(shapes, one)), coupling=coupling), self._batch, autocast)
-        self._options = block_options(self.costs, speed or Speed(), coupled=coupling is not None)
+        self._model = self._cut(blocks=len(units(shapes, one)), coupling=coupling)
+        self._searches: dict[int, Search] = {}
+        self.costs = self._search(1).costs
         self._slots = _slots(self._optimizer)
 
     @property
     def bp(self) -> Plan:
         """Backpropagation, for comparison."""
-        return self._whole(recomputed=0)
+        return self._whole(())
 
     @property
     def checkpointing(self) -> Plan:
-        """Backpropagation with every unit recomputed: activation checkpointing, for comparison."""
-        return self._whole(recomputed=len(self.costs.names))
+        """Backpropagation with each unit recomputed by itself: plain activation checkpointing, for comparison."""
+        return self._whole([(u, u) for u in range(len(self.costs.names))])
+
+    def accumulation(self, micro_batches: int) -> Plan:
+        """Backpropagation of so many micro-batches, for comparison; with batch norm it is not the same training."""
+        if not 1 <= micro_batches <= self._batch or self._batch % micro_batches:
+            raise UserError(f"a batch of {self._batch} cannot be split into {micro_batches} equal micro-batches")
+        return self._whole((), micro_batches)
 
     def cut(self, blocks: Sequence[str]) -> Plan:
         """Cut after the units named, the last included, and nothing recomputed; for comparison."""
         ends = [self.costs.names.index(name) for name in blocks]
         starts = [0, *(end + 1 for end in ends)]
-        plain = {(f.i, f.j): f for options in self._options.values() for f in options if f.plain}
-        return self._plan([plain[i, j] for i, j in zip(starts, ends, strict=False)], as_you_go=False)
+        return self._plan([BlockOption(i, j) for i, j in zip(starts, ends, strict=False)])
 
     def even(self, blocks: int) -> Plan:
         """As many blocks as asked for, cut as `localize` cuts, nothing recomputed; for comparison."""
         self._check(blocks)
-        count = len(self._options)
+        count = len(self.costs.names)
         return self.cut([self.costs.names[i * count // blocks - 1] for i in range(1, blocks + 1)])
 
     def balanced(self, blocks: int) -> Plan:
         """As many blocks as asked for, cut so that the step needs the least, nothing recomputed."""
         self._check(blocks)
-        plain = {j: [f for f in options if f.plain] for j, options in self._options.items()}
-
-        def chain(cap: int) -> list[BlockOption] | None:
-            return fastest_chain(self.costs, plain, cap, as_you_go=False, blocks=blocks)
-
+        search = Search(self.costs, coupled=False, recompute=False)
         low, high = 0, 2 * self.bp.peak
-        while low + 1 < high:  # no cap of `low` will do
+        chain: list[BlockOption] | None = None
+        while low + 1 < high:  # No cap of `low` will do.
             middle = (low + high) // 2
-            low, high = (low, middle) if chain(middle) else (middle, high)
-        return self._plan(chain(high) or [], as_you_go=False)
+            found = search.fastest(middle, as_you_go=False, blocks=blocks)
+            low, high, chain = (low, middle, found) if found else (middle, high, chain)
+        return self._plan(chain or [])
 
     def frontier(self, blocks: int | None = None, *, several: bool = False, as_you_go: bool = True) -> list[Plan]:
-        """The plans of which no other needs both less memory and less time, of as many blocks as asked for; the fastest
-        first."""
+        """The plans of which no other needs both less memory and less time, the fastest first.
+
+        Args:
+            blocks: how many, or None for any number.
+            several: whether backpropagation, which is one block, is left out.
+            as_you_go: whether blocks may step right after their backward pass.
+        """
         self._check(2 if several else blocks or 1)
-        ends = [min(option.peak for option in options) for options in self._options.values()]
-        low, high = max(ends), self._options[len(self._options) - 1][0].peak
         plans: dict[tuple, Plan] = {}
-        for n in range(CAPS):
-            for go in (False, True) if as_you_go else (False,):
-                plan = self._under(int(low * (high / low) ** (n / (CAPS - 1))), go, blocks, several)
+        for n, go, blocks_of, several_of in self._ways(blocks, several, as_you_go):
+            high = 2 * self.bp.peak
+            low = high // 1000
+            for step in range(CAPS):
+                cap = int(low * (high / low) ** (step / (CAPS - 1)))
+                plan = self._under(cap, n, go, blocks_of, several_of)
                 if plan is not None:
-                    plans[plan.blocks, plan.units, plan.couplings, plan.step_as_you_go] = plan
+                    plans[plan.blocks, plan.units, plan.couplings, plan.step_as_you_go, n] = plan
         best: list[Plan] = []
         for plan in sorted(plans.values(), key=lambda p: (p.seconds, p.peak, p.step_as_you_go)):
             if not best or plan.peak < best[-1].peak:
@@ -153,20 +190,32 @@ class Planner:
     def fastest(
         self, budget: int | float | str, blocks: int | None = None, *, several: bool = False, as_you_go: bool = True
     ) -> Plan:
-        """The fastest plan whose step takes at most `budget` bytes, by exact prediction; of as many blocks as asked
-        for, or of `several`: not BP with units recomputed, which is one block. as_you_go: whether it may step as it
-        goes. Raises UserError if none does, saying the least that would do and what holds it."""
+        """The fastest plan whose step takes at most `budget` bytes, by exact prediction.
+
+        Args:
+            budget: bytes, as a number or as text such as "2GiB".
+            blocks: how many, or None for any number. 1 is exact training.
+            several: whether backpropagation, which is one block, is left out.
+            as_you_go: whether blocks may step right after their backward pass.
+
+        Raises:
+            UserError: no plan fits. It says the least that would do, what holds it, and what would lower it.
+        """
         budget = bytes_of(budget)
-        ways = (False, True) if as_you_go else (False,)
-        plans = [plan for go in ways if (plan := self._fitting(budget, go, blocks, several))]
+        self._check(2 if several else blocks or 1)
+        ways = self._ways(blocks, several, as_you_go)
+        plans = [plan for way in ways if (plan := self._fitting(budget, *way)) is not None]
         if plans:
             return min(plans, key=lambda plan: (plan.seconds, plan.peak))
         least = self.exactly(self.frontier(blocks, several=several, as_you_go=as_you_go)[-1])
-        if least.peak <= budget:  # it was put together from pieces that need less in one
+        if least.peak <= budget:  # It was put together from pieces that need less in one.
             return least
+        advice = "a smaller batch needs less"
+        if self._accumulate != "any" and self._batch > 1:
+            advice += ", and so does the same batch in parts (accumulate='any')"
         raise UserError(
             f"no plan fits {budget / 2**20:.0f} MiB: the least is {least.peak / 2**20:.0f} MiB, of which parameters, "
-            f"averages and the optimizer's state hold {least.lasting / 2**20:.0f}; a smaller batch needs less"
+            f"averages and the optimizer's state hold {least.lasting / 2**20:.0f}; {advice}"
         )
 
     def exactly(self, plan: Plan) -> Plan:
@@ -183,77 +232,150 @@ class Planner:
         return replace(plan, peak=found.total, exact=True)
 
     def _check(self, blocks: int) -> None:
-        count = len(self._options)
+        count = len(self.costs.names)
         if not 1 <= blocks <= count:
             raise UserError(f"blocks={blocks} is out of range: this network has {count} units, so 1 to {count}")
 
-    def _fitting(self, budget: int, as_you_go: bool, blocks: int | None, several: bool) -> Plan | None:
+    def _search(self, micro_batches: int) -> Search:
+        """The tables for so many micro-batches. Gradients of more than one are live from the start."""
+        if micro_batches not in self._searches:
+            costs = trace_costs(self._model, self._batch // micro_batches, self._autocast)
+            costs = self._speed.timed(costs)
+            if micro_batches > 1:
+                costs = replace(_without_gradients(costs), batch=costs.batch * micro_batches)
+            self._searches[micro_batches] = Search(costs, coupled=self._coupling is not None)
+        return self._searches[micro_batches]
+
+    def _ways(
+        self, blocks: int | None, several: bool, as_you_go: bool
+    ) -> Iterator[tuple[int, bool, int | None, bool]]:
+        """Ways to plan: the number of micro-batches, whether to step as one goes, how many blocks, and not one."""
+        blocks = blocks or self._blocks
+        for go in (False, True) if as_you_go and blocks != 1 else (False,):
+            yield 1, go, blocks, several
+        for n in SPLITS if self._accumulate != "never" else ():
+            if self._batch % n == 0 and self._splits_exactly(several or blocks != 1):
+                yield n, False, blocks, several
+            elif self._batch % n == 0 and not several and blocks is None and self._splits_exactly(False):
+                yield n, False, 1, False
+
+    def _splits_exactly(self, local: bool) -> bool:
+        """Whether the mean over micro-batches is the result of the whole batch, or "any" result will do."""
+        model = self._model if local else self._model.backbone
+        terms = [t for a in self._model.auxiliaries if isinstance(a, Auxiliary) for t in a.terms.values()]
+        pairs = local and any(term.pairs for term in terms)
+        norms = any(isinstance(m, _BatchNorm) and (m.training or not m.track_running_stats) for m in model.modules())
+        return self._accumulate == "any" or not (pairs or norms)
+
+    def _fitting(self, budget: int, n: int, as_you_go: bool, blocks: int | None, several: bool) -> Plan | None:
         """The plan of the highest cap that stays within `budget`."""
-        target = budget
+        target, best = budget, None
         for _ in range(TRIES):
             found, low, high = None, 0, budget
             while low + 1 < high:
                 cap = (low + high) // 2
-                plan = self._under(cap, as_you_go, blocks, several)
+                plan = self._under(cap, n, as_you_go, blocks, several)
                 if plan is not None and plan.peak > target:
                     high = cap
                 else:
                     found, low = plan or found, cap
             if found is None:
-                return None
-            found = self.exactly(found)
-            if found.peak <= budget:
-                return found
-            target -= found.peak - budget  # what is put together from pieces is a little off
-        return None
+                return best
+            exact = self.exactly(found)
+            if exact.peak <= budget and (best is None or exact.seconds < best.seconds):
+                best = exact
+            # What is put together from pieces is a little off.
+            off, before = exact.peak - found.peak, target
+            target = budget - off
+            if abs(target - before) < budget / 1000 and best is not None:
+                return best
+        return best
 
-    def _under(self, cap: int, as_you_go: bool, blocks: int | None, several: bool) -> Plan | None:
+    def _under(self, cap: int, n: int, as_you_go: bool, blocks: int | None, several: bool) -> Plan | None:
         """The fastest plan none of whose blocks goes beyond `cap`."""
-        blocks = blocks or self._blocks
-        chain = fastest_chain(self.costs, self._options, cap, as_you_go=as_you_go, blocks=blocks, several=several)
-        return None if chain is None else self._plan(chain, as_you_go=as_you_go and len(chain) > 1)
+        chain = self._search(n).fastest(cap, as_you_go=as_you_go, blocks=blocks, several=several)
+        return None if chain is None else self._plan(chain, n, as_you_go=as_you_go and len(chain) > 1)
 
-    def _whole(self, recomputed: int) -> Plan:
-        (option,) = [f for f in self._options[len(self._options) - 1] if f.i == 0 and f.recomputed == recomputed]
-        return self._plan([option], as_you_go=False)
+    def _whole(self, ranges: Sequence[tuple[int, int]], n: int = 1) -> Plan:
+        return self._plan([BlockOption(0, len(self.costs.names) - 1, tuple(ranges))], n)
 
-    def _plan(self, chain: Sequence[BlockOption], *, as_you_go: bool) -> Plan:
-        names = self.costs.names
+    def _plan(self, chain: Sequence[BlockOption], n: int = 1, *, as_you_go: bool = False) -> Plan:
+        costs, names = self._search(n).costs, self.costs.names
         ends = [self.costs.auxiliaries[0][option.j] for option in chain[:-1]]
-        pieces = [*self.costs.units[0], *ends]
-        gradients = sum(piece.gradients for piece in pieces)
-        lasting = sum(piece.state for piece in pieces) + round(self._slots * gradients)
-        kept, remade = self.costs.units
-        run = [u for f in chain for u in (*remade[f.i : f.i + f.recomputed], *kept[f.i + f.recomputed : f.j + 1])]
-        run += [self.costs.auxiliaries[option.coupling_recomputed][option.j] for option in chain[:-1]]
-        peak, before = 0, self.costs.images if len(chain) > 1 else 0
-        for option, end in zip(chain, [*ends, None], strict=True):
-            peak = max(peak, before + option.peak)
+        lasting, gradients = self._lasting(ends)
+        peak, before = 0, costs.images if len(chain) > 1 else 0
+        before += gradients if n > 1 else 0  # They are live from the second micro-batch on.
+        for option in chain:
+            peak = max(peak, before + option.peak(costs))
             if not as_you_go:
-                before += sum(unit.gradients for unit in self.costs.units[0][option.i : option.j + 1])
-                before += end.gradients if end is not None else 0
+                before += sum(unit.gradients for unit in costs.units[0][option.i : option.j + 1])
+                before += costs.auxiliaries[0][option.j].gradients if option is not chain[-1] else 0
         return Plan(
             blocks=tuple(names[option.j] for option in chain),
-            units=tuple(name for option in chain for name in names[option.i : option.i + option.recomputed]),
+            units=tuple(_name(names, a, b) for option in chain for a, b in option.ranges),
             couplings=tuple(k for k, option in enumerate(chain) if option.coupling_recomputed),
             step_as_you_go=as_you_go,
+            accumulate=n,
             peak=lasting + max(peak, before),
             lasting=lasting,
-            seconds=sum(option.seconds for option in chain),
-            flops=sum(piece.forward.flops + piece.backward.flops for piece in run),
+            seconds=n * sum(option.seconds(costs) for option in chain),
+            flops=n * sum(option.work(costs).flops for option in chain),
         )
 
+    def _lasting(self, ends: Sequence[Cost]) -> tuple[int, int]:
+        """Bytes of parameters, buffers and the optimizer's state, and of all gradients."""
+        own = [*self.costs.units[0], *ends]
+        gradients = sum(piece.gradients for piece in own)
+        return sum(piece.state for piece in own) + round(self._slots * gradients), gradients
 
-def plan(backbone: nn.Module, example: Tensor, budget: int | float | str, **how: Any) -> Plan:
-    """The fastest plan for `backbone` whose training step on a batch like `example` takes at most `budget` bytes,
-    which may be text such as "2GiB".
 
-    how: method, coupling, task, optimizer, autocast and speed, as for `Planner`. Train it with
-    `plan.apply(localize(backbone, blocks=plan.blocks, ...))`. Raises UserError if none fits, saying the least that
-    would do.
+def plan(
+    backbone: nn.Module,
+    example: Tensor,
+    budget: int | float | str,
+    *,
+    method: Method | None = None,
+    coupling: MAN | None = None,
+    task: Task | None = None,
+    optimizer: MakeOptimizer | None = None,
+    autocast: torch.dtype | None = None,
+    speed: Speed | None = None,
+    accumulate: Accumulate = "exact",
+) -> Plan:
+    """The fastest plan for `backbone` whose step on a batch like `example` takes at most `budget` bytes.
+
+    Train it with `plan.apply(localize(backbone, blocks=plan.blocks, ...))`, or let `fit` do both.
+
+    Args:
+        budget: bytes, as a number or as text such as "2GiB".
+        method: local losses. By default `bp()`: exact training.
+
+    The other arguments are those of `Planner`.
+
+    Raises:
+        UserError: no plan fits. It says the least that would do.
     """
     budget = bytes_of(budget)
-    return Planner(backbone, example, **how).fastest(budget)
+    planner = Planner(
+        backbone, example, method=method or bp(), coupling=coupling, task=task, optimizer=optimizer,
+        autocast=autocast, speed=speed, accumulate=accumulate,
+    )  # fmt: skip
+    return planner.fastest(budget)
+
+
+def _name(names: Sequence[str], first: int, last: int) -> str:
+    return names[first] if first == last else f"{names[first]}:{names[last]}"
+
+
+def _without_gradients(costs: Costs) -> Costs:
+    """`costs` for a step that finds all gradients there: it makes none that stay."""
+
+    def without(own: Sequence[Cost]) -> list[Cost]:
+        return [replace(cost, gradients=0) for cost in own]
+
+    (kept, remade), (plain, other) = costs.units, costs.auxiliaries
+    units, auxiliaries = (without(kept), without(remade)), (without(plain), without(other))
+    return replace(costs, units=units, auxiliaries=auxiliaries)
 
 
 def _slots(optimizer: MakeOptimizer) -> float:

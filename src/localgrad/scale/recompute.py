@@ -1,16 +1,17 @@
-"""Recompute inside a block: a unit's tensors are not kept for its backward pass but made again.
+"""Recompute inside a block: tensors of some units are not kept for the backward pass but computed again.
 
-Plain activation checkpointing, confined to a block, or to the branches of a coupling. Gradients, random draws and
-buffers are those of the plain step, bit for bit (`core.recomputation`).
+This is activation checkpointing, confined to a block or to the branches of a coupling. Units in a row can be recomputed
+together, and some of them once more within that. Gradients, random draws and buffers are those of the plain step, bit
+for bit (`core/recomputation.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from localgrad.core.blocks import plain_call
+from localgrad.core.blocks import Range, plain_call
 from localgrad.core.couplings import Link
-from localgrad.core.errors import unknown
+from localgrad.core.errors import UserError, unknown
 from localgrad.core.model import LocalModel, localized
 from localgrad.core.recomputation import recomputed
 
@@ -18,24 +19,63 @@ from localgrad.core.recomputation import recomputed
 def recompute(
     model: LocalModel, *, units: bool | Sequence[str] = True, couplings: bool | Sequence[int] = False
 ) -> LocalModel:
-    """Sets what `model` makes again in the backward pass, and returns it. A model of a backbone that has checkpoints of
-    its own has these until then.
+    """Sets what `model` computes again in the backward pass. `recompute(model, units=False)` undoes it.
 
-    units: all, none, or those named. The network's own head counts to its last unit's block and is always kept.
-    couplings: each branch of every coupling, or of those of the blocks listed. `recompute(model, units=False)` undoes
-    it. Raises UserError for a name that is no unit.
+    Args:
+        model: what `localize` gave. If its backbone has activation checkpoints of its own, they are replaced.
+        units: all (True), none (False), or a list. "layer1.0" is one unit. "layer1.0:layer1.5" are the units from the
+            first to the second, which are recomputed together: only the input of the first is kept. A range may lie
+            within another; it is then recomputed once more within that. The network's own head is always kept.
+        couplings: each branch of every coupling, or of those of the blocks listed.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        UserError: a name is that of no unit, a range goes over the end of a block, or two ranges overlap.
     """
     model = localized(model, "recompute")
     names = [name for block in model.blocks for name in block.names]
-    chosen = set(names) if units is True else set(units or ())
-    for name in chosen - set(names):
-        raise unknown("unit", name, names)
+    ranges = [_range(text, names) for text in (names if units is True else units or ())]
+    _check_nested(ranges, names)
+    start = 0
     for block in model.blocks:
-        own = [recomputed if name in chosen else plain_call for name in block.names]
-        block.calls = own + [plain_call] * (len(block) - len(own))
+        end = start + len(block.names)
+        for first, last in ranges:
+            if first < end <= last and start <= first:
+                raise UserError(
+                    f"'{names[first]}:{names[last]}' goes over the end of a block, behind '{names[end - 1]}': only "
+                    "units of one block are recomputed together"
+                )
+        block.recompute([(a - start, b - start) for a, b in ranges if start <= a and b < end])
+        start = end
     for k, auxiliary in enumerate(model.auxiliaries):
         here = couplings if isinstance(couplings, bool) else k in couplings
         for link in auxiliary.modules():
             if isinstance(link, Link):
                 link.call = recomputed if here else plain_call
     return model
+
+
+def _range(text: str, names: Sequence[str]) -> Range:
+    first, _, last = text.partition(":")
+    for name in (first, last or first):
+        if name not in names:
+            raise unknown("unit", name, names)
+    return names.index(first), names.index(last or first)
+
+
+def _check_nested(ranges: Sequence[Range], names: Sequence[str]) -> None:
+    """Raises UserError unless each two ranges lie apart or one within the other."""
+    for first, last in ranges:
+        if last < first:
+            raise UserError(f"'{names[first]}:{names[last]}' runs backwards: '{names[last]}' comes first")
+    ordered = sorted(ranges, key=lambda r: (r[0], -r[1]))
+    around: list[Range] = []
+    for this in ordered:
+        while around and around[-1][1] < this[0]:
+            around.pop()
+        if around and around[-1][1] < this[1]:
+            one, other = (f"{names[a]}:{names[b]}" for a, b in (around[-1], this))
+            raise UserError(f"'{one}' and '{other}' overlap: one must lie within the other, or apart from it")
+        around.append(this)

@@ -1,108 +1,295 @@
-"""The search behind a plan: every possible block with what it needs, and the fastest row of blocks under a cap."""
+"""The search behind a plan: the fastest recomputation of each possible block under a cap, and the fastest blocks.
+
+Within a block it is the dynamic programme for heterogeneous chains of Beaumont, Eyraud-Dubois, Herrmann, Joly and
+Shilova ("Optimal checkpointing for heterogeneous chains", 2019). To train the units s..t of a chain in m bytes, either
+all that unit s needs is kept, or units s..c-1 are run and only the input of unit c is kept; s..c-1 are then recomputed
+when the backward pass arrives there, for which the same question is asked once more:
+
+    T[s, t](m) = min( forward[s] + backward[s] + T[s+1, t](m - kept[s]),
+                      min over c of: forward[s..c-1] + T[c, t](m - output[c-1]) + T[s, c-1](m) )
+
+Memory is counted in slots, and a table has a time for each number of slots. A block ends with its auxiliary or with the
+loss of the network. Gradients of parameters stay once they are made, so an early unit finds those of all later ones.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
+from typing import Any
 
-from localgrad.scale.costs import Cost, Costs
-from localgrad.scale.speed import Speed
+import numpy as np
 
-SHARES = 8  # in which a block's units may be recomputed, the first ones first: they are the largest
+from localgrad.core.blocks import Range
+from localgrad.scale.costs import Cost, Costs, Work
+from localgrad.scale.peaks import block_peak, copies_of, in_a_row, recomputed_cost
+
+SLOTS = 1000  # of memory; fewer for a long chain
+MOST_PIECES = 100  # A longer chain is searched in pieces of several units each.
+MOST_NUMBERS = 1e8  # that filling a table may take
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
 class BlockOption:
-    """Units i..j as one block, of which the first `recomputed` are recomputed, and its coupling or not."""
+    """One way to train some units in a row as one block.
+
+    Attributes:
+        i: the number of its first unit.
+        j: the number of its last unit.
+        ranges: units that are recomputed together, by number; a range may lie within another one.
+        coupling_recomputed: whether the branches of its coupling are recomputed.
+    """
 
     i: int
     j: int
-    recomputed: int
-    coupling_recomputed: bool
-    peak: int
-    seconds: float
+    ranges: tuple[Range, ...] = ()
+    coupling_recomputed: bool = False
 
-    @property
-    def plain(self) -> bool:
-        return not (self.recomputed or self.coupling_recomputed)
+    def peak(self, costs: Costs) -> int:
+        """The most bytes that it takes above what lives anyway, its input included."""
+        enters = costs.batch + (costs.units[0][self.i - 1].output if self.i else 0)
+        return enters + block_peak(costs, self.i, self.j, self.ranges, self.coupling_recomputed)
 
+    def seconds(self, costs: Costs) -> float:
+        """The time of a step through it."""
+        return sum(runs * cost.seconds[0] + cost.seconds[1] for cost, runs in self._runs(costs))
 
-Options = Mapping[int, Sequence[BlockOption]]
+    def work(self, costs: Costs) -> Work:
+        """The work of a step through it."""
+        parts = (part for cost, runs in self._runs(costs) for part in [cost.forward] * runs + [cost.backward])
+        return reduce(Work.__add__, parts)
 
-
-def block_options(costs: Costs, speed: Speed, *, coupled: bool) -> Options:
-    """Every possible block, by its last unit."""
-    count = len(costs.names)
-    found: dict[int, list[BlockOption]] = {j: [] for j in range(count)}
-    kept, remade = costs.units
-    times = [[speed.seconds(u.forward + u.backward) for u in units] for units in costs.units]
-    for i in range(count):
-        enters = costs.batch if i == 0 else costs.batch + kept[i - 1].output
-        for j in range(i, count):
-            last = j == count - 1
-            shares = count if last and i == 0 else SHARES  # each number of units where there is one block only
-            for recomputed in sorted({round((j + 1 - i) * n / shares) for n in range(shares + 1)}):
-                own = [*remade[i : i + recomputed], *kept[i + recomputed : j + 1]]
-                seconds = sum(times[1][i : i + recomputed]) + sum(times[0][i + recomputed : j + 1])
-                for coupling_recomputed in (False, True) if coupled and not last else (False,):
-                    end = None if last else costs.auxiliaries[coupling_recomputed][j]
-                    spent = seconds + (speed.seconds(end.forward + end.backward) if end else 0)
-                    found[j].append(BlockOption(i, j, recomputed, coupling_recomputed, enters + peak(own, end), spent))
-    return found
+    def _runs(self, costs: Costs) -> Iterator[tuple[Cost, int]]:
+        """Each unit, and the auxiliary, with how often it runs forward: once more for each range that it lies in."""
+        for u in range(self.i, self.j + 1):
+            yield costs.units[0][u], 1 + sum(a <= u <= b for a, b in self.ranges)
+        if self.j < len(costs.names) - 1:
+            yield costs.auxiliaries[self.coupling_recomputed][self.j], 1
 
 
-def peak(own: Sequence[Cost], end: Cost | None) -> int:
-    """The most bytes above a block's input and what lives anyway: forward through the units, through the auxiliary and
-    back, and back through the units, whose gradients stay; what the block hands on lives until the end, beside the
-    same made again where the last unit has kept nothing else. The output of a frozen unit that keeps nothing lives
-    until the next unit has read it, if that keeps nothing either."""
-    kept = most = gradients = casts = passing = 0
-    held = own[-1].output if own[-1].kept in (0, own[-1].output) else 0
-    for unit in own:
-        most = max(most, kept + passing + casts + unit.forward_peak)
-        kept += unit.kept + (passing if unit.kept else 0)
-        casts += unit.casts
-        passing = 0 if unit.kept else unit.output
-    if end is not None:
-        most = max(most, kept + passing + casts + end.forward_peak, kept + passing + end.backward_peak)
-        gradients = end.gradients
-    for unit in reversed(own):
-        kept -= unit.kept
-        most = max(most, kept + held + unit.backward_peak + gradients)
-        gradients += unit.gradients
-        held = own[-1].output
-    return most
+class Search:
+    """Finds the fastest blocks under a cap. Its tables are made when they are first needed.
 
+    Args:
+        costs: of the network, with the time of each unit and auxiliary (`Speed.timed`).
+        coupled: whether there are couplings, whose branches can be recomputed.
+        recompute: whether anything may be recomputed.
+    """
 
-def fastest_chain(
-    costs: Costs, options: Options, cap: int, *, as_you_go: bool, blocks: int | None = None, several: bool = False
-) -> list[BlockOption] | None:
-    """The fastest blocks in a row, as many as asked for or `several` (not one), none of which goes beyond `cap`; with
-    gradients of those before it on top unless each block steps right away. None if there are none."""
-    before = [0]
-    for unit in costs.units[0]:
-        before.append(before[-1] + unit.gradients)
-    # By the last unit of a chain, and by its length where that counts: time, gradients of auxiliaries, last block.
-    best: dict[tuple[int, int], tuple[float, int, BlockOption | None]] = {(-1, 0): (0.0, 0, None)}
-    for j, ending in options.items():
-        extra = costs.auxiliaries[0][j].gradients if j < len(options) - 1 else 0
-        for option in ending:
-            if several and option.i == 0 and j == len(options) - 1:
-                continue
-            for length in range(blocks or 1):
-                start = best.get((option.i - 1, length))
-                if start is None or option.peak + (0 if as_you_go else before[option.i] + start[1]) > cap:
+    def __init__(self, costs: Costs, *, coupled: bool, recompute: bool = True) -> None:
+        self.costs, self._coupled, self._recompute = costs, coupled and recompute, recompute
+        count = len(costs.names)
+        size = -(-count // MOST_PIECES) if recompute else 1
+        self.pieces = [(a, min(a + size, count) - 1) for a in range(0, count, size)]
+        kept = [in_a_row(costs.units[0][a : b + 1]) for a, b in self.pieces]
+        remade = [recomputed_cost(costs, a, b, ()) for a, b in self.pieces]
+        times = np.array([np.sum([u.seconds for u in costs.units[0][a : b + 1]], axis=0) for a, b in self.pieces])
+        self._both = times.sum(axis=1)
+        self._until = _sums(times[:, 0])  # the time of the forward pass through all pieces before each one
+        self._copies = _sums([copies_of(costs, a, b) for a, b in self.pieces])
+        self._before = _sums([piece.gradients for piece in kept])  # bytes of gradients of all pieces before each one
+        self._later = self._before[-1] - self._before[1:]
+        self._kept, self._output, self._forward, self._backward = (
+            np.array([getattr(piece, name) for piece in kept], float)
+            for name in ("kept", "output", "forward_peak", "backward_peak")
+        )
+        self._forward_again, self._backward_again = (
+            np.array([getattr(piece, name) for piece in remade], float) for name in ("forward_peak", "backward_peak")
+        )
+        n = len(self.pieces)
+        ends = [max(end.forward_peak, end.backward_peak) for own in costs.auxiliaries for end in own]
+        top = self._kept.sum() + self._backward.max() + self._before[-1] + self._output.max() + max(ends, default=0)
+        most = min(SLOTS, max(60.0, 6 * MOST_NUMBERS / n**3)) if recompute else 10 * SLOTS
+        slots = int(max(1.0, min(most, top)))
+        self._slot = max(1.0, top / slots)  # bytes
+        self._m = np.arange(slots + 1)
+        self._columns = np.arange(slots + 2)
+        self._ranges: Array | None = None
+        self._blocks: dict[int, Array] = {}
+
+    def fastest(
+        self, cap: float, *, as_you_go: bool, blocks: int | None = None, several: bool = False
+    ) -> list[BlockOption] | None:
+        """The fastest blocks in a row of which none takes more than `cap`, or None if there are none.
+
+        Args:
+            cap: bytes above what lives anyway.
+            as_you_go: whether each block steps right after its backward pass. If not, gradients of earlier blocks stay.
+            blocks: how many, or None for any number.
+            several: whether a single block is left out.
+        """
+        n = len(self.pieces)
+        last = range(n) if blocks != 1 else range(n - 1, n)
+        # By the last piece of a chain, and by its length where that counts: time, gradients of auxiliaries, last block.
+        best: dict[tuple[int, int], tuple[float, int, tuple[int, int, int] | None]] = {(-1, 0): (0.0, 0, None)}
+        for j in last:
+            table = self._table_of_blocks(j)
+            extra = self.costs.auxiliaries[0][self.pieces[j][1]].gradients if j < n - 1 else 0
+            for i in range(j + 1) if blocks != 1 else range(1):
+                if several and i == 0 and j == n - 1:
                     continue
-                here = (j, length + 1 if blocks else 0)
-                seconds = start[0] + option.seconds
-                if here not in best or seconds < best[here][0]:
-                    best[here] = (seconds, start[1] + extra, option)
-    chain: list[BlockOption] = []
-    at = (len(options) - 1, blocks or 0)
-    while at[0] >= 0:
-        option = best[at][2] if at in best else None
-        if option is None:
-            return None
-        chain.insert(0, option)
-        at = (option.i - 1, at[1] - 1 if blocks else 0)
-    return chain
+                for length in range(blocks or 1):
+                    start = best.get((i - 1, length))
+                    if start is None:
+                        continue
+                    held = 0 if as_you_go else self._before[i] + start[1]
+                    m = min(int((cap - held - self._base(i, j)) // self._slot), len(self._m) - 1)
+                    here = (j, length + 1 if blocks else 0)
+                    seconds = start[0] + table[i, m] if m >= 0 else np.inf
+                    if seconds < (best[here][0] if here in best else np.inf):
+                        best[here] = (seconds, start[1] + extra, (i, j, m))
+        chain: list[BlockOption] = []
+        at = (n - 1, blocks or 0)
+        while at[0] >= 0:
+            found = best[at][2] if at in best else None
+            if found is None:
+                return None
+            chain.insert(0, self._option(*found))
+            at = (found[0] - 1, at[1] - 1 if blocks else 0)
+        return chain
+
+    def _base(self, i: int, j: int) -> float:
+        """Bytes to subtract from what a block of pieces i..j may take before a table of memory is asked."""
+        enters = self.costs.batch + (self._output[i - 1] if i else 0)
+        return enters + self._held(j) - self._offset(j)
+
+    def _held(self, j: int) -> float:
+        """What a block hands on: it lives until the block is done. The loss of the network counts for nothing."""
+        return self._output[j] if j < len(self.pieces) - 1 else 0.0
+
+    def _offset(self, j: int) -> float:
+        """Tables count gradients of all later pieces of the network, but a block has its auxiliary's instead."""
+        last = self.pieces[j][1]
+        return self._later[j] - (self.costs.auxiliaries[0][last].gradients if j < len(self.pieces) - 1 else 0)
+
+    def _table_of_blocks(self, j: int) -> Array:
+        """The least time of pieces i..j as one block, [i, slots]."""
+        if j not in self._blocks:
+            self._blocks[j] = self._filled(self._end_of_block(j))
+        return self._blocks[j]
+
+    def _table_of_ranges(self) -> Array:
+        """The least time of the second run of pieces s..t that are recomputed together, and back: [s, t, slots]."""
+        if self._ranges is None:
+            n = len(self.pieces)
+            self._ranges = np.full((n, n, len(self._m) + 1), np.inf)
+            for t in range(n):
+                self._ranges[: t + 1, t] = self._filled(self._end_of_range(t))[: t + 1]
+        return self._ranges
+
+    def _end_of_block(self, j: int) -> _End:
+        offset, last = self._offset(j), self.pieces[j][1]
+        if j == len(self.pieces) - 1:
+            return _End(j, self._nothing(), 0.0, offset, False)
+        row = np.full(len(self._m) + 1, np.inf)
+        for variant in self.costs.auxiliaries[: 1 + self._coupled]:
+            need = self._slots(max(variant[last].forward_peak, variant[last].backward_peak) + offset)
+            row[need:-1] = np.minimum(row[need:-1], sum(variant[last].seconds))
+        return _End(j, row, self._held(j), offset - self._held(j), True)
+
+    def _end_of_range(self, t: int) -> _End:
+        # The gradient of its output waits while it runs forward.
+        return _End(t, self._nothing(), 0.0, self._output[t] + self._later[t], False)
+
+    def _nothing(self) -> Array:
+        return np.append(np.zeros(len(self._m)), np.inf)
+
+    def _filled(self, end: _End) -> Array:
+        """The least time of pieces s..t and what follows them, [s, slots]."""
+        rows = np.full((end.t + 2, len(self._m) + 1), np.inf)
+        rows[end.t + 1] = end.row
+        for s in range(end.t, -1, -1):
+            rows[s] = self._choices(rows, s, end)[0].min(axis=0)
+        return rows
+
+    def _choices(self, rows: Array, s: int, end: _End) -> tuple[Array, Array, Array]:
+        """What can be done with piece s: first to keep it, then to recompute pieces s..c-1 for each c.
+
+        Returns:
+            The time of each choice, [choice, slots]; how many slots less what follows it gets, [choice]; and how many
+            slots less the second run gets, [choice].
+        """
+        own = end.held if s == end.t else 0.0
+        last = end.t + end.closed if self._recompute else s
+        c = np.arange(s + 1, last + 1)
+        copies = self._copies[c] - self._copies[s]
+        stays = np.append(self._kept[s] - own, self._output[s:last] + copies)
+        if end.closed and len(c):
+            stays[-1] -= end.held
+        less, within = np.rint(stays / self._slot).astype(int), np.rint(2 * copies / self._slot).astype(int)
+        times = self._less(rows[s + 1 : max(last, s + 1) + 1][np.append(0, c - s - 1)], less)
+        times[0] += self._both[s]
+        passing = np.append(0.0, self._output[s : last - 1])[: len(c)]
+        first_run = np.maximum.accumulate(self._forward_again[s:last] + passing) + copies + end.offset
+        needs = np.append(max(self._backward[s] + self._later[s] - own, self._forward[s] + end.offset), first_run)
+        if len(c):
+            second = self._less(self._table_of_ranges()[s, s:last], within)
+            alone = self._columns >= self._slots(self._backward_again[s] + self._later[s])
+            second[0] = np.where(alone, self._both[s], np.inf)
+            times[1:] += (self._until[c] - self._until[s])[:, None] + second
+        times[self._columns[None] < np.rint(needs / self._slot)[:, None]] = np.inf
+        return times, less, np.append(0, within)
+
+    def _slots(self, size: float) -> int:
+        return max(0, round(size / self._slot))
+
+    def _less(self, rows: Array, slots: Array) -> Array:
+        """Each row with so many slots less. The last column stands for less than none."""
+        index = self._columns[None] - slots[:, None]
+        none = (index < 0) | (self._columns[None] == self._columns[-1])
+        return np.take_along_axis(rows, np.where(none, -1, np.minimum(index, self._columns[-1] - 1)), axis=1)
+
+    def _option(self, i: int, j: int, m: int) -> BlockOption:
+        """The choices behind a time in the table of blocks."""
+        end = self._end_of_block(j)
+        ranges, left = self._explained(self._table_of_blocks(j), i, m, end)
+        if j == len(self.pieces) - 1 or not self._coupled:
+            return BlockOption(self.pieces[i][0], self.pieces[j][1], tuple(ranges))
+        last = self.pieces[j][1]
+        plain = self.costs.auxiliaries[0][last]
+        fits = left >= self._slots(max(plain.forward_peak, plain.backward_peak) + self._offset(j))
+        quick = sum(plain.seconds) <= sum(self.costs.auxiliaries[1][last].seconds)
+        return BlockOption(self.pieces[i][0], last, tuple(ranges), not (fits and quick))
+
+    def _explained(self, rows: Array, s: int, m: int, end: _End) -> tuple[list[Range], int]:
+        """The ranges behind a time in a table, and the slots that are left for what follows."""
+        ranges: list[Range] = []
+        while s <= end.t:
+            times, less, within = self._choices(rows, s, end)
+            choice = int(times[:, m].argmin())
+            if choice:
+                c = s + choice
+                ranges.append((self.pieces[s][0], self.pieces[c - 1][1]))
+                if choice > 1:
+                    inner = np.vstack([self._table_of_ranges()[:c, c - 1], self._nothing()])
+                    ranges += self._explained(inner, s, m - within[choice], self._end_of_range(c - 1))[0]
+            m = min(int(m - less[choice]), len(self._m) - 1)
+            s += choice or 1
+        return ranges, m
+
+
+@dataclass(frozen=True, eq=False)
+class _End:
+    """Where some pieces in a row end.
+
+    Attributes:
+        t: the last piece.
+        row: the time of what follows it, by slots.
+        held: bytes of the output of piece t that are already counted.
+        offset: bytes that the first run forward finds beside the activations.
+        closed: whether a range may end with piece t.
+    """
+
+    t: int
+    row: Array
+    held: float
+    offset: float
+    closed: bool
+
+
+def _sums(values: Any) -> Array:
+    """The sum of the values before each one, and of all."""
+    return np.append(0.0, np.cumsum(values))
