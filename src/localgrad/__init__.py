@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from localgrad.core.methods import auglocal, bp, dgl, infopro, infopro_weights, predsim
     from localgrad.core.model import LocalModel, localize, param_groups
     from localgrad.core.task import Classification
+    from localgrad.scale.fit import Fit, fit
     from localgrad.scale.memory import PeakBytes, measure_peak, predict_peak
     from localgrad.scale.pipeline import Stage, least_lag
     from localgrad.scale.plan import Plan, Planner, plan
@@ -44,6 +45,7 @@ _HOME = {
     "core.model": ("LocalModel", "localize", "param_groups"),
     "core.methods": ("auglocal", "bp", "dgl", "infopro", "infopro_weights", "predsim"),
     "core.task": ("Classification",),
+    "scale.fit": ("Fit", "fit"),
     "scale.memory": ("PeakBytes", "measure_peak", "predict_peak"),
     "scale.pipeline": ("Stage", "least_lag"),
     "scale.plan": ("Plan", "Planner", "plan"),
@@ -58,7 +60,7 @@ __all__ = [  # noqa: RUF022 (in the order of the rooms)
     "Auxiliary", "Method", "Site", "Term", "CifarResNet", "build", "Block", "Boundary", "Unit", "units",
     "DeepMAN", "MAN", "MANPlusPlus", "update_ema", "BlockResult", "LocalModel", "StepResult", "block_steps",
     "local_backward", "localize", "param_groups", "RunError", "UserError", "auglocal", "bp", "dgl", "infopro",
-    "infopro_weights", "predsim", "Classification", "PeakBytes", "measure_peak", "predict_peak", "Stage",
+    "infopro_weights", "predsim", "Classification", "Fit", "fit", "PeakBytes", "measure_peak", "predict_peak", "Stage",
     "block_seconds", "least_lag", "shares_of", "Plan", "Planner", "plan", "recompute", "Replicas", "SyncBatchNorm",
     "sync_batch_norm", "Speed", "calibrate",
 ]  # fmt: skip

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import localgrad as lg
 from localgrad.core.errors import UserError
-from localgrad.scale.costs import Cost, Costs, Work
 from localgrad.scale.memory import optimizers_for, training_step
 from localgrad.scale.plan import Plan, Planner
-from localgrad.scale.search import block_options, fastest_chain
-from localgrad.scale.speed import Speed
 
 BATCH = 16
 
@@ -30,12 +25,17 @@ def planner(name: str = "resnet20", size: int = 32, coupling: lg.MAN | None = lg
     return Planner(lg.build(name, classes=10), example, method=method, coupling=coupling, **how)
 
 
-def measured(plan: Plan, name: str = "resnet20", size: int = 32, coupling: lg.MAN | None = lg.MAN()) -> int:  # noqa: B008
+def measured(
+    plan: Plan,
+    name: str = "resnet20",
+    coupling: lg.MAN | None = lg.MAN(),  # noqa: B008
+    method: lg.Method = lg.dgl("1c2f"),  # noqa: B008
+) -> int:
     """The peak of a real step of the plan."""
     torch.manual_seed(0)
-    x, y = torch.randn(BATCH, 3, size, size), torch.randint(10, (BATCH,))
+    x, y = torch.randn(BATCH, 3, 32, 32), torch.randint(10, (BATCH,))
     backbone, chosen = lg.build(name, classes=10), coupling if len(plan.blocks) > 1 else None
-    model = lg.localize(backbone, blocks=list(plan.blocks), method=lg.dgl("1c2f"), coupling=chosen, example=x)
+    model = lg.localize(backbone, blocks=list(plan.blocks) if method.terms else 1, method=method, coupling=chosen, example=x)
     plan.apply(model)
     make = partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)
     optimizers = optimizers_for(lg.param_groups(model), make, as_you_go=plan.step_as_you_go)
@@ -47,9 +47,10 @@ def measured(plan: Plan, name: str = "resnet20", size: int = 32, coupling: lg.MA
     return lg.measure_peak(step).total
 
 
-@pytest.mark.parametrize("share", [0.9, 0.7, 0.5])
-@pytest.mark.parametrize("coupling", [None, lg.MAN(), lg.DeepMAN()], ids=str)
-def test_the_plan_fits_and_its_peak_is_the_real_steps(share: float, coupling: lg.MAN | None) -> None:
+@pytest.mark.parametrize(
+    ("coupling", "share"), [(None, 0.5), (lg.MAN(), 0.7), (lg.MAN(), 0.4), (lg.DeepMAN(), 0.5)], ids=str
+)
+def test_the_plan_fits_and_its_peak_is_the_real_steps(coupling: lg.MAN | None, share: float) -> None:
     made = planner(coupling=coupling)
     budget = int(share * made.exactly(made.bp).peak)
     plan = made.fastest(budget)
@@ -100,46 +101,82 @@ def test_a_large_network_is_planned_in_seconds_and_no_memory() -> None:
     for plan, share in zip(plans, (0.6, 0.4), strict=True):
         assert plan.peak <= share * made.bp.peak
     assert plans[0].seconds < plans[1].seconds
-    assert len(plans[1].blocks) > 1
+    assert plans[1].exact
 
 
-# The search against every chain there is
+@pytest.mark.parametrize("share", [0.5, 0.35, 0.3])
+def test_exact_plans_are_nested_as_deep_as_they_must_be_and_their_peaks_those_of_the_step(share: float) -> None:
+    made = planner("resnet32", method=lg.bp(), coupling=None)
+    plan = made.fastest(int(share * made.bp.peak))
+    model = lg.localize(lg.build("resnet32", classes=10), method=lg.bp(), example=torch.zeros(2, 3, 32, 32))
+    (block,) = plan.apply(model).blocks
+    depth = max(sum(a <= u <= b for a, b in block.ranges) for u in range(len(block.names)))
+    assert depth >= {0.5: 1, 0.35: 2, 0.3: 3}[share]
+    assert plan.peak <= share * made.bp.peak
+    assert measured(plan, "resnet32", coupling=None, method=lg.bp()) == pytest.approx(plan.peak, rel=0.001)
 
 
-sizes = st.integers(0, 50)
-costs = st.builds(
-    Cost, output=sizes, kept=sizes, forward_peak=sizes, backward_peak=st.integers(50, 120), gradients=st.just(0),
-    state=sizes, forward=st.builds(Work, st.integers(1, 100)), backward=st.builds(Work, st.integers(1, 100)),
-)  # fmt: skip
+# The batch in parts
 
 
-@st.composite
-def networks(draw: st.DrawFn) -> Costs:
-    count = draw(st.integers(1, 5))
-    lists = [draw(st.lists(costs, min_size=n, max_size=n)) for n in (count, count, count - 1, count - 1)]
-    return Costs(tuple("abcde"[:count]), (lists[0], lists[1]), (lists[2], lists[3]), draw(sizes))
+def layer_norms() -> nn.Module:
+    units = [
+        nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 1), nn.GELU())
+        for _ in range(6)
+    ]
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *units, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
 
 
-@settings(deadline=None, max_examples=150)
-@given(networks(), st.integers(60, 600))
-def test_no_chain_under_the_cap_is_faster(network: Costs, cap: int) -> None:
-    forms = block_options(network, Speed(1.0, 1.0), coupled=True)
-    chain = fastest_chain(network, forms, cap, as_you_go=False)
-    count, best = len(network.names), None
-    for ends in itertools.chain.from_iterable(itertools.combinations(range(count - 1), n) for n in range(count)):
-        starts = [0, *(e + 1 for e in ends)]
-        choices = [
-            [f for f in forms[j] if f.i == i and f.peak <= cap] for i, j in zip(starts, [*ends, count - 1], strict=True)
-        ]
-        for row in itertools.product(*choices):
-            seconds = sum(f.seconds for f in row)
-            best = seconds if best is None else min(best, seconds)
-    if chain is None:
-        assert best is None
-    else:
-        assert sum(f.seconds for f in chain) == pytest.approx(best)
-        assert [f.i for f in chain] == [0, *(f.j + 1 for f in chain[:-1])]
-        assert all(f.peak <= cap for f in chain)
+def test_a_batch_is_split_where_that_changes_nothing() -> None:
+    x, y = torch.randn(BATCH, 3, 16, 16), torch.randint(10, (BATCH,))
+    torch.manual_seed(0)
+    backbone = layer_norms()
+    twin = copy.deepcopy(backbone)
+    speed = lg.Speed(call=0.0)  # Parts of a batch cost no time then, so they are taken first.
+    made = Planner(backbone, x, method=lg.bp(), speed=speed)
+    plan = made.fastest(made.accumulation(4).peak + 1000)
+    assert plan.accumulate == 4
+    assert not plan.units
+    assert plan.exact
+    model = plan.apply(lg.localize(backbone, method=lg.bp(), example=x))
+    optimizer = torch.optim.SGD(lg.param_groups(model), lr=0.1, momentum=0.9, nesterov=True)
+    out = lg.local_backward(model, x, y)
+    loss = nn.functional.cross_entropy(twin(x), y)
+    loss.backward()
+    torch.testing.assert_close(out.losses[0], loss.detach())
+    torch.testing.assert_close(out.logits, twin(x).detach())
+    for one, other in zip(backbone.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+    optimizer.step()
+    optimizer.zero_grad()
+
+    def step() -> None:
+        lg.local_backward(model, x, y)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    assert lg.measure_peak(step).total == pytest.approx(plan.peak, rel=0.001)
+
+
+def test_a_batch_is_not_split_by_itself_where_statistics_or_pairs_would_change() -> None:
+    example = torch.zeros(BATCH, 3, 16, 16)
+    cases = [
+        (lg.build("resnet20", classes=10), lg.bp(), {False}),
+        (layer_norms(), lg.bp(), {True}),
+        (layer_norms(), lg.dgl("0c1f"), {True}),
+        (layer_norms(), lg.dgl("1c1f"), {False}),  # Its head has a batch norm.
+        (layer_norms(), lg.predsim("0c1f"), {False}),  # It compares the samples of a batch with each other.
+    ]
+    for backbone, method, wanted in cases:
+        made = Planner(backbone, example, method=method)
+        assert {made._splits_exactly(method.terms is not None)} == wanted, method
+        assert Planner(backbone, example, method=method, accumulate="any")._splits_exactly(True)
+    never = Planner(layer_norms(), example, method=lg.bp(), accumulate="never", speed=lg.Speed(call=0.0))
+    assert {plan.accumulate for plan in never.frontier()} == {1}
+    with pytest.raises(UserError, match="accumulate takes never, exact or any, not 'often'"):
+        Planner(layer_norms(), example, method=lg.bp(), accumulate=cast(Any, "often"))
+    with pytest.raises(UserError, match="a batch of 16 cannot be split into 3 equal micro-batches"):
+        never.accumulation(3)
 
 
 def test_a_budget_is_a_number_of_bytes_or_text() -> None:

@@ -117,10 +117,11 @@ def local_backward(
     """K isolated backward passes: gradients of every block and auxiliary are added to `.grad`, none crosses.
 
     It is the loop over `block_steps`, which says what the arguments are, and moves the averages of the couplings.
-    Call it once per optimizer step, before it. With `model.accumulate = n` it takes the batch in n parts, one after the
-    other, so that the activations of one part only are live; the gradients are those of the mean loss over the batch.
-    To accumulate gradients over several batches, loop over `block_steps` instead, and call `model.move_averages()` once,
-    before the optimizer steps.
+    Call it once per optimizer step, before it. With `model.accumulate = n` it takes the batch in n parts, one after
+    another, so that only the activations of one part are live. The gradients are those of the mean loss over the batch.
+
+    To accumulate gradients over several batches, loop over `block_steps` instead, and call `model.move_averages()`
+    once, before the optimizer steps.
     """
     model = localized(model, "local_backward")
     check_call(x, y, scale, autocast, backward)

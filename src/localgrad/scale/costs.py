@@ -95,7 +95,8 @@ class Costs:
         names: those of its units.
         units: what each unit costs, as it is ([0]) and recomputed ([1]). The last one has the network's own head and
             the criterion with it.
-        auxiliaries: what the auxiliary costs that a cut after each unit but the last would add, as it is and recomputed.
+        auxiliaries: what the auxiliary costs that a cut after each unit but the last would add, as it is and with its
+            coupling recomputed.
         batch: bytes of a batch.
         images: bytes of the images that decoders compare with, 0 without decoders.
     """

@@ -1,9 +1,9 @@
 """Fit a training step into a budget: how to split the batch, where to cut and what to recompute.
 
 Every unit and every auxiliary that a cut could add is traced once (`costs.py`). For each possible block, dynamic
-programming then gives the fastest recomputation under each number of bytes, and dynamic programming over the blocks the
-fastest chain of them under a cap (`search.py`). Many caps give the frontier. The peak of a plan is put together from the
-costs of its pieces (`peaks.py`); that of the plan that is chosen is predicted on the whole step too.
+programming gives the fastest recomputation under each number of bytes, and dynamic programming over the blocks gives
+the fastest chain of them under a cap (`search.py`). Many caps give the frontier. The peak of a plan is put together
+from the costs of its pieces (`peaks.py`); that of the chosen plan is predicted on the whole step too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from localgrad.core.methods import bp, dgl
 from localgrad.core.model import LocalModel, localize, param_groups
 from localgrad.core.sizes import bytes_of
 from localgrad.core.task import Task
-from localgrad.scale.costs import Cost, Costs, Work, trace_costs
+from localgrad.scale.costs import Cost, Costs, trace_costs
 from localgrad.scale.memory import MakeOptimizer, optimizers_for, predict_peak
 from localgrad.scale.recompute import recompute
 from localgrad.scale.search import BlockOption, Search
@@ -187,6 +187,19 @@ class Planner:
                 best.append(plan)
         return best
 
+    def within(self, budget: int, blocks: int | None = None, *, several: bool, as_you_go: bool) -> Plan | None:
+        """What `fastest` returns, or None where it raises."""
+        self._check(2 if several else blocks or 1)
+        estimates = [
+            (plan, way) for way in self._ways(blocks, several, as_you_go) if (plan := self._estimate(budget, *way))
+        ]
+        best: Plan | None = None
+        for plan, way in sorted(estimates, key=lambda found: (found[0].seconds, found[0].peak)):
+            if best is None or plan.seconds < best.seconds:
+                found = self._fitting(budget, plan, *way)
+                best = min(filter(None, (best, found)), key=lambda p: (p.seconds, p.peak), default=None)
+        return best
+
     def fastest(
         self, budget: int | float | str, blocks: int | None = None, *, several: bool = False, as_you_go: bool = True
     ) -> Plan:
@@ -202,11 +215,9 @@ class Planner:
             UserError: no plan fits. It says the least that would do, what holds it, and what would lower it.
         """
         budget = bytes_of(budget)
-        self._check(2 if several else blocks or 1)
-        ways = self._ways(blocks, several, as_you_go)
-        plans = [plan for way in ways if (plan := self._fitting(budget, *way)) is not None]
-        if plans:
-            return min(plans, key=lambda plan: (plan.seconds, plan.peak))
+        found = self.within(budget, blocks, several=several, as_you_go=as_you_go)
+        if found is not None:
+            return found
         least = self.exactly(self.frontier(blocks, several=several, as_you_go=as_you_go)[-1])
         if least.peak <= budget:  # It was put together from pieces that need less in one.
             return least
@@ -246,9 +257,7 @@ class Planner:
             self._searches[micro_batches] = Search(costs, coupled=self._coupling is not None)
         return self._searches[micro_batches]
 
-    def _ways(
-        self, blocks: int | None, several: bool, as_you_go: bool
-    ) -> Iterator[tuple[int, bool, int | None, bool]]:
+    def _ways(self, blocks: int | None, several: bool, as_you_go: bool) -> Iterator[tuple[int, bool, int | None, bool]]:
         """Ways to plan: the number of micro-batches, whether to step as one goes, how many blocks, and not one."""
         blocks = blocks or self._blocks
         for go in (False, True) if as_you_go and blocks != 1 else (False,):
@@ -267,28 +276,33 @@ class Planner:
         norms = any(isinstance(m, _BatchNorm) and (m.training or not m.track_running_stats) for m in model.modules())
         return self._accumulate == "any" or not (pairs or norms)
 
-    def _fitting(self, budget: int, n: int, as_you_go: bool, blocks: int | None, several: bool) -> Plan | None:
-        """The plan of the highest cap that stays within `budget`."""
-        target, best = budget, None
+    def _estimate(self, target: int, n: int, as_you_go: bool, blocks: int | None, several: bool) -> Plan | None:
+        """The plan of the highest cap whose peak, put together from pieces, stays within `target`."""
+        found, low, high = None, 0, target
+        while low + 1 < high:
+            cap = (low + high) // 2
+            plan = self._under(cap, n, as_you_go, blocks, several)
+            if plan is not None and plan.peak > target:
+                high = cap
+            else:
+                found, low = plan or found, cap
+        return found
+
+    def _fitting(
+        self, budget: int, plan: Plan | None, n: int, as_you_go: bool, blocks: int | None, several: bool
+    ) -> Plan | None:
+        """`plan`, or one near it, that stays within `budget` by exact prediction."""
+        best: Plan | None = None
         for _ in range(TRIES):
-            found, low, high = None, 0, budget
-            while low + 1 < high:
-                cap = (low + high) // 2
-                plan = self._under(cap, n, as_you_go, blocks, several)
-                if plan is not None and plan.peak > target:
-                    high = cap
-                else:
-                    found, low = plan or found, cap
-            if found is None:
-                return best
-            exact = self.exactly(found)
+            if plan is None:
+                break
+            exact = self.exactly(plan)
             if exact.peak <= budget and (best is None or exact.seconds < best.seconds):
                 best = exact
-            # What is put together from pieces is a little off.
-            off, before = exact.peak - found.peak, target
-            target = budget - off
-            if abs(target - before) < budget / 1000 and best is not None:
-                return best
+            off = exact.peak - plan.peak  # What is put together from pieces is a little off.
+            if best is not None and abs(off) < budget / 1000:
+                break
+            plan = self._estimate(budget - off, n, as_you_go, blocks, several)
         return best
 
     def _under(self, cap: int, n: int, as_you_go: bool, blocks: int | None, several: bool) -> Plan | None:

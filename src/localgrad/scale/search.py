@@ -100,8 +100,11 @@ class Search:
             np.array([getattr(piece, name) for piece in remade], float) for name in ("forward_peak", "backward_peak")
         )
         n = len(self.pieces)
+        one = (self._forward, self._backward, self._forward_again, self._backward_again)
         ends = [max(end.forward_peak, end.backward_peak) for own in costs.auxiliaries for end in own]
-        top = self._kept.sum() + self._backward.max() + self._before[-1] + self._output.max() + max(ends, default=0)
+        # As much as nothing can need.
+        top = self._kept.sum() + max(part.max() for part in one) + self._before[-1] + max(ends, default=0)
+        top += 2 * (self._output.max() + self._copies[-1])
         most = min(SLOTS, max(60.0, 6 * MOST_NUMBERS / n**3)) if recompute else 10 * SLOTS
         slots = int(max(1.0, min(most, top)))
         self._slot = max(1.0, top / slots)  # bytes
@@ -154,11 +157,8 @@ class Search:
     def _base(self, i: int, j: int) -> float:
         """Bytes to subtract from what a block of pieces i..j may take before a table of memory is asked."""
         enters = self.costs.batch + (self._output[i - 1] if i else 0)
-        return enters + self._held(j) - self._offset(j)
-
-    def _held(self, j: int) -> float:
-        """What a block hands on: it lives until the block is done. The loss of the network counts for nothing."""
-        return self._output[j] if j < len(self.pieces) - 1 else 0.0
+        # What the block hands on lives until the block is done.
+        return enters + self._output[j] - self._offset(j)
 
     def _offset(self, j: int) -> float:
         """Tables count gradients of all later pieces of the network, but a block has its auxiliary's instead."""
@@ -183,12 +183,12 @@ class Search:
     def _end_of_block(self, j: int) -> _End:
         offset, last = self._offset(j), self.pieces[j][1]
         if j == len(self.pieces) - 1:
-            return _End(j, self._nothing(), 0.0, offset, False)
+            return _End(j, self._nothing(), self._output[j], offset - self._output[j], False)
         row = np.full(len(self._m) + 1, np.inf)
         for variant in self.costs.auxiliaries[: 1 + self._coupled]:
             need = self._slots(max(variant[last].forward_peak, variant[last].backward_peak) + offset)
             row[need:-1] = np.minimum(row[need:-1], sum(variant[last].seconds))
-        return _End(j, row, self._held(j), offset - self._held(j), True)
+        return _End(j, row, self._output[j], offset - self._output[j], True)
 
     def _end_of_range(self, t: int) -> _End:
         # The gradient of its output waits while it runs forward.

@@ -90,7 +90,7 @@ def _factors(speed: Speed, ways: Sequence[tuple[Work, float]]) -> Ways:
 
 
 def _timed(unit: Unit, example: Tensor, autocast: torch.dtype | None) -> list[list[tuple[Work, float]]]:
-    """The work and the seconds of the forward and the backward pass of one unit, on a large batch and on a small one."""
+    """Work and seconds of the forward and the backward pass of one unit, on a large batch and on a small one."""
     last = example.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if last and len(unit.input.shape) == 3 else torch.contiguous_format
 

@@ -1,0 +1,150 @@
+"""One call from a network and a budget to a model that trains within it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from localgrad.core.auxiliary import Method
+from localgrad.core.couplings import MAN
+from localgrad.core.errors import UserError
+from localgrad.core.methods import bp, dgl
+from localgrad.core.model import LocalModel, localize
+from localgrad.core.sizes import bytes_of, mib
+from localgrad.core.task import Task
+from localgrad.scale.memory import MakeOptimizer
+from localgrad.scale.plan import Accumulate, Plan, Planner
+from localgrad.scale.speed import Speed, calibrate
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A model that fits into a budget. `print(fit)` says in one sentence what was chosen and what it costs.
+
+    Attributes:
+        model: the model, for `local_backward` or `block_steps`.
+        plan: how it trains.
+        times_bp: the predicted time of a step over that of backpropagation.
+        why: the sentence.
+    """
+
+    model: LocalModel
+    plan: Plan
+    times_bp: float
+    why: str
+
+    def __str__(self) -> str:
+        return self.why
+
+
+def fit(
+    backbone: nn.Module,
+    example: Tensor,
+    budget: int | float | str,
+    *,
+    method: Method | None = None,
+    coupling: MAN | None = None,
+    exact: bool = False,
+    at_most: float = 1.3,
+    task: Task | None = None,
+    optimizer: MakeOptimizer | None = None,
+    autocast: torch.dtype | None = None,
+    speed: Speed | None = None,
+    accumulate: Accumulate = "exact",
+) -> Fit:
+    """Makes a model of `backbone` whose training step on a batch like `example` takes at most `budget` bytes.
+
+    Training is exact, by backpropagation, if that fits in `at_most` times its own time: with units that are computed
+    again in the backward pass, and with the batch in parts where that changes nothing. Otherwise the network is cut
+    into as few blocks as will do, which is not exact.
+
+        fit = lg.fit(backbone, x, "2GiB")
+        print(fit)
+        optimizer = torch.optim.SGD(lg.param_groups(fit.model), lr=0.1, momentum=0.9, nesterov=True)
+        for x, y in loader:
+            out = lg.local_backward(fit.model, x, y)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    Args:
+        backbone: the network to train.
+        example: a batch [B, ...] of the size of a step, on the device that trains.
+        budget: bytes, as a number or as text such as "2GiB".
+        method: local losses that are wanted. By default exact training is preferred, and `dgl()` with `MAN()` is taken
+            where blocks are needed.
+        coupling: what goes with `method`.
+        exact: whether training must be exact, whatever time it takes.
+        at_most: the time of a step that is accepted, over that of backpropagation, before the other kind is looked at.
+        task: as for `localize`.
+        optimizer: makes the optimizer from groups of parameters; its state counts. By default SGD with momentum.
+        autocast: as for `local_backward`.
+        speed: of the device. By default it is measured, which takes seconds.
+        accumulate: whether the batch may be split; see `Planner`.
+
+    Raises:
+        UserError: nothing fits. It says the least that would do, what holds it, and what would lower it.
+    """
+    budget = bytes_of(budget)
+    asked = method is not None and method.terms is not None
+    if exact and asked:
+        raise UserError("exact=True is backpropagation: leave the method of local losses out, or exact=True")
+    if speed is None and not example.is_meta:
+        speed = calibrate(backbone, example, autocast=autocast)
+    how: dict[str, Any] = {"task": task, "optimizer": optimizer, "autocast": autocast, "speed": speed}
+    how["accumulate"] = accumulate
+    whole = Planner(backbone, example, method=bp(), **how)
+    most = at_most * whole.bp.seconds
+    only_exact = exact or (method is not None and not asked)
+    found = None if asked else whole.within(budget, 1, several=False, as_you_go=False)
+    own, beside = (method, coupling) if method is not None else (dgl(), MAN())
+    if not only_exact and (found is None or found.seconds > most):
+        planner = Planner(backbone, example, method=own, coupling=beside, **how)
+        cut = _fewest_cuts(planner, budget, most)
+        if cut is not None and (found is None or cut.seconds < found.seconds):
+            model = localize(backbone, blocks=cut.blocks, method=own, coupling=beside, example=example, task=task)
+            return _fit(cut.apply(model), cut, whole.bp, budget)
+        whole = planner
+    if found is None:
+        found = whole.fastest(budget, as_you_go=False)  # This says what would do, or finds it.
+    model = localize(backbone, blocks=1, method=bp(), example=example, task=task)
+    return _fit(found.apply(model), found, whole.bp, budget)
+
+
+def _fewest_cuts(planner: Planner, budget: int, most: float) -> Plan | None:
+    """The plan of the fewest blocks, two at least, that fits into `budget` and takes at most `most` seconds. If each
+    takes more, the fastest of them."""
+    fastest: Plan | None = None
+    for blocks in range(2, len(planner.costs.names) + 1):
+        plan = planner.within(budget, blocks, several=True, as_you_go=False)
+        if plan is not None and plan.seconds <= most:
+            return plan
+        if plan is not None and fastest is not None and plan.seconds > fastest.seconds:
+            break  # More blocks cost more time from here on.
+        fastest = plan or fastest
+    return fastest
+
+
+def _fit(model: LocalModel, plan: Plan, baseline: Plan, budget: int) -> Fit:
+    times = plan.seconds / baseline.seconds
+    count = len(plan.blocks)
+    how = ["exact training" if count == 1 else f"local training in {count} blocks, which is not exact"]
+    recomputed = sum(
+        any(a <= u <= b for a, b in block.ranges) for block in model.blocks for u in range(len(block.names))
+    )
+    if recomputed:
+        units = sum(len(block.names) for block in model.blocks)
+        how.append(f"{recomputed} of {units} units recomputed")
+    if plan.couplings:
+        how.append(f"couplings of {len(plan.couplings)} blocks recomputed")
+    if plan.accumulate > 1:
+        how.append(f"each batch in {plan.accumulate} parts")
+    if len(how) == 1 and count == 1:
+        how.append("nothing recomputed")
+    why = (
+        f"{', '.join(how)}: {mib(plan.peak)} of the {mib(budget)} allowed, and {times:.2f} times the time of "
+        f"backpropagation, which takes {mib(baseline.peak)}; predicted"
+    )
+    return Fit(model, plan, times, why)
