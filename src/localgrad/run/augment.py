@@ -50,15 +50,10 @@ def permutation(size: int, seed: int, epoch: int, stream: int = ORDER) -> NDArra
 
 
 def crop_flip(images: Tensor, indices: NDArray[np.int64], *, pad: int, flip: bool, seed: int, epoch: int) -> Tensor:
-    """Returns augmented samples, uint8 [B, C, H, W].
+    """Returns the samples `indices` [B] of images uint8 [N, C, H, W], augmented: uint8 [B, C, H, W].
 
-    Args:
-        images: uint8 [N, C, H, W].
-        indices: [B], which of them to return.
-        pad: By how many pixels an image is padded by reflection before it is cropped to its size. Less than H and W.
-        flip: Whether half of the samples are mirrored.
-        seed: It determines the draws, together with the epoch and the index.
-        epoch: The number of the epoch.
+    Each sample is padded by reflection, by `pad` pixels (fewer than H and W), and cropped at random to its old size.
+    With `flip`, half of them are mirrored.
     """
     # A batch is too small to be worth several threads, so numpy is faster than torch here.
     batch = images.numpy()[indices]

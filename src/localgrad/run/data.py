@@ -238,12 +238,8 @@ def eval_batches(
 ) -> Batches:
     """Yields the test split in order, not augmented: images uint8 [B, C, H, W] and labels int64 [B].
 
-    Args:
-        data: The data set.
-        batch_size: Images of a batch. The last batch may be smaller.
-        shard: (i, n) for every n-th batch from number i on.
-        workers: How many processes decode an image folder.
-        on_bad: As for `train_batches`, but nothing takes the place of an unreadable image.
+    The last batch may be smaller. `shard` is (i, n) for every n-th batch from number i on. The other arguments are
+    those of `train_batches`, but no sample takes the place of an unreadable image.
     """
     _check_loading(batch_size, workers)
     split, mine = data.test, slice(shard[0], None, shard[1])

@@ -42,15 +42,10 @@ SHOWN_UNITS_OF_BP = 4  # So many units are shown if the network is a single bloc
 
 @dataclass(frozen=True)
 class Network:
-    """The network of a finished run.
+    """The network of a finished run, with `blocks` as the number of the block of each unit.
 
-    Attributes:
-        name: The name of the run folder.
-        units: The units of the network, in order.
-        blocks: For each unit, the number of its block.
-        data: Its test split holds the images to look at. They are shuffled, because an image folder is sorted by class.
-        machine: Where and in which precision the network runs.
-        skip: Whether unreadable images are left out.
+    The test split of `data` holds the images to look at, shuffled because an image folder is sorted by class. With
+    `skip`, unreadable images are left out.
     """
 
     name: str

@@ -64,10 +64,8 @@ def groups(runs: Sequence[dict[str, Any]]) -> dict[tuple, list[dict[str, Any]]]:
 
 
 def conditions(setting: str) -> frozenset[str]:
-    """Returns the words of a setting that must be equal for two runs to be comparable.
-
-    Fields that belong to the method, and fields that do not affect what is learned, are left out.
-    """
+    """Returns the words of a setting that comparable runs must share: all but the fields that belong to the method, and
+    those that do not affect what is learned."""
     return frozenset(word for word in setting.split() if word.partition("=")[0] not in OF_METHODS | PLACES)
 
 
@@ -84,11 +82,8 @@ def label_of(row: dict[str, Any]) -> str:
 
 
 def summarize(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns one row for each method, number of blocks and setting.
-
-    It has the mean and the sample standard deviation of the test error over the seeds, the medians of peak and time,
-    and all machines and versions that were used.
-    """
+    """Returns a row for each method, number of blocks and setting: mean and sample standard deviation of the test error
+    over the seeds, the medians of peak and time, and all machines and versions that were used."""
     table = []
     for key, group in groups(runs).items():
         errors = [run["error"] for run in group]
