@@ -31,7 +31,7 @@ from localgrad.run.tables import paired, row_of, show, summarize, write_csv
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the grid. `method` is such as dgl+man, `varied` has the fields of --vary that have an effect here."""
+    """One run of the grid. `method` includes the coupling. `varied` has the fields of --vary that have an effect."""
 
     method: str
     blocks: int

@@ -23,8 +23,8 @@ MIB = 2**20
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 MARKERS = ("circle", "square", "diamond", "cross", "triangle-up", "x", "star")
 DASHES = ("solid", "dash", "dot", "dashdot")
-LINE = 40  # A line of a legend has at most so many characters.
-BINS = 600  # A timeline has about so many points, each the maximum of several.
+LINE = 40  # A line of a legend has at most this many characters.
+BINS = 600  # A timeline has about this many points, each the maximum of several.
 
 
 def error_against_memory(rows: Rows) -> go.Figure:

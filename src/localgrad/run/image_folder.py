@@ -26,7 +26,7 @@ SYSTEM_FOLDERS = {
 }  # fmt: skip
 SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 HIDDEN = "hidden, or made by a system or a tool: rename what is a class of yours"
-MAX_NAMES = 10  # An error sentence lists at most so many names.
+MAX_NAMES = 10  # An error sentence lists at most this many names.
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,8 +36,8 @@ BATCH = 256  # The minibatch size of the CKA estimator.
 MIN_PER_CLASS = 4  # Two images of each class are needed to fit a classifier, and two to measure it.
 TSNE_IMAGES = 2000
 SHOWN_CLASSES = 4  # Activations are shown for one image of each of these classes.
-SHOWN_UNITS = 8  # Activations are shown of at most so many units.
-SHOWN_UNITS_OF_BP = 4  # So many units are shown if the network is a single block.
+SHOWN_UNITS = 8  # Activations are shown for at most this many units.
+SHOWN_UNITS_OF_BP = 4  # This many units are shown if the network is a single block.
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def load(run: Path, recipe: Recipe, images: int) -> Network:
 
 
 def _drawn(data: data_room.Data, images: int) -> data_room.Data:
-    """Keeps so many test images in a shuffled order, which is always the same."""
+    """Keeps `images` of the test images, in a shuffled order that is always the same."""
     return replace(data, test=data.test.take(permutation(len(data.test), 0, 0)[:images]))
 
 
@@ -258,7 +258,7 @@ def agreement(rows: Rows) -> dict[str, float]:
 
 
 def _evenly(items: list[int], most: int) -> list[int]:
-    """At most so many of the items, evenly spaced. The last item is always among them."""
+    """At most `most` of the items, evenly spaced. The last item is always among them."""
     count = min(most, len(items))
     return [items[(i + 1) * len(items) // count - 1] for i in range(count)]
 

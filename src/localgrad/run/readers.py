@@ -102,7 +102,7 @@ def read(name: str, folder: Path, *, only_test: bool = False) -> list[Raw]:
 
 
 def read_idx(path: Path, axes: int) -> NDArray[np.uint8]:
-    """Reads an idx file of bytes with so many axes, which may be gzipped (the format of yann.lecun.com/exdb/mnist)."""
+    """Reads an idx file of bytes with this many axes, gzipped or not (the format of yann.lecun.com/exdb/mnist)."""
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
