@@ -143,7 +143,7 @@ def report(paths: Sequence[Path], results: Path | None = None) -> str:
     machines = dict.fromkeys(str(row.get("machine", "")) for rows in tables.values() for row in rows)
     started = {p for path in paths for p in (path, *path.glob("*/")) if (p / CONFIG).is_file()}
     unfinished = f" ({len(started) - len(runs)} more are not finished)" if len(started) > len(runs) else ""
-    about = [f"{len(runs)} runs{unfinished}", " / ".join(filter(None, machines))]
+    about = [f"{len(runs)} run{'s' if len(runs) > 1 else ''}{unfinished}", " / ".join(filter(None, machines))]
     about.append(f"written by localgrad {localgrad.__version__}.")
     return page.written("localgrad: test error, memory and time of runs", "; ".join(about))
 
