@@ -253,7 +253,7 @@ def test_training_batches_are_augmented_by_the_sets_own_rule():
 
 def test_test_batches_are_everything_in_order():
     data = small()
-    batches = list(D.test_batches(data, batch_size=10))
+    batches = list(D.eval_batches(data, batch_size=10))
     assert [len(labels) for _, labels in batches] == [10, 10, 5]
     images, labels = gathered(batches)
     assert isinstance(data.test, D.Images)
@@ -266,7 +266,7 @@ def test_impossible_loading_is_refused_at_the_call():
     with pytest.raises(UserError, match="batch size must be at least 1, not 0"):
         D.train_batches(data, batch_size=0, seed=0, epoch=0)
     with pytest.raises(UserError, match="batch size must be at least 1, not -3"):
-        D.test_batches(data, batch_size=-3)
+        D.eval_batches(data, batch_size=-3)
     with pytest.raises(UserError, match="batch size"):
         D.steps_per_epoch(data, 0)
     with pytest.raises(UserError, match="workers must be 0 or more, not -1"):
@@ -281,7 +281,7 @@ def test_image_folder_batches_are_the_same_with_and_without_workers(tmp_path):
         assert torch.equal(x, u)
         assert torch.equal(y, v)
         assert (x.dtype, y.dtype) == (torch.uint8, torch.int64)
-    tested, shared = (list(D.test_batches(data, batch_size=4, workers=w)) for w in (0, 2))
+    tested, shared = (list(D.eval_batches(data, batch_size=4, workers=w)) for w in (0, 2))
     assert [len(y) for _, y in tested] == [4, 4, 4, 3]
     assert all(torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in zip(tested, shared, strict=True))
 
@@ -324,7 +324,7 @@ def test_image_folder_crops_as_the_box_says(tmp_path):
 
 def test_image_folder_test_images_are_resized_and_cropped_centrally(tmp_path):
     data = D.load("image-folder", data_dir=str(write_tree(tmp_path)), image_size=28)
-    images, labels = gathered(D.test_batches(data, batch_size=4))
+    images, labels = gathered(D.eval_batches(data, batch_size=4))
     rule = transforms.Compose([transforms.Resize(32), transforms.CenterCrop(28), transforms.PILToTensor()])
     files = sorted((tmp_path / "val").rglob("*.*"))
     assert labels.tolist() == data.test.labels.tolist()
@@ -343,7 +343,7 @@ def test_the_global_generators_are_left_alone(tmp_path):
     for data in sets:
         for workers in (0, 1):
             list(D.train_batches(data, batch_size=8, seed=0, epoch=0, workers=workers))
-            list(D.test_batches(data, batch_size=8, workers=workers))
+            list(D.eval_batches(data, batch_size=8, workers=workers))
     after = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
     assert torch.equal(before[0], after[0])
     assert all(np.array_equal(a, b) for a, b in zip(before[1], after[1], strict=True))

@@ -98,7 +98,7 @@ def read_test(folder: Path, size: int, on_bad: Callable[[str, str], None] | None
     """The batches of the test split; a training split is added."""
     write_split(folder / "train", 2)
     data = data_room.load("image-folder", data_dir=str(folder), image_size=size)
-    return [images for images, _ in data_room.test_batches(data, batch_size=8, on_bad=on_bad)]
+    return [images for images, _ in data_room.eval_batches(data, batch_size=8, on_bad=on_bad)]
 
 
 def listed(run: Path) -> list[tuple[str, str]]:
@@ -228,12 +228,12 @@ def test_files_that_vanish_or_may_not_be_read_are_bad(
     gone.unlink()
     forbid(secret, monkeypatch)
     bad: dict[str, str] = {}
-    batches = list(data_room.test_batches(data, batch_size=2, workers=workers, on_bad=bad.__setitem__))
+    batches = list(data_room.eval_batches(data, batch_size=2, workers=workers, on_bad=bad.__setitem__))
     assert [len(labels) for _, labels in batches] == [2, 1]  # the first batch of two is left out whole
     assert list(bad) == ["val/ant/000.png", "val/ant/001.png"]
     assert ["No such file" in bad["val/ant/000.png"], "Permission denied" in bad["val/ant/001.png"]] == [True, True]
     with pytest.raises(RunError, match=f"{gone} is not a readable image: .*No such file"):
-        list(data_room.test_batches(data, batch_size=2, workers=workers))
+        list(data_room.eval_batches(data, batch_size=2, workers=workers))
 
 
 # What takes its place

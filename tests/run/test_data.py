@@ -377,7 +377,7 @@ def test_an_unreadable_image_is_named_in_one_sentence(tmp_path, workers, damage)
     file.write_bytes(b"hello" if damage == "text" else file.read_bytes()[:700])
     data = D.load("image-folder", data_dir=str(tmp_path), image_size=16)
     with pytest.raises(RunError) as caught:
-        list(D.test_batches(data, batch_size=4, workers=workers))
+        list(D.eval_batches(data, batch_size=4, workers=workers))
     assert str(caught.value).startswith(f"{file} is not a readable image")
     assert "\n" not in str(caught.value)
 
@@ -386,7 +386,7 @@ def test_grey_images_become_rgb(tmp_path):
     write_tree(tmp_path)
     Image.new("L", (30, 30), 77).save(tmp_path / "val" / "ant" / "0.png")
     data = D.load("image-folder", data_dir=str(tmp_path), image_size=16)
-    images, _ = next(iter(D.test_batches(data, batch_size=1)))
+    images, _ = next(iter(D.eval_batches(data, batch_size=1)))
     assert images.shape == (1, 3, 16, 16)
     assert (images == 77).all()
 

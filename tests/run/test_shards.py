@@ -25,8 +25,8 @@ def test_shards_are_the_parts_of_each_batch_and_every_test_image_once(tmp_path: 
     for whole, *halves in zip(batches(), batches(shard=(0, 2)), batches(shard=(1, 2)), strict=True):
         for k in range(2):
             assert torch.equal(whole[k], torch.cat([half[k] for half in halves]))
-    tests = [[y for _, y in D.test_batches(data, batch_size=4, shard=(i, 3))] for i in range(3)]
-    whole = [y for _, y in D.test_batches(data, batch_size=4)]
+    tests = [[y for _, y in D.eval_batches(data, batch_size=4, shard=(i, 3))] for i in range(3)]
+    whole = [y for _, y in D.eval_batches(data, batch_size=4)]
     assert sum(map(len, tests)) == len(whole)
     assert all(torch.equal(labels, tests[i % 3][i // 3]) for i, labels in enumerate(whole))
     with pytest.raises(UserError, match="3 ranks cannot share a batch of 4 images"):

@@ -208,7 +208,7 @@ def test_the_workers_of_an_image_folder_outlive_signals(data: data_room.Data, mo
         return decode(path)
 
     monkeypatch.setattr(readers, "decode", killed)
-    images = torch.cat([x for x, _ in data_room.test_batches(data, batch_size=2, workers=2)])
+    images = torch.cat([x for x, _ in data_room.eval_batches(data, batch_size=2, workers=2)])
     np.testing.assert_array_equal(images[:, 0, 0, 0], np.arange(4))
 
 
@@ -220,7 +220,7 @@ def test_workers_end_with_the_batches_even_while_an_error_is_looked_at(
 
     monkeypatch.setattr(readers, "decode", broken)
     with pytest.raises(RunError) as caught:
-        list(data_room.test_batches(data, batch_size=2, workers=2))
+        list(data_room.eval_batches(data, batch_size=2, workers=2))
     left = multiprocessing.active_children()  # the traceback still refers to the loader
     del caught
     assert left == []

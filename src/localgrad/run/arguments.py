@@ -1,4 +1,4 @@
-"""What each command takes: one dataclass a command, whose docstrings are the help texts. No PyTorch here."""
+"""The arguments of each command, as a dataclass whose docstrings are the help texts. PyTorch is not imported here."""
 
 from __future__ import annotations
 
@@ -15,156 +15,157 @@ import tyro
 from localgrad.core.errors import UserError, unknown
 from localgrad.run.recipe import Recipe, Saving
 
-LISTS = ("model_args", "block_lr", "recompute")  # fields whose values have commas
+LISTS = ("model_args", "block_lr", "recompute")  # The values of these fields contain commas.
+RunFolder = Annotated[Path, tyro.conf.arg(metavar="RUN")]
+RunFolders = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN [RUN ...]")]
 
 
 @dataclass(frozen=True)
 class Train:
-    """Train one network into a run folder. Flags override the recipe's fields."""
+    """Train a network and write the run into a folder. Flags override the fields of the recipe."""
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     out: Path = Path("runs/train")
-    """The run folder. A run that stopped there goes on."""
+    """Run folder. If it holds an unfinished run of the same recipe, that run is resumed."""
     saving: Annotated[Saving, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Saving)
     tensorboard: bool = False
     """Also write TensorBoard events (needs localgrad[tensorboard])."""
     budget: str | None = None
-    """With --blocks auto: bytes that a step may take (8GiB, 500MiB); the fastest plan that fits is trained."""
+    """Memory that a step may take, such as 8GiB. With --blocks auto, the fastest plan that fits is trained."""
     nproc: int = 1
-    """Processes on this machine that share each batch; torchrun -m localgrad train does so on several machines."""
+    """Number of processes on this machine that share each batch. For several machines: torchrun -m localgrad train."""
     pipeline: int = 1
-    """Processes on this machine that share the blocks: each trains its own on what the one before hands on."""
+    """Number of processes on this machine that share the blocks, as a pipeline."""
     restarts: int = 0
-    """How often to start all these processes again when one has died; they go on from the last save."""
+    """How often to restart all processes after one has died. They resume from the last checkpoint."""
     rank_timeout: float = 600.0
     """Seconds that a process waits for the others before it ends the run."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Fit a recipe's training step into a budget of memory: where to cut, what to compute again. Trains nothing.
+    """Find where to cut a network and what to recompute, so that a training step fits into a memory budget.
 
-    The data need not be there; --image-size alone means 3 channels and 1000 classes.
+    Nothing is trained, and the data may be missing. With --image-size, images have 3 channels and 1000 classes.
     """
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     budget: str = "8GiB"
-    """Bytes that a step may take: 8GiB, 500MiB."""
+    """Memory that a training step may take, such as 8GiB or 500MiB."""
     out: Path | None = None
-    """File for the plan, which localgrad train --plan FILE follows."""
+    """File to write the plan to. localgrad train --plan FILE follows it."""
     json: bool = False
     """Print JSON instead of a table."""
 
 
 @dataclass(frozen=True)
 class Eval:
-    """Evaluate a run's trained backbone on its test images."""
+    """Evaluate the trained network of a run on the test images."""
 
-    run: tyro.conf.Positional[Path]
-    """The run folder."""
+    run: tyro.conf.Positional[RunFolder]
+    """Run folder."""
     data_dir: str | None = None
-    """Where the data lies, if not where the run had it."""
+    """Folder of the data, if it has moved since the run."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
 
 @dataclass(frozen=True)
 class Compare:
-    """Train a grid of methods, numbers of blocks and seeds, one process a run, and print the table.
+    """Train all combinations of methods, numbers of blocks and seeds, and print a table that compares them.
 
-    A grid that was stopped goes on where it stopped.
+    A comparison that was stopped is resumed by the same command. Each run is a process of its own.
     """
 
     methods: str = "bp,dgl,dgl+man,dgl+deep-man"
-    """Methods with their couplings: METHOD or METHOD+COUPLING."""
+    """Methods, separated by commas. Each is METHOD or METHOD+COUPLING, with names from localgrad list."""
     blocks: str = "4"
-    """Numbers of blocks, or the units behind which to cut, joined by a slash: 4,16,layer1.0/layer1.2/layer1.4."""
+    """Numbers of blocks, or units after which to cut, joined by slashes: 4,16,layer1.0/layer1.2/layer1.4."""
     seeds: str = "0"
-    """Seeds: 0,1,2."""
+    """Seeds, separated by commas: 0,1,2."""
     recipe: str = "demo"
-    """Recipe that all runs share: a name or a YAML file."""
+    """Recipe of all runs: a name or a YAML file."""
     data: str | None = None
-    """Data set, if not the recipe's."""
+    """Data set of all runs. By default that of the recipe."""
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Recipe fields that all runs share: --set lr=0.05 --set epochs=3."""
+    """Recipe field for all runs: --set lr=0.05 --set epochs=3."""
     vary: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Recipe fields of which each value is run: --vary momentum=0,0.9,0.99. What is itself a list is joined by slashes:
-    --vary recompute=layer1.0/layer1.1,all."""
+    """Recipe field and values to try: --vary momentum=0,0.9. A list has slashes: --vary recompute=stem/layer1.0,all."""
     out: Path = Path("runs/compare")
-    """Folder of the grid: a folder for each run, runs.csv, compare.csv and pairs.csv (differences paired by seed)."""
+    """Folder for the runs, runs.csv, compare.csv and pairs.csv (differences paired by seed)."""
     jobs: int = 1
-    """Runs at a time."""
+    """Number of runs at a time."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Show what the units of a trained network have learned: separability, CKA, t-SNE, activation maps.
+    """Analyse what the units of trained networks have learned: separability, CKA, t-SNE, activation maps.
 
-    Tables go to RUN/probe, and localgrad report draws them. Everything is computed on the test images.
+    The tables are written to RUN/probe, and localgrad report draws them. All analyses use the test images.
     """
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run folders, or folders of such, as localgrad compare leaves them."""
+    runs: tyro.conf.Positional[RunFolders]
+    """Run folders, or folders of run folders such as localgrad compare writes."""
     against: Path | None = None
-    """Another run on the same data, BP's say: CKA of each unit of the one with each of the other."""
+    """Another run on the same data, such as the one of BP: CKA compares each unit with each unit of that run."""
     images: int = 5000
-    """Test images to look at; half of them fit the linear classifiers, the other half is their test."""
+    """Number of test images. One half fits the linear classifiers, the other half tests them."""
     data_dir: str | None = None
-    """Where the data lies, if not where the run had it."""
+    """Folder of the data, if it has moved since the run."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Write one HTML file about runs: errors, memory, time, learning curves, what probes found, and each run's recipe.
+    """Write an HTML page about runs: error, memory, time, learning curves, analyses of localgrad probe, recipes.
 
-    The file needs no network (and localgrad[plot] to be made).
+    It is a single file that opens without a network. To write it, localgrad[plot] must be installed.
     """
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run folders, or folders of such, as localgrad compare leaves them."""
+    runs: tyro.conf.Positional[RunFolders]
+    """Run folders, or folders of run folders such as localgrad compare writes."""
     results: Path | None = None
-    """A folder of result tables to show too: accuracy_*_runs.csv and frontier_*.csv."""
+    """Folder of result tables to show too: accuracy_*_runs.csv and frontier_*.csv."""
     out: Path = Path("report.html")
-    """The file."""
+    """File to write."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """Export a run's trained backbone, without auxiliaries."""
+    """Export the trained network of a run, without auxiliaries."""
 
-    run: tyro.conf.Positional[Path]
-    """The run folder."""
+    run: tyro.conf.Positional[RunFolder]
+    """Run folder."""
     format: Literal["safetensors", "onnx"] = "safetensors"
+    """safetensors holds the weights. onnx also holds the network, and needs localgrad[onnx]."""
     out: Path | None = None
-    """The file; by default RUN/export.safetensors or RUN/export.onnx."""
+    """File to write. By default RUN/export.safetensors or RUN/export.onnx."""
 
 
 @dataclass(frozen=True)
 class List:
-    """Show methods, couplings, heads, backbones, recipes, and the data sets with where each is present."""
+    """List methods, couplings, heads, recipes, networks and data sets, and where data sets were found."""
 
     data_dir: str | None = None
-    """Where to look for data."""
+    """Folder to search for data sets."""
 
 
 def parse_lists(pairs: Sequence[str]) -> dict[str, list[Any]]:
-    """Recipe fields with several values from KEY=VALUE,VALUE pairs, where a value is a list joined by slashes. Raises
-    UserError."""
+    """Reads KEY=VALUE,VALUE pairs: a recipe field with several values. Raises UserError for a pair that is none."""
     lists: dict[str, list[Any]] = {}
     for pair in pairs:
         key, _, values = pair.partition("=")
         if not values:
             raise UserError(f"--vary takes KEY=VALUE,VALUE, not '{pair}'")
-        listed = key.replace("-", "_") in LISTS
+        is_list = key.replace("-", "_") in LISTS
         for value in values.split(","):
-            value = value.replace("/", ",") if listed else value
+            value = value.replace("/", ",") if is_list else value
             for name, parsed in parse_changes([f"{key}={value}"], "--vary").items():
                 lists.setdefault(name, []).append(parsed)
     return lists
 
 
 def parse_changes(pairs: Sequence[str], flag: str = "--set") -> dict[str, Any]:
-    """Recipe fields from KEY=VALUE pairs, of the types that the fields have. Raises UserError."""
+    """Reads KEY=VALUE pairs into recipe fields of the right types. Raises UserError for a pair that is none."""
     changes = {}
     names = {f.name for f in dataclasses.fields(Recipe)}
     for pair in pairs:

@@ -1,8 +1,8 @@
-"""Augmentation whose every draw is a pure function of (seed, epoch, index): no generator, hence no state to save.
+"""Augmentation in which each random draw is a function of seed, epoch and index, so there is no state to save.
 
-A sample looks the same whichever batch, worker or order it comes in, and no draw touches the global random number
-generators. Seeds, epochs and indices go through SplitMix64 (G. Steele, D. Lea, C. Flood, "Fast splittable pseudorandom
-number generators", OOPSLA 2014; the constants of S. Vigna's public-domain splitmix64.c), vectorised in numpy.
+A sample looks the same in every batch, worker and order, and the global random generators are not used. The draws come
+from SplitMix64 (G. Steele, D. Lea, C. Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014; the
+constants of S. Vigna's public-domain splitmix64.c), vectorised in numpy.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# One number per use, so that the order of an epoch tells nothing about its crops.
+# Each use has a stream of its own, so that the order of an epoch is independent of its crops.
 AUGMENT, ORDER, SUBSET, REPLACE = 0, 1, 2, 3
 _MASK = 2**64 - 1
 _GAMMA = 0x9E3779B97F4A7C15
 
 
 def splitmix64(seeds: NDArray[np.uint64], steps: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Output number `steps` (0 is the first) of the SplitMix64 streams that start at `seeds`; the shapes broadcast."""
-    # Arrays of at least one axis: numpy wraps those silently, as meant here, but warns about scalars.
+    """Returns outputs number `steps`, from 0, of the SplitMix64 streams with these seeds. The shapes broadcast."""
+    # numpy warns of an overflow of scalars, but not of arrays. Here numbers are meant to overflow.
     z = np.atleast_1d(seeds) + np.uint64(_GAMMA) * (np.atleast_1d(steps) + np.uint64(1))
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -30,9 +30,9 @@ def splitmix64(seeds: NDArray[np.uint64], steps: NDArray[np.uint64]) -> NDArray[
 
 
 def draws(seed: int, epoch: int, indices: NDArray[np.integer], count: int, stream: int = AUGMENT) -> NDArray[np.uint64]:
-    """`count` draws, uniform over 0 .. 2**64-1, for each of `indices` [N]: uint64 [N, count].
+    """Returns `count` draws for each of `indices` [N], uniform over 0 .. 2**64-1: uint64 [N, count].
 
-    (seed, stream, epoch) are folded into one key; output i of the key's stream seeds a stream of sample i's own.
+    Seed, stream and epoch are combined into one key. Output i of the key's stream is the seed of sample i's own stream.
     """
     key = np.array([seed & _MASK], np.uint64)
     for word in (stream, epoch):
@@ -42,27 +42,28 @@ def draws(seed: int, epoch: int, indices: NDArray[np.integer], count: int, strea
 
 
 def permutation(size: int, seed: int, epoch: int, stream: int = ORDER) -> NDArray[np.int64]:
-    """The order of one epoch: 0 .. size-1, int64 [size], sorted by a draw of each.
+    """Returns a random order of 0 .. size-1, int64 [size].
 
-    Not numpy's Generator.permutation, whose stream may change between numpy versions.
+    numpy's Generator.permutation is not used, because its results may change between versions.
     """
     return np.argsort(draws(seed, epoch, np.arange(size), 1, stream)[:, 0], kind="stable")
 
 
 def crop_flip(images: Tensor, indices: NDArray[np.int64], *, pad: int, flip: bool, seed: int, epoch: int) -> Tensor:
-    """Samples `indices` [B] of images uint8 [N,C,H,W], augmented: [B,C,H,W].
+    """Returns the samples `indices` [B] of images uint8 [N, C, H, W], augmented: uint8 [B, C, H, W].
 
-    Each is cropped to its own size after padding `pad` pixels (fewer than H and W) by reflection; half are mirrored.
+    Each sample is padded by reflection, by `pad` pixels (fewer than H and W), and cropped at random to its old size.
+    With `flip`, half of them are mirrored.
     """
-    # In numpy, on one thread: gathers of a batch are too small to share, and torch's threads would wait for each other.
+    # A batch is too small to be worth several threads, so numpy is faster than torch here.
     batch = images.numpy()[indices]
     _, _, height, width = batch.shape
-    # A remainder by n <= 9 prefers some values by at most n / 2**64, about 5e-19: nothing could measure it.
+    # The remainder by n <= 9 is biased by at most n / 2**64, about 5e-19, which nothing could measure.
     draw = draws(seed, epoch, indices, 3)
     if pad:
         top, left = (draw[:, :2] % np.uint64(2 * pad + 1)).astype(np.int64).T
         padded = batch[:, :, _reflected(height, pad)[:, None], _reflected(width, pad)]
-        # All (2*pad+1)**2 crops as a view, of which each sample copies one.
+        # The view holds all (2*pad+1)**2 crops of each sample, and one of them is copied.
         windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(2, 3))
         batch = windows[np.arange(len(batch)), :, top, left]
     if flip:
@@ -74,14 +75,14 @@ def crop_flip(images: Tensor, indices: NDArray[np.int64], *, pad: int, flip: boo
 def resized_crop_box(
     height: int, width: int, *, seed: int, epoch: int, index: int
 ) -> tuple[tuple[int, int, int, int], bool]:
-    """(top, left, height, width) of a random crop of an image, and whether to mirror it.
+    """Returns (top, left, height, width) of a random crop of an image, and whether to mirror it.
 
-    The rule of torchvision's RandomResizedCrop.get_params (area 0.08 .. 1 of the image, aspect ratio 3/4 .. 4/3
-    log-uniform, ten attempts, then the largest central crop of an allowed ratio), fed from `draws`: torchvision's own
-    takes its numbers from the global generator.
+    The rule is that of torchvision's RandomResizedCrop.get_params, which would draw from the global generator: an area
+    of 0.08 to 1 of the image, an aspect ratio of 3/4 to 4/3 (log-uniform), ten attempts, and then the largest central
+    crop of an allowed ratio.
     """
     draw = draws(seed, epoch, np.array([index]), 41)[0]
-    # The upper 53 bits as a float64 in [0, 1).
+    # The upper 53 bits of a draw become a float64 in [0, 1).
     area, ratio, down, right = ((draw[1:] >> np.uint64(11)) * 2.0**-53).reshape(10, 4).T
     area = height * width * (0.08 + 0.92 * area)
     ratio = np.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * ratio)
@@ -97,6 +98,6 @@ def resized_crop_box(
 
 
 def _reflected(size: int, pad: int) -> NDArray[np.int64]:
-    """Source position of each of size + 2*pad padded positions; the border pixel itself is not repeated."""
-    at = np.abs(np.arange(-pad, size + pad))
-    return np.where(at >= size, 2 * (size - 1) - at, at)
+    """The source index of each of the size + 2*pad padded pixels. The border pixel itself is not repeated."""
+    source = np.abs(np.arange(-pad, size + pad))
+    return np.where(source >= size, 2 * (size - 1) - source, source)

@@ -1,9 +1,8 @@
-"""The commands. Each takes what `cli.py` has parsed and returns the exit code."""
+"""The commands. Each function takes the arguments that `cli.py` has parsed, and returns the exit code."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from localgrad.run import data as data_room
 from localgrad.run.arguments import Compare, Eval, Export, List, Plan, Probe, Report, Train
 from localgrad.run.build import backbone_of, data_of, info_of, machine_for, planner_for
 from localgrad.run.checkpoint import classes_json, load_backbone, read_weights, save_weights
-from localgrad.run.files import MODEL, check_folder, check_system, write_text
+from localgrad.run.files import MODEL, check_folder, check_system, replacing, write_text
 from localgrad.run.folder import claim, finished_runs, open_run, read_classes, summary_rows
 from localgrad.run.ranks import joined
 from localgrad.run.recipe import COUPLINGS, HEADS, METHODS, PLANNED, Recipe, read_recipe, settle
@@ -39,9 +38,9 @@ def run_train(args: Train) -> int:
         for name, count in (("--nproc", args.nproc), ("--pipeline", args.pipeline)):
             if count not in (1, ranks.count):
                 raise UserError(f"{name} {count} takes as many processes, but torchrun has started {ranks.count}")
-        # One plans for all: by the times that each finds, they might cut differently.
+        # The first rank plans for all, because each would measure other times and might choose other cuts.
         recipe = settle(ranks.broadcast_object(_fitted(args) if ranks.first else None))
-        # The first rank looks at the folder and says what it found, before it begins to fill it.
+        # All ranks learn what the folder holds before the first rank writes to it.
         finished = ranks.broadcast_object(ranks.first and claim(args.out, recipe, may_grow=True))
         if finished and args.saving.resume == "auto":
             if ranks.first:
@@ -79,7 +78,7 @@ def run_plan(args: Plan) -> int:
 
 
 def planned_fields(recipe: Recipe, chosen: plans.Plan) -> dict[str, Any]:
-    """The recipe's fields, those of `PLANNED`, by which it follows a plan."""
+    """Returns the values of the fields in `PLANNED` that make a recipe follow a plan."""
     single = {"method": "bp", "coupling": "none", "head": "auto", "blocks": "1"}
     several = {"method": recipe.method, "coupling": recipe.coupling, "head": recipe.head}
     return {
@@ -90,12 +89,12 @@ def planned_fields(recipe: Recipe, chosen: plans.Plan) -> dict[str, Any]:
 
 
 def may_step_as_it_goes(recipe: Recipe) -> bool:
-    """Whether a plan of the recipe may free gradients block by block."""
+    """Whether a plan of the recipe may step each block right after its backward pass."""
     return recipe.accumulate == 1 and not recipe.skip_nonfinite
 
 
 def _fitted(args: Train) -> Recipe:
-    """The recipe; `blocks="auto"` filled by the fastest plan within the budget, or as the run that goes on has it."""
+    """The recipe, with `blocks="auto"` replaced by the plan of the run to resume, or by the fastest in the budget."""
     recipe = args.recipe
     if (recipe.blocks == "auto") != (args.budget is not None):
         raise UserError("--blocks auto and --budget belong together: give both, as --blocks auto --budget 8GiB")
@@ -119,12 +118,12 @@ def _fitted(args: Train) -> Recipe:
 def show_plans(rows: list[tuple[str, plans.Plan]], bp: float) -> None:
     table = Table("", "blocks", "peak memory", "time", "recomputed", "cut after")
     for name, plan in rows:
-        again = [f"{len(plan.units)} units"] if plan.units else []
-        again += [f"{len(plan.couplings)} couplings"] if plan.couplings else []
+        recomputed = [f"{len(plan.units)} units"] if plan.units else []
+        recomputed += [f"{len(plan.couplings)} couplings"] if plan.couplings else []
         cuts = " ".join(plan.blocks[:-1])
         as_you_go = " (step as you go)" if plan.step_as_you_go else ""
         count, times = f"{len(plan.blocks)}{as_you_go}", f"{plan.seconds / bp:.2f} x BP"
-        table.add_row(name, count, mib(plan.peak), times, ", ".join(again), cuts)
+        table.add_row(name, count, mib(plan.peak), times, ", ".join(recomputed), cuts)
     console = Console()
     console.print(table)
     console.print("peaks and times are predicted, nothing was trained", highlight=False)
@@ -134,7 +133,7 @@ def run_eval(args: Eval) -> int:
     recipe = replace(open_run(args.run), device=args.device)
     if args.data_dir is not None:
         recipe = replace(recipe, data_dir=args.data_dir)
-    if recipe.precision == "fp16":  # which a CPU does not have; what is evaluated is the same
+    if recipe.precision == "fp16":  # It needs a CUDA device, and the weights can be evaluated in any precision.
         recipe = replace(recipe, precision="auto")
     data = data_of(args.run, recipe)
     machine = machine_for(recipe)
@@ -176,30 +175,31 @@ def run_probe(args: Probe) -> int:
         return probe.load(run, replace(recipe, data_dir=args.data_dir or recipe.data_dir), args.images)
 
     runs = finished_runs(args.runs)
-    other = load(args.against) if args.against else None
-    for run in runs:  # what cannot be is said before the first is worked on
-        probe.check_alike(load(run), other)
+    against = load(args.against) if args.against else None
+    for run in runs:  # All runs are checked before work on the first one begins.
+        probe.check_alike(load(run), against)
         check_folder(run / "probe" / "cka.csv", make=True)
-    console = Console()
     for run in runs:
         itself = args.against is not None and run.resolve() == args.against.resolve()
-        with_whom = None if itself else other
-        tables = probe.probe(load(run), with_whom, lambda what: print(f"{what} ...", file=sys.stderr))
+        other = None if itself else against
+        tables = probe.probe(load(run), other, lambda what: print(f"{what} ...", file=sys.stderr))
         for name, rows in tables.items():
             write_csv(run / "probe" / f"{name}.csv", rows)
         print(f"wrote {run / 'probe'}")
-        if len(runs) > 1:
-            continue  # One table fits a terminal. The report shows those of many runs.
-        alike = probe.agreement(tables["cka"]) if with_whom else {}
-        columns = ["unit", "block", "linear classifier, %", *([f"CKA with {with_whom.name}"] if with_whom else [])]
-        table = Table(*map(escape, columns), title=escape(run.resolve().name))
-        for row in tables["separability"]:
-            same = [f"{alike[row['unit']]:.3f}"] if row["unit"] in alike else []
-            table.add_row(row["unit"], str(row["block"]), f"{row['top1']:.2f}", *same)
-        console.print(table)
+        if len(runs) == 1:
+            _show_probe(run, tables["separability"], probe.agreement(tables["cka"]), other and other.name)
     if len(runs) > 1:
         print("localgrad report draws what the probes found")
     return 0
+
+
+def _show_probe(run: Path, separable: list[dict[str, Any]], cka: dict[str, float], other: str | None) -> None:
+    columns = ["unit", "block", "linear classifier, %", *([f"CKA with {other}"] if other else [])]
+    table = Table(*map(escape, columns), title=escape(run.resolve().name))
+    for row in separable:
+        similar = [f"{cka[row['unit']]:.3f}"] if other and row["unit"] in cka else []
+        table.add_row(row["unit"], str(row["block"]), f"{row['top1']:.2f}", *similar)
+    Console().print(table)
 
 
 def run_report(args: Report) -> int:
@@ -237,7 +237,6 @@ def _export_onnx(run: Path, recipe: Recipe, path: Path) -> None:
     backbone = backbone_of(recipe, info)
     load_backbone(backbone, run / MODEL)
     example = torch.zeros(2, info.channels, info.size, info.size)
-    part = path.with_name(path.name + ".part")
     batch = torch.export.Dim("batch")
     try:
         program: Any = torch.onnx.export(
@@ -246,8 +245,7 @@ def _export_onnx(run: Path, recipe: Recipe, path: Path) -> None:
         )  # fmt: skip
         if names := read_classes(run):
             program.model.metadata_props["classes"] = classes_json(names)
-        program.save(str(part), external_data=False)
-        os.replace(part, path)
-    except Exception as error:  # the exporter raises as many kinds as there are operators
-        part.unlink(missing_ok=True)
+        with replacing(path) as part:
+            program.save(str(part), external_data=False)
+    except Exception as error:  # The exporter raises many kinds of errors.
         raise RunError(f"exporting {recipe.model} to ONNX failed: {str(error).splitlines()[0]}") from error

@@ -1,4 +1,4 @@
-"""A grid of runs, one process each, and its tables: over the seeds, and differences paired by seed."""
+"""A grid of runs, each in a process of its own, and its tables: means over seeds, and differences paired by seed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from localgrad.run.tables import paired, row_of, show, summarize, write_csv
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the grid. varied: the fields that --vary gives a value of its own."""
+    """One run of the grid. `method` includes the coupling. `varied` has the fields of --vary that have an effect."""
 
     method: str
     blocks: int
@@ -40,21 +40,22 @@ class Cell:
 
     @property
     def name(self) -> str:
-        own = "".join(f"_{name}-{re.sub(r'[^A-Za-z0-9.]+', '-', str(value))}" for name, value in self.varied.items())
-        return f"{self.method}_k{self.blocks}_s{self.recipe.seed}{own}"
+        values = "".join(f"_{name}-{re.sub(r'[^A-Za-z0-9.]+', '-', str(value))}" for name, value in self.varied.items())
+        return f"{self.method}_k{self.blocks}_s{self.recipe.seed}{values}"
 
     @property
     def setting(self) -> str:
-        """`varied` as text: momentum=0.9."""
+        """`varied` as text, such as momentum=0.9."""
         return " ".join(f"{name}={value}" for name, value in self.varied.items())
 
 
 def compare(args: Compare) -> int:
+    """Runs `localgrad compare` and returns its exit code."""
     check_system()
     cells = grid(args)
     if args.jobs < 1:
         raise UserError(f"--jobs must be at least 1, not {args.jobs}")
-    for cell in cells:  # every folder, data set and cut is checked before the first run starts
+    for cell in cells:  # All folders, data sets and cuts are checked before the first run starts.
         claim(args.out / cell.name, cell.recipe)
     check(cells)
     try:
@@ -80,24 +81,24 @@ def compare(args: Compare) -> int:
 
 
 def check(cells: Sequence[Cell]) -> None:
-    """Raises what a run of the grid would raise before it begins to train."""
+    """Raises the errors that a run of the grid would raise before it begins to train."""
     for recipe in {replace(cell.recipe, seed=0): None for cell in cells}:
         machine_for(recipe)
         info = data_room.find(recipe.data, recipe.data_dir, download=recipe.download)
         if not info.classes:
-            info = replace(info, classes=2)  # an image folder's are counted when it is read; no cut depends on them
+            info = replace(info, classes=2)  # An image folder has not been read yet. Cuts do not depend on the number.
         backbone = backbone_of(recipe, info)
         size = recipe.image_size or info.size
         split(trace_units(backbone, torch.zeros(1, info.channels, size, size)), recipe.cut)
 
 
 def grid(args: Compare) -> list[Cell]:
-    """Every run of the grid. `bp` knows no number of blocks, so it runs once a seed."""
+    """Returns all runs of the grid. BP has one block whatever --blocks says, so it runs once for each seed."""
     shared = parse_changes(args.set)
     for name, flag in (("method", "methods"), ("coupling", "methods"), ("blocks", "blocks"), ("seed", "seeds")):
         if name in shared:
             raise UserError(f"--set {name} would hold for all runs: the grid takes it from --{flag}")
-    varied = [[(name, v) for v in values] for name, values in parse_lists(args.vary).items()]
+    varied = [[(name, value) for value in values] for name, values in parse_lists(args.vary).items()]
     shared |= {"data": args.data} if args.data else {}
     for axis in varied:
         if axis[0][0] in ("method", "coupling", "blocks", "seed", *shared):
@@ -107,9 +108,9 @@ def grid(args: Compare) -> list[Cell]:
     methods, cuts, seeds = (
         _words(args.methods, "--methods"), _cuts(args.blocks), _numbers(args.seeds, "--seeds")
     )  # fmt: skip
-    for word, (blocks, names), seed, own in itertools.product(methods, cuts, seeds, itertools.product(*varied)):
-        method, _, coupling = word.partition("+")
-        changes: dict[str, Any] = {"coupling": coupling or "none", "method": method, "seed": seed, **dict(own)}
+    for label, (blocks, names), seed, values in itertools.product(methods, cuts, seeds, itertools.product(*varied)):
+        method, _, coupling = label.partition("+")
+        changes: dict[str, Any] = {"coupling": coupling or "none", "method": method, "seed": seed, **dict(values)}
         if method != "bp":
             changes["blocks"] = names or str(blocks)
         elif not coupling:
@@ -117,10 +118,10 @@ def grid(args: Compare) -> list[Cell]:
         if "head" in shared:
             changes["head"] = shared["head"]
         recipe = settle(override(base, changes))
-        effective = {name: value for name, value in own if name not in idle(recipe)}
+        effective = {name: value for name, value in values if name not in idle(recipe)}
         if names and method != "bp":
             effective["blocks"] = names
-        cell = Cell(word, 1 if method == "bp" else blocks, recipe, effective)
+        cell = Cell(label, 1 if method == "bp" else blocks, recipe, effective)
         if cells.setdefault(cell.name, cell).recipe != recipe:
             raise UserError(f"two runs of the grid would both be called {cell.name}: run them as grids of their own")
     return list(cells.values())
@@ -129,8 +130,10 @@ def grid(args: Compare) -> list[Cell]:
 def run_all(
     cells: Sequence[Cell], out: Path, jobs: int, *, done: Callable[[Cell], None] = lambda cell: None
 ) -> list[str]:
-    """Runs what is not finished, `jobs` at a time, and returns the names of those that failed. done: is told of each
-    that is finished, as it is."""
+    """Trains the runs that are not finished, `jobs` at a time, and returns the names of those that failed.
+
+    `done` is called with each finished run.
+    """
     waiting = [c for c in cells if not claim(out / c.name, c.recipe)]
     print(f"{len(cells)} runs, {len(cells) - len(waiting)} of them finished", flush=True)
     for cell in cells:
@@ -161,9 +164,10 @@ def _start(cell: Cell, out: Path, jobs: int) -> subprocess.Popen:
     print(f"{cell.name} ...", flush=True)
     recipe = out / f"{cell.name}.yaml"
     recipe.write_text(yaml.safe_dump(as_dict(cell.recipe), sort_keys=False))
-    recipe_path, place = (os.path.join(".", path) for path in (recipe, out / cell.name))  # what begins with ~ stays so
-    command = [sys.executable, "-m", "localgrad", "train", "--recipe", recipe_path, "--out", place]
-    # Runs beside each other share the cores, or each would start a thread a core.
+    # The command would expand a path that begins with ~, so such a path gets a ./ before it.
+    recipe_path, run_path = (os.path.join(".", path) for path in (recipe, out / cell.name))
+    command = [sys.executable, "-m", "localgrad", "train", "--recipe", recipe_path, "--out", run_path]
+    # Runs at the same time share the cores. Without a limit each of them would start one thread for each core.
     threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     with (out / f"{cell.name}.log").open("w") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**threads, **os.environ})
@@ -190,7 +194,7 @@ def _words(text: str, flag: str) -> list[str]:
 
 
 def _cuts(text: str) -> list[tuple[int, str]]:
-    """How many blocks, and where they are named the last unit of each but the last, as a recipe has them."""
+    """For each word of --blocks the number of blocks, and the last units of all blocks but the last if it has names."""
     cuts = []
     for word in _words(text, "--blocks"):
         names = ",".join(name for name in word.split("/") if name)

@@ -1,8 +1,8 @@
 """Data sets: images and labels, what is known about them, and the batches of an epoch.
 
-Batches are uint8, so that the loop moves a quarter of the bytes and normalises on its device (`normalize`). Sets that
-fit in memory are tensors; an image folder is decoded by workers. The order of an epoch and every draw of the
-augmentation are pure functions of (seed, epoch, index): a resumed run needs no state of a loader.
+Batches are uint8, a quarter of the bytes of float32, and are normalised on the device (`normalize`). A set that fits
+in memory is held as tensors. The files of an image folder are decoded by worker processes. The order of an epoch and
+each random draw of the augmentation depend on seed, epoch and index only, so a resumed run needs no loader state.
 """
 
 from __future__ import annotations
@@ -25,16 +25,22 @@ from localgrad.run.augment import SUBSET, crop_flip, permutation
 from localgrad.run.image_folder import Files, listed, printable, read_folder
 from localgrad.run.readers import Batches, OnBad
 
-IMAGE_FOLDER_SIZE = 224  # pixels; the usual crop of ImageNet
+IMAGE_FOLDER_SIZE = 224  # This is the usual crop of ImageNet, in pixels.
 
 
 @dataclass(frozen=True)
 class DataInfo:
     """What is known about a data set before it is read.
 
-    `size`: side of its square images in pixels. `mean`, `std`: of the training images in [0, 1], by channel.
-    `pad`, `flip`: augmentation, a crop after padding by reflection, and a horizontal flip. An image folder is cropped
-    by area instead, and its `classes` are 0 until it is read.
+    Attributes:
+        name: Its name in `DATASETS`.
+        classes: How many classes it has. An image folder has 0 until it is read.
+        channels: How many channels its images have.
+        size: The side of its square images in pixels.
+        mean: The mean of each channel over the training images, with pixels in [0, 1].
+        std: The standard deviation of each channel, likewise.
+        pad: The pixels by which an image is padded before a random crop. An image folder is cropped by area instead.
+        flip: Whether half of the training images are mirrored.
     """
 
     name: str
@@ -50,14 +56,14 @@ class DataInfo:
 DATASETS: dict[str, DataInfo] = {
     info.name: info
     for info in (
-        # Eight pixels leave room for a shift by one, and a mirrored digit is another sign.
+        # A digit fills most of its eight pixels, so it is shifted by one at most. Mirrored, it is no digit any more.
         DataInfo("digits", 10, 1, 8, (0.3054,), (0.3760,), pad=1, flip=False),
         DataInfo("fashion-mnist", 10, 1, 28, (0.2860,), (0.3530,), pad=2, flip=True),
         DataInfo("cifar10", 10, 3, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), pad=4, flip=True),
         DataInfo("cifar100", 100, 3, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), pad=4, flip=True),
         DataInfo("svhn", 10, 3, 32, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), pad=2, flip=False),
         DataInfo("stl10", 10, 3, 96, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713), pad=4, flip=True),
-        # ImageNet's mean and deviation, as every published ImageNet recipe uses them.
+        # All published ImageNet recipes use this mean and standard deviation.
         DataInfo("image-folder", 0, 3, IMAGE_FOLDER_SIZE, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 0, True),
     )
 }
@@ -65,7 +71,7 @@ DATASETS: dict[str, DataInfo] = {
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """A split in memory: images uint8 [N,C,H,W], labels int64 [N]."""
+    """A split in memory: images uint8 [N, C, H, W], labels int64 [N]."""
 
     images: Tensor
     labels: Tensor
@@ -73,10 +79,14 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def take(self, indices: NDArray[np.int64]) -> Images:
+        """The samples at these indices, in their order."""
+        return Images(self.images[torch.from_numpy(indices)], self.labels[torch.from_numpy(indices)])
+
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """A data set, read: both splits are of the same kind. names: of its classes, in the order of the labels."""
+    """A data set that has been read. Its splits have the same type, and `names` are those of its classes, by label."""
 
     info: DataInfo
     train: Images | Files
@@ -97,37 +107,30 @@ def load(
     """Reads a data set.
 
     Args:
-        name: Of the set, as in `DATASETS`.
-        data_dir: Where it lies: "data" by default; Fashion-MNIST also where Debian's package puts it.
-        download: Whether to fetch it into that folder if it is not there.
-        limit_train: So many training samples, balanced over classes, chosen by `seed`.
-        seed: Of that choice.
-        image_size: Side of an image folder's crops, 224 by default.
-        only_test: Whether the training split stays empty; its files need not be there then.
+        name: The name of the set, as in `DATASETS`.
+        data_dir: The folder that holds it, "data" by default. Fashion-MNIST is also found where Debian's package
+            installs it.
+        download: Whether to fetch it into that folder if it is missing.
+        limit_train: How many training samples to keep, balanced over the classes. By default all.
+        seed: It determines which samples `limit_train` keeps.
+        image_size: The side of an image folder's crops in pixels, 224 by default.
+        only_test: Whether to leave the training split empty. Its files may be missing then.
+
+    Returns:
+        The data set.
 
     Raises:
-        UserError: For an unknown name, a set that is not there or has one class alone, and a limit or size that it
-            cannot have.
-        RunError: For a damaged file or a failed download.
+        UserError: The name is unknown, the set is missing or has only one class, or the limit or size is impossible.
+        RunError: A file is damaged, or the download failed.
     """
     info = _info(name)
+    _check_size(info, image_size)
+    folder = Path() if name == "digits" else _locate(name, data_dir, download, only_test)
     if name == "image-folder":
-        if image_size is not None and image_size < 1:
-            raise UserError(f"image size must be at least 1 pixel, not {image_size}")
-        folder = _locate(name, data_dir, download, only_test)
         names, train, test = read_folder(folder, only_val=only_test)
         info = replace(info, classes=len(names), size=image_size or IMAGE_FOLDER_SIZE)
     else:
-        if image_size not in (None, info.size):
-            raise UserError(f"the images of {name} are {info.size} pixels wide and are not resized to {image_size}")
-        folder = Path() if name == "digits" else _locate(name, data_dir, download, only_test)
-        raws = readers.read(name, folder, only_test=only_test)
-        *trains, test = (_checked(raw, info) for raw in raws)
-        train = trains[0] if trains else Images(test.images[:0], test.labels[:0])
-        names = _names(raws[-1], info)
-        if len(alone := train.labels.unique()) == 1:
-            what = f"one class alone, {printable(names[int(alone)])}, and of one nothing can be learned"
-            raise UserError(f"{raws[0].file} holds {what}: take a set of two or more")
+        names, train, test = _in_memory(info, folder, only_test)
     if limit_train is not None:
         train = _limited(train, limit_train, info.classes, seed)
     return Data(info, train, test, tuple(names))
@@ -138,20 +141,20 @@ def check_classes(data: Data, recorded: Sequence[str], whose: object) -> str | N
 
     Args:
         data: The set.
-        recorded: The names that the run was trained with, in the order of its logits; none in one of an older version.
-        whose: The run, for the sentence.
+        recorded: The names that the run was trained with, in the order of its logits. Runs of older versions have none.
+        whose: The run, as the error sentence calls it.
 
     Returns:
-        A sentence where nothing was recorded of classes that may have changed, else None.
+        A warning if the run has recorded no classes and they may have changed, else None.
 
     Raises:
-        UserError: If the classes differ, or their order.
+        UserError: The classes differ, or their order.
     """
     if not recorded:
         if data.info.name != "image-folder":
             return None
         return f"{whose} has not recorded its classes: see that they were {listed(data.names)}, in this order"
-    # Systems write the same name in one of two ways: an accent is a part of its letter, or follows it.
+    # Systems encode an accented letter in one of two ways: as one character, or as a letter followed by its accent.
     then, now = ([unicodedata.normalize("NFC", name) for name in names] for names in (recorded, data.names))
     if then == now:
         return None
@@ -167,7 +170,7 @@ def check_classes(data: Data, recorded: Sequence[str], whose: object) -> str | N
 
 
 def find(name: str, data_dir: str | None = None, *, download: bool = False) -> DataInfo:
-    """What is known of a data set that is there, or can be fetched. Opens nothing. Raises UserError as `load` does."""
+    """Returns what is known about a set that is present or can be fetched, else raises UserError. No file is opened."""
     info = _info(name)
     if name != "digits" and not (download and name != "image-folder"):
         _locate(name, data_dir, download=False)
@@ -175,7 +178,7 @@ def find(name: str, data_dir: str | None = None, *, download: bool = False) -> D
 
 
 def present(name: str, data_dir: str | None = None) -> str | None:
-    """Where a data set was found, else None. Looks for its files, opens none."""
+    """Returns where a data set was found, else None. No file is opened."""
     _info(name)
     if name == "digits":
         return "scikit-learn"
@@ -184,7 +187,7 @@ def present(name: str, data_dir: str | None = None) -> str | None:
 
 
 def steps_per_epoch(data: Data, batch_size: int) -> int:
-    """How many batches `train_batches` makes: whole ones only, but one if the set is smaller than a batch."""
+    """Returns how many batches `train_batches` yields in an epoch."""
     _check_loading(batch_size)
     return max(1, len(data.train) // batch_size)
 
@@ -200,14 +203,21 @@ def train_batches(
     workers: int = 0,
     on_bad: OnBad | None = None,
 ) -> Batches:
-    """The augmented training batches of one epoch from number `start` on: images uint8 [B,C,H,W], labels int64 [B].
+    """Yields the augmented training batches of one epoch: images uint8 [B, C, H, W] and labels int64 [B].
 
-    shard: which of so many equal parts of each batch, for one of several ranks.
+    The last, incomplete batch is dropped, because batch norm would give its few samples the weight of a full batch.
+    A set that is smaller than one batch is one batch.
 
-    The last, incomplete batch is dropped (batch norm would weigh its few samples like a whole batch), unless the set
-    is smaller than one batch. `workers` processes decode an image folder; sets in memory need none and ignore it.
-    RunError names an image that cannot be decoded; with `on_bad` that is told of it instead, and a sample that seed
-    and index determine takes its place.
+    Args:
+        data: The data set.
+        batch_size: Images of a batch, over all ranks.
+        seed: It determines the order and the augmentation, together with the epoch.
+        epoch: The number of the epoch.
+        start: The number of the first batch to yield.
+        shard: (i, n) for the i-th of n equal parts of each batch, for rank i of n.
+        workers: How many processes decode an image folder. Sets in memory ignore it.
+        on_bad: Called with the path of an image that cannot be decoded and the reason. Another sample, which seed and
+            index determine, takes its place. Without it, such an image raises RunError.
     """
     _check_loading(batch_size, workers)
     chunks = [_part(chunk, shard) for chunk in _train_chunks(data, batch_size, seed, epoch)[start:]]
@@ -218,23 +228,18 @@ def train_batches(
 
 
 def train_labels(data: Data, *, batch_size: int, seed: int, epoch: int, start: int = 0) -> Iterator[Tensor]:
-    """The labels int64 [B] of what `train_batches` gives, for who does not look at the images."""
+    """Yields only the labels int64 [B] of the batches of `train_batches`."""
     for chunk in _train_chunks(data, batch_size, seed, epoch)[start:]:
         yield data.train.labels[torch.from_numpy(chunk)]
 
 
-def test_batches(
-    data: Data,
-    *,
-    batch_size: int,
-    shard: tuple[int, int] = (0, 1),  # noqa: PT028  (no test, see below)
-    workers: int = 0,  # noqa: PT028
-    on_bad: OnBad | None = None,  # noqa: PT028
+def eval_batches(
+    data: Data, *, batch_size: int, shard: tuple[int, int] = (0, 1), workers: int = 0, on_bad: OnBad | None = None
 ) -> Batches:
-    """All test samples in order, not augmented: images uint8 [B,C,H,W], labels int64 [B].
+    """Yields the test split in order, not augmented: images uint8 [B, C, H, W] and labels int64 [B].
 
-    shard: (i, n) for every n-th batch from number i on. The last batch may be short. `workers` and `on_bad` as for
-    `train_batches`, but a bad image is left out.
+    The last batch may be smaller. `shard` is (i, n) for every n-th batch from number i on. The other arguments are
+    those of `train_batches`, but no sample takes the place of an unreadable image.
     """
     _check_loading(batch_size, workers)
     split, mine = data.test, slice(shard[0], None, shard[1])
@@ -245,11 +250,8 @@ def test_batches(
     return (pair for pair in pairs)
 
 
-test_batches.__test__ = False  # pyright: ignore[reportFunctionMemberAccess]  (its name looks like a test to pytest)
-
-
 def normalize(images: Tensor, info: DataInfo) -> Tensor:
-    """uint8 [B,C,H,W] -> float32 (x / 255 - mean) / std by channel, on the device where the images are."""
+    """Returns (images / 255 - mean) / std by channel, in float32. images: uint8 [B, C, H, W] on any device."""
     mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (info.mean, info.std))
     return (images.float() / 255 - mean) / std
 
@@ -258,6 +260,27 @@ def _info(name: str) -> DataInfo:
     if name not in DATASETS:
         raise unknown("data set", name, DATASETS)
     return DATASETS[name]
+
+
+def _check_size(info: DataInfo, image_size: int | None) -> None:
+    """Raises UserError unless a set can have images of this size. None is the default size."""
+    if info.name == "image-folder":
+        if image_size is not None and image_size < 1:
+            raise UserError(f"image size must be at least 1 pixel, not {image_size}")
+    elif image_size not in (None, info.size):
+        raise UserError(f"the images of {info.name} are {info.size} pixels wide and are not resized to {image_size}")
+
+
+def _in_memory(info: DataInfo, folder: Path, only_test: bool) -> tuple[Sequence[str], Images, Images]:
+    """Reads the names of the classes, the training split and the test split of a set that fits in memory."""
+    raws = readers.read(info.name, folder, only_test=only_test)
+    *trains, test = (_checked(raw, info) for raw in raws)
+    train = trains[0] if trains else Images(test.images[:0], test.labels[:0])
+    names = _names(raws[-1], info)
+    if len(alone := train.labels.unique()) == 1:
+        what = f"one class alone, {printable(names[int(alone)])}, and of one nothing can be learned"
+        raise UserError(f"{raws[0].file} holds {what}: take a set of two or more")
+    return names, train, test
 
 
 def _root(data_dir: str | None) -> Path:
@@ -286,7 +309,7 @@ def _locate(name: str, data_dir: str | None, download: bool, only_test: bool = F
 
 
 def _checked(raw: readers.Raw, info: DataInfo) -> Images:
-    """A split in memory, after checks that its images and labels can belong to the set."""
+    """Checks that images and labels can belong to the set, and makes tensors of them."""
     shape = (info.channels, info.size, info.size)
     if not len(raw.labels) or len(raw.images) != len(raw.labels):
         raise RunError(f"{raw.file} holds {len(raw.labels)} labels for {len(raw.images)} images")
@@ -297,33 +320,29 @@ def _checked(raw: readers.Raw, info: DataInfo) -> Images:
     if labels.min() < 0 or labels.max() >= info.classes:
         wrong = next(int(label) for label in labels if not 0 <= label < info.classes)
         raise RunError(f"{raw.file} holds the label {wrong}, but {info.name} has classes 0 to {info.classes - 1}")
-    # A copy: arrays that come from a file's bytes are read-only, and torch would warn.
+    # Arrays that share a file's bytes are read-only, of which torch would warn, so the images are copied.
     return Images(torch.from_numpy(raw.images.copy(order="C")), torch.from_numpy(labels))
 
 
 def _names(raw: readers.Raw, info: DataInfo) -> tuple[str, ...]:
-    """What a set's classes are called, or else their numbers."""
+    """The names of a set's classes, or their numbers where there are no names."""
     names = raw.names or readers.NAMES.get(info.name, ())
     return names if len(names) == info.classes else tuple(map(str, range(info.classes)))
 
 
 def _limited(split: Images | Files, count: int, classes: int, seed: int) -> Images | Files:
-    """`count` samples of a split, in their old order, as equal a number of each class as the split has to give."""
+    """Keeps `count` samples of a split in their order, with class sizes as equal as the split allows."""
     if not classes <= count <= len(split):
         raise UserError(f"limit_train must be between {classes} (the classes) and {len(split)} (the set), not {count}")
     labels = split.labels.numpy()
-    # Deal the classes out like cards: the first sample of each class in turn, then the second of each, and so on; a
-    # class that has no more is passed over. Both the samples of a class and the classes come in a seeded order.
+    # Samples are taken in rounds: the first of each class, then the second of each, and so on. A class that has no more
+    # samples is passed over. The order of the classes, and of the samples within a class, is random by the seed.
     shuffled = permutation(len(labels), seed, 0, SUBSET)
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     sizes = np.bincount(labels, minlength=classes)
-    turn = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    seat = permutation(classes, seed, 1, SUBSET)[labels[by_class]]
-    chosen = np.sort(by_class[np.lexsort((seat, turn))[:count]])
-    at = torch.from_numpy(chosen)
-    if isinstance(split, Files):
-        return Files(split.root, split.paths[chosen], split.labels[at])
-    return Images(split.images[at], split.labels[at])
+    rounds = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    class_order = permutation(classes, seed, 1, SUBSET)[labels[by_class]]
+    return split.take(np.sort(by_class[np.lexsort((class_order, rounds))[:count]]))
 
 
 def _check_loading(batch_size: int, workers: int = 0) -> None:
@@ -338,7 +357,7 @@ def _chunks(order: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
 
 
 def _train_chunks(data: Data, batch_size: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
-    """Which images are in each batch of an epoch."""
+    """The indices of the images in each batch of an epoch."""
     steps = steps_per_epoch(data, batch_size)
     return _chunks(permutation(len(data.train), seed, epoch)[: steps * batch_size], batch_size)
 

@@ -1,4 +1,4 @@
-"""The report's pictures, drawn by plotly: each a function from rows to a figure."""
+"""The figures of the report. Each function turns rows into a figure of plotly."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ except ImportError:
 
 Rows = Sequence[Mapping[str, Any]]
 MIB = 2**20
-# Okabe and Ito's colours, which people who confuse red and green tell apart; markers for those who see none.
+# Okabe and Ito's colours can be told apart by people who confuse red and green, the markers by those who see no colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 MARKERS = ("circle", "square", "diamond", "cross", "triangle-up", "x", "star")
 DASHES = ("solid", "dash", "dot", "dashdot")
-LINE = 40  # characters of a legend's line
-BINS = 600  # points of a timeline, each the most of what it stands for
+LINE = 40  # A line of a legend has at most this many characters.
+BINS = 600  # A timeline has about this many points, each the maximum of several.
 
 
 def error_against_memory(rows: Rows) -> go.Figure:
-    """rows: of `tables.summarize`."""
+    """Draws rows of `tables.summarize`."""
     figure = _figure("peak memory of a step, MiB", "test error, %")
     for i, row in enumerate(rows):
         spread = {"error_y": {"type": "data", "array": [row["error_std"]]}} if row["error_std"] != "" else {}
@@ -38,12 +38,12 @@ def error_against_memory(rows: Rows) -> go.Figure:
 
 
 def time_against_memory(rows: Rows) -> go.Figure:
-    """rows: of benchmarks/frontier.py."""
+    """Draws rows of benchmarks/frontier.py."""
     figure = _figure("peak memory of a step, MiB", "time of a step, times BP")
     series: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         kind, planned, _ = row["row"].partition(", in ")
-        joined = planned and "even" not in row["row"]  # plans of one kind for smaller and smaller budgets
+        joined = planned and "even" not in row["row"]  # These are plans of one kind for different budgets.
         series.setdefault(kind if joined else "BP" if kind == "BP" else "others", []).append(row)
     for i, (name, mine) in enumerate(series.items()):
         mine.sort(key=lambda row: int(row["peak_bytes"]))
@@ -56,7 +56,7 @@ def time_against_memory(rows: Rows) -> go.Figure:
 
 
 def by_epoch(curves: Mapping[str, Sequence[float]], what: str) -> go.Figure:
-    """A curve each, of values at the ends of epochs 1, 2, ..."""
+    """Draws a curve for each name, of its values at the ends of epochs 1, 2, ..."""
     figure = _figure("epoch", what)
     for i, (name, values) in enumerate(curves.items()):
         epochs = list(range(1, len(values) + 1))
@@ -65,7 +65,7 @@ def by_epoch(curves: Mapping[str, Sequence[float]], what: str) -> go.Figure:
 
 
 def blocks_by_epoch(losses: Sequence[Sequence[float]]) -> go.Figure:
-    """losses: of each epoch, those of the blocks. From the first block, light, to the last, dark."""
+    """Draws a curve for each block, from light for the first to dark for the last. losses: [epochs][blocks]."""
     figure = _figure("epoch", "training loss")
     series = list(zip(*losses, strict=True))
     for k, values in enumerate(series):
@@ -78,20 +78,20 @@ def blocks_by_epoch(losses: Sequence[Sequence[float]]) -> go.Figure:
 
 
 def timeline(steps: Mapping[str, Sequence[int]]) -> go.Figure:
-    """Bytes that were live over a step, one curve for each run."""
+    """Draws the bytes that were live during a step, one curve for each run."""
     figure = _figure("the step's allocations, first to last, %", "live memory, MiB")
     for i, (name, live) in enumerate(steps.items()):
         size = max(1, len(live) // BINS)
         most = [max(live[j : j + size]) / MIB for j in range(0, len(live), size)]
-        places = [round(100 * j / max(1, len(most) - 1), 2) for j in range(len(most))]
+        percent = [round(100 * j / max(1, len(most) - 1), 2) for j in range(len(most))]
         dash = DASHES[i // len(COLOURS) % len(DASHES)]
         line = {"color": COLOURS[i % len(COLOURS)], "width": 1.5, "dash": dash}
-        figure.add_scatter(x=places, y=[round(m, 2) for m in most], name=_text(name), mode="lines", line=line)
+        figure.add_scatter(x=percent, y=[round(m, 2) for m in most], name=_text(name), mode="lines", line=line)
     return figure.update_yaxes(rangemode="tozero")
 
 
 def separability(tables: Mapping[str, Rows]) -> go.Figure:
-    """tables: of `probe.separability`, by run. Depth is a share, so that networks of any depth go together."""
+    """Draws rows of `probe.separability` by run. Depth is in percent, so that networks of different depth compare."""
     figure = _figure("depth of the unit, % of the network", "accuracy of a linear classifier, %")
     for i, (name, rows) in enumerate(tables.items()):
         depth = [100 * (k + 1) / len(rows) for k in range(len(rows))]
@@ -102,7 +102,7 @@ def separability(tables: Mapping[str, Rows]) -> go.Figure:
 
 
 def cka(rows: Rows, name: str) -> go.Figure:
-    """rows: of `probe.similarity`."""
+    """Draws rows of `probe.similarity` as a heat map."""
     mine, theirs = (list(dict.fromkeys(row[column] for row in rows)) for column in ("unit", "against_unit"))
     values = [float(row["cka"]) if row["cka"] else None for row in rows]
     figure = _figure(_text(f"units of {rows[0]['against']}"), _text(f"units of {name}"))
@@ -112,7 +112,7 @@ def cka(rows: Rows, name: str) -> go.Figure:
 
 
 def activations(rows: Rows) -> go.Figure:
-    """rows: of `probe.activations`; an image a row, a unit a column, each map as large as the others."""
+    """Draws rows of `probe.activations`: a row for each image and a column for each unit, with maps of equal size."""
     images, units = (list(dict.fromkeys(row[column] for row in rows)) for column in ("image", "unit"))
     maps: dict[tuple, list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -135,7 +135,7 @@ def activations(rows: Rows) -> go.Figure:
 
 
 def tsne(rows: Rows) -> go.Figure:
-    """rows: of `probe.embedding`."""
+    """Draws rows of `probe.embedding`, one colour for each class."""
     figure = _figure("", "")
     for i, label in enumerate(sorted({int(row["label"]) for row in rows})):
         mine = [row for row in rows if int(row["label"]) == label]
@@ -146,7 +146,7 @@ def tsne(rows: Rows) -> go.Figure:
 
 
 def data_of(figure: Any) -> list[dict[str, Any]]:
-    """What a figure shows, as rows: series, x, y, and what more there is of each point."""
+    """Returns the data of a figure as rows: series, x, y, and the text and spread of a point if it has them."""
     rows = []
     for trace in figure.data:
         if trace.type == "heatmap":
@@ -164,8 +164,7 @@ def data_of(figure: Any) -> list[dict[str, Any]]:
 
 
 def leave(figure: Any, names: Collection[str]) -> bool:
-    """Draws, of more curves than there are colours, those with these names alone, and the others at a click on theirs.
-    Whether it did."""
+    """Hides all curves but those with these names, if there are more than colours. Returns whether it did."""
     others = [trace for trace in figure.data if html.unescape(trace.name) not in names]
     if len(figure.data) <= len(COLOURS) or len(others) in (0, len(figure.data)):
         return False
@@ -175,7 +174,7 @@ def leave(figure: Any, names: Collection[str]) -> bool:
 
 
 def with_short_lines(figure: Any) -> go.Figure:
-    """The figure, with names in lines that a narrow page has room for."""
+    """Breaks the names in a figure's legend into lines that fit a narrow page."""
     for trace in figure.data:
         if trace.name:
             lines = textwrap.wrap(re.sub(r",(?=\S)", ", ", html.unescape(trace.name)), LINE)
@@ -184,16 +183,16 @@ def with_short_lines(figure: Any) -> go.Figure:
 
 
 def _text(name: str) -> str:
-    """A name in which plotly sees no markup."""
+    """Escapes a name, because plotly would read markup in it."""
     return html.escape(name, quote=False)
 
 
 def _figure(x: str, y: str) -> go.Figure:
-    clear = "rgba(0,0,0,0)"  # the page's own background shows, light or dark
+    clear = "rgba(0,0,0,0)"  # The background of the page shows through, light or dark.
     figure = go.Figure(layout={"template": "none", "paper_bgcolor": clear, "plot_bgcolor": clear})
     figure.update_layout(height=420, margin={"l": 10, "r": 10, "t": 20, "b": 10}, hovermode="closest")
     figure.update_layout(modebar={"bgcolor": clear, "color": "#808890", "activecolor": "#0072B2"})
-    # Below the picture, since a phone has no room beside it.
+    # The legend is below the picture, because a phone has no room beside it.
     figure.update_layout(
         legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "itemsizing": "constant"},
         showlegend=True,
@@ -203,6 +202,6 @@ def _figure(x: str, y: str) -> go.Figure:
 
 
 def _marker(i: int, size: int) -> dict[str, Any]:
-    """Of series i: no two of the first 49 look alike."""
+    """The marker of series i. No two of the first 49 look alike."""
     shift = i // len(COLOURS)
     return {"color": COLOURS[i % len(COLOURS)], "symbol": MARKERS[(i + shift) % len(MARKERS)], "size": size}

@@ -1,4 +1,4 @@
-"""Image folders: the classes and files of train/CLASS/* and val/CLASS/*, and what is left out. Nothing is decoded."""
+"""Image folders: finds the classes and files of train/CLASS/* and val/CLASS/*, and decodes none of them."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from torch import Tensor
 
 from localgrad.core.errors import UserError
 
-# The files that count as images: torchvision's ImageFolder has the same list, so that the same folder is the same set.
+# torchvision's ImageFolder has the same list, so both find the same images in a folder.
 ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-# What macOS, Windows, Synology, QNAP, Linux and Python make beside what begins with a dot; in small letters.
+# macOS, Windows, Synology, QNAP, Linux and Python create these, in lower case here, and others that begin with a dot.
 SYSTEM_FOLDERS = {
     "__macosx", "$recycle.bin", "recycler", "system volume information", "@eadir", "#recycle", "#snapshot", "@recycle",
     "@recently-snapshot", "@__thumb", "lost+found", "__pycache__",
 }  # fmt: skip
 SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 HIDDEN = "hidden, or made by a system or a tool: rename what is a class of yours"
-MOST = 10  # names that a sentence lists
+MAX_NAMES = 10  # An error sentence lists at most this many names.
 
 
 @dataclass(frozen=True, eq=False)
 class Files:
-    """A split on disk: paths of image files below `root`, encoded bytes [N], labels int64 [N]."""
+    """A split on disk: the paths of its files below `root` as encoded bytes [N], and labels int64 [N]."""
 
     root: Path
     paths: NDArray[np.bytes_]
@@ -40,11 +40,14 @@ class Files:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def take(self, indices: NDArray[np.int64]) -> Files:
+        """The samples at these indices, in their order."""
+        return Files(self.root, self.paths[indices], self.labels[torch.from_numpy(indices)])
+
 
 @dataclass
 class _Found:
-    """What lies in a split. hidden: the folders that are left out, by their paths; left_out: how many files of which
-    ending."""
+    """What a split holds. `hidden` are the folders that are left out, `left_out` counts such files by their ending."""
 
     classes: list[str] = field(default_factory=list)
     paths: list[bytes] = field(default_factory=list)
@@ -54,18 +57,17 @@ class _Found:
 
 
 def read_folder(path: Path, *, only_val: bool = False) -> tuple[list[str], Files, Files]:
-    """Reads which classes and files an image folder has, and warns of what is left out.
+    """Finds the classes and files of an image folder, and warns of what is left out.
 
     Args:
         path: The folder, with train/CLASS/* and val/CLASS/*.
-        only_val: Whether train/ is not looked at and need not be there; then the first split is empty.
+        only_val: Whether to ignore train/, which may be missing then. The first split is empty then.
 
     Returns:
-        The names of the classes, then train and val. The paths of a split are one array of bytes: workers that share
-        a list of strings copy it whole, by counting references.
+        The names of the classes, the split of train/ and the split of val/.
 
     Raises:
-        UserError: If a split has fewer than two classes or an empty one, or if the splits have different classes.
+        UserError: A split has fewer than two classes or an empty one, or the splits have different classes.
     """
     try:
         splits = {name: _found(path, name) for name in (["val"] if only_val else ["train", "val"])}
@@ -81,28 +83,29 @@ def read_folder(path: Path, *, only_val: bool = False) -> tuple[list[str], Files
         warnings.warn(f"left out {_count(len(hidden), 'folder')}: {listed(hidden)} ({HIDDEN})", stacklevel=2)
     if counts := [f"{name}: left out {_counted(found.left_out)}" for name, found in splits.items() if found.left_out]:
         warnings.warn(f"{'; '.join(counts)} (what is read ends in {', '.join(ENDINGS)})", stacklevel=2)
-    # Names are UTF-8 whatever the locale says, so that a run knows them again under another one.
+    # A run compares these names with recorded ones, so they are UTF-8 under every locale.
     names = [os.fsencode(name).decode("utf-8", "surrogateescape") for name in val.classes]
     return names, _files(path, train), _files(path, val)
 
 
 def printable(text: str) -> str:
-    """A name on one line: what cannot be shown is escaped, such as a line's end or bytes that are no text."""
+    """Escapes what a terminal cannot show on one line, such as a line break or bytes that are no text."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names on one line; of many the first ones and the last."""
+    """Names on one line. Of many names only the first ones and the last are shown."""
     shown = [printable(name) for name in names]
-    return ", ".join(shown if len(shown) <= MOST else [*shown[: MOST - 2], "...", shown[-1]])
+    return ", ".join(shown if len(shown) <= MAX_NAMES else [*shown[: MAX_NAMES - 2], "...", shown[-1]])
 
 
 def _files(path: Path, found: _Found) -> Files:
+    # One array, because worker processes would copy a shared list of strings when they count references.
     return Files(path, np.array(found.paths, np.bytes_), torch.tensor(found.labels, dtype=torch.int64))
 
 
 def _found(path: Path, split: str) -> _Found:
-    """What lies in path/split, in the order of torchvision's ImageFolder: by the names, as text."""
+    """Finds the classes and files of path/split, sorted by name like those of torchvision's ImageFolder."""
     found, top = _Found(), path / split
     for entry in sorted(os.scandir(top), key=lambda entry: entry.name):
         if not entry.is_dir():
@@ -130,7 +133,7 @@ def _found(path: Path, split: str) -> _Found:
 
 
 def _walk(top: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """As os.walk, but not into hidden folders, and it raises OSError for what may not be read."""
+    """Like os.walk, but it skips hidden folders, and raises OSError for a folder that it may not read."""
 
     def refuse(error: OSError) -> NoReturn:
         raise error
@@ -151,7 +154,7 @@ def _leave_out(found: _Found, file: str, where: str = "") -> None:
 
 
 def _counted(files: Counter[str]) -> str:
-    """As in "6 files: 3 .gif, 3 .avif"."""
+    """Such as "6 files: 3 .gif, 3 .avif"."""
     return f"{_count(files.total(), 'file')}: {listed(f'{count:,} {kind}' for kind, count in files.most_common())}"
 
 
@@ -160,7 +163,7 @@ def _count(number: int, what: str) -> str:
 
 
 def _too_few(top: Path, found: _Found) -> str:
-    """The sentence about a split of one class or none."""
+    """The error sentence for a split that has one class or none."""
     left_out = f"; left out: {listed(found.hidden)} ({HIDDEN})" if found.hidden else ""
     if not found.classes:
         return f"{top} holds no folder of a class, but {top}/CLASS/*.jpg is wanted{left_out}"

@@ -1,6 +1,6 @@
 """What the units of a trained network have learned: separability, similarity to another network, pictures of features.
 
-Every analysis reads a finished run folder and the test images, always the same ones, and gives rows of a CSV file.
+Each analysis takes a network of a finished run and returns the rows of a CSV file. All use the same test images.
 """
 
 from __future__ import annotations
@@ -28,23 +28,25 @@ from localgrad.run.augment import permutation
 from localgrad.run.build import Machine, backbone_of, data_of, machine_for
 from localgrad.run.checkpoint import load_backbone
 from localgrad.run.files import MODEL
-from localgrad.run.image_folder import Files
 from localgrad.run.recipe import Recipe
 from localgrad.run.train import to_device
 
 Rows = list[dict[str, Any]]
-BATCH = 256  # images of a minibatch of CKA's estimator
-EACH = 4  # images of a class at least: two to fit a classifier and two to measure it
-POINTS = 2000  # images of the t-SNE
-SHOWN = 4  # images whose activations are shown, of as many classes
-COLUMNS = 8  # units that they are shown of, at most
-WHOLE = 4  # units that they are shown of where the network is one block
+BATCH = 256  # The minibatch size of the CKA estimator.
+MIN_PER_CLASS = 4  # Two images of each class are needed to fit a classifier, and two to measure it.
+TSNE_IMAGES = 2000
+SHOWN_CLASSES = 4  # Activations are shown for one image of each of these classes.
+SHOWN_UNITS = 8  # Activations are shown for at most this many units.
+SHOWN_UNITS_OF_BP = 4  # This many units are shown if the network is a single block.
 
 
 @dataclass(frozen=True)
 class Network:
-    """A finished run's network. blocks: which block each unit is in. data: its test split holds the images to look at,
-    drawn by a fixed permutation, since those of an image folder lie class by class. skip: leave out unreadable ones."""
+    """The network of a finished run, with `blocks` as the number of the block of each unit.
+
+    The test split of `data` holds the images to look at, shuffled because an image folder is sorted by class. With
+    `skip`, unreadable images are left out.
+    """
 
     name: str
     units: list[Unit]
@@ -54,26 +56,29 @@ class Network:
     skip: bool
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images, uint8, and their labels."""
-        passing = (lambda path, why: None) if self.skip else None
-        return data_room.test_batches(self.data, batch_size=BATCH, on_bad=passing)
+        """Yields the images in uint8 and their labels."""
+        ignore = (lambda path, why: None) if self.skip else None
+        return data_room.eval_batches(self.data, batch_size=BATCH, on_bad=ignore)
 
     def outputs(self, images: Tensor) -> Iterator[Tensor]:
-        """What each unit gives for a batch of uint8 images, [B, *unit.output.shape] in float32, one at a time."""
+        """Yields the output of each unit for a batch of uint8 images, [B, *unit.output.shape] in float32."""
         h, _ = to_device((images, torch.empty(0)), self.data.info, self.machine)
         for unit in self.units:
             with torch.no_grad():
                 h = unit.module(h)
-            yield h.float().clone()  # because a later unit may write into what it gets
+            yield h.float().clone()  # A later unit may change its input in place.
 
 
 def load(run: Path, recipe: Recipe, images: int) -> Network:
-    """The network of a finished run, in evaluation mode and float32, with that many of its test images. Raises
-    UserError for fewer than `EACH` of a class."""
+    """Loads the network of a finished run in evaluation mode, with `images` of its test images.
+
+    Raises:
+        UserError: There are fewer than `MIN_PER_CLASS` images for each class, on average.
+    """
     data = data_of(run, recipe)
-    needed, there = EACH * data.info.classes, len(data.test)
-    if min(images, there) < needed:
-        found = f"--images is {images}" if images < needed <= there else f"the test set has {there} images"
+    needed, available = MIN_PER_CLASS * data.info.classes, len(data.test)
+    if min(images, available) < needed:
+        found = f"--images is {images}" if images < needed <= available else f"the test set has {available} images"
         raise UserError(f"{found}, but a probe of {data.info.classes} classes takes at least {needed}")
     machine = machine_for(recipe)
     backbone = backbone_of(recipe, data.info)
@@ -89,29 +94,25 @@ def load(run: Path, recipe: Recipe, images: int) -> Network:
 
 
 def _drawn(data: data_room.Data, images: int) -> data_room.Data:
-    """The data with so many test images, in an order of no meaning that is always the same."""
-    split, at = data.test, permutation(len(data.test), 0, 0)[:images]
-    labels = split.labels[torch.from_numpy(at)]
-    if isinstance(split, Files):
-        return replace(data, test=Files(split.root, split.paths[at], labels))
-    return replace(data, test=data_room.Images(split.images[torch.from_numpy(at)], labels))
+    """Keeps `images` of the test images, in a shuffled order that is always the same."""
+    return replace(data, test=data.test.take(permutation(len(data.test), 0, 0)[:images]))
 
 
 def pooled(network: Network) -> tuple[list[NDArray], NDArray]:
-    """Each unit's output averaged over its places, [images, channels], and the labels."""
+    """The output of each unit averaged over its positions, [images, channels], and the labels."""
     parts: list[list[Tensor]] = [[] for _ in network.units]
     labels = []
     for images, targets in network.batches():
         labels.append(targets)
         for part, unit, h in zip(parts, network.units, network.outputs(images), strict=True):
             part.append(_map(unit.output, h).mean((2, 3)).cpu())
-    # Doubles, in which logistic regression converges further.
+    # In float64, logistic regression converges further.
     return [torch.cat(part).double().numpy() for part in parts], torch.cat(labels).numpy()
 
 
 def separability(network: Network, features: list[NDArray], labels: NDArray) -> Rows:
-    """Accuracy, in percent, of a linear classifier on the pooled output of each unit: logistic regression on
-    standardised features, fitted on the first half of the images and measured on the other half."""
+    """Measures the accuracy, in percent, of a linear classifier on the pooled output of each unit: logistic regression
+    on standardised features, fitted on the first half of the images and measured on the other half."""
     half = len(labels) // 2
     if min(len(np.unique(part)) for part in (labels[:half], labels[half:])) < 2:
         raise UserError("the test images that were drawn have no two classes: a probe needs them")
@@ -126,14 +127,16 @@ def separability(network: Network, features: list[NDArray], labels: NDArray) -> 
 
 
 def similarity(network: Network, other: Network | None = None) -> Rows:
-    """Linear CKA of every unit with every unit of the other network (or its own), over this network's images: the
-    minibatch estimator of Nguyen, Raghu and Kornblith, "Do wide and deep networks learn the same things?" (ICLR 2021).
-    A unit that gives the same for every image has none."""
+    """Computes the linear CKA of each unit with each unit of the other network, or of the same one without another.
+
+    It is the minibatch estimator of Nguyen, Raghu and Kornblith, "Do wide and deep networks learn the same things?"
+    (ICLR 2021), over the images of `network`. A unit whose output is the same for all images has no value.
+    """
     check_alike(network, other)
-    sums: list[Tensor] = []  # of HSIC: units with others', own with own, others' with others'
+    sums: list[Tensor] = []  # The HSIC of units with other units, of units with themselves, and of others likewise.
     for images, _ in network.batches():
-        if len(images) < 4:
-            continue  # what the estimator needs
+        if len(images) < 4:  # The estimator divides by n - 3.
+            continue
         a = [gram(h) for h in network.outputs(images)]
         b = a if other is None else [gram(h) for h in other.outputs(images)]
         found = [
@@ -153,7 +156,7 @@ def similarity(network: Network, other: Network | None = None) -> Rows:
 
 
 def check_alike(network: Network, other: Network | None) -> None:
-    """Raises UserError where the one cannot look at the other's images."""
+    """Raises UserError unless both networks were trained on the same data."""
     if other is None:
         return
     ours, theirs = ((n.data.info.name, n.data.info.channels, n.data.info.size) for n in (network, other))
@@ -166,24 +169,26 @@ def check_alike(network: Network, other: Network | None) -> None:
 
 
 def gram(h: Tensor) -> Tensor:
-    """Inner products of each two samples' features, [B, B] in float64, with zeros on the diagonal."""
+    """The Gram matrix of the samples' features, [B, B] in float64, with zeros on the diagonal."""
     x = h.flatten(1).double()
     return (x @ x.T).fill_diagonal_(0)
 
 
 def hsic(k: Tensor, m: Tensor) -> Tensor:
-    """The unbiased estimator of the Hilbert-Schmidt independence criterion of two Gram matrices without diagonals
-    (Song et al., "Feature selection via dependence maximization", JMLR 2012): a scalar."""
+    """The unbiased estimator of the Hilbert-Schmidt independence criterion (HSIC), a scalar.
+
+    Song et al., "Feature selection via dependence maximization", JMLR 2012. The Gram matrices have a zero diagonal.
+    """
     n = len(k)
-    trace = (k * m).sum()  # of k @ m, both symmetric
+    trace = (k * m).sum()  # This is the trace of k @ m, because both are symmetric.
     product = k.sum() * m.sum() / ((n - 1) * (n - 2))
     rows = (k.sum(0) * m.sum(0)).sum() * 2 / (n - 2)
     return (trace + product - rows) / (n * (n - 3))
 
 
 def embedding(features: NDArray, labels: NDArray) -> Rows:
-    """t-SNE of features [images, channels]: a point in the plane for each image."""
-    features, labels = features[:POINTS], labels[:POINTS]
+    """Computes the t-SNE of features [images, channels]: a point in the plane for each image."""
+    features, labels = features[:TSNE_IMAGES], labels[:TSNE_IMAGES]
     perplexity = min(30.0, (len(labels) - 1) / 3)
     points = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(features)
     rows = zip(points.tolist(), labels.tolist(), strict=True)
@@ -191,19 +196,19 @@ def embedding(features: NDArray, labels: NDArray) -> Rows:
 
 
 def activations(network: Network) -> Rows:
-    """Where a block's output is large, for one image of each of a few classes: the mean over the channels of its
-    absolute values, over the map's largest; and the image, as unit "image". Of many blocks, and of a network that is
-    one block, some units that lie evenly. What has no places, as vectors, has no rows."""
-    ends = [k for k, block in enumerate(network.blocks) if network.blocks[k + 1 : k + 2] != [block]]
-    if len(ends) == 1:
-        ends = _evenly(list(range(len(network.units))), WHOLE)
-    ends = [k for k in _evenly(ends, COLUMNS) if network.units[k].output.size != (1, 1)]
+    """Computes activation maps of some units, for one image of each of a few classes.
+
+    A map is the mean over channels of the absolute output, divided by the map's maximum. The image itself is the unit
+    "image". The units are the last ones of the blocks, or evenly spaced ones if there are too many blocks or only one.
+    A unit whose output has no positions, such as vectors, has no map.
+    """
+    chosen = _shown_units(network)
     images, labels = _first_of_each(network)
     maps: dict[str, Tensor] = {"image": images.float().mean(1)}
     for k, h in enumerate(network.outputs(images)):
-        if k in ends:
+        if k in chosen:
             maps[network.units[k].name] = _map(network.units[k].output, h).abs().mean(1)
-    blocks = {"image": "", **{network.units[k].name: network.blocks[k] for k in ends}}
+    blocks = {"image": "", **{network.units[k].name: network.blocks[k] for k in chosen}}
     return [
         {"image": i, "label": label, "unit": name, "block": blocks[name], "row": row, "column": column,
          "value": round(float(value), 4)}
@@ -214,21 +219,28 @@ def activations(network: Network) -> Rows:
     ]  # fmt: skip
 
 
+def _shown_units(network: Network) -> list[int]:
+    ends = [k for k, block in enumerate(network.blocks) if network.blocks[k + 1 : k + 2] != [block]]
+    if len(ends) == 1:
+        ends = _evenly(list(range(len(network.units))), SHOWN_UNITS_OF_BP)
+    return [k for k in _evenly(ends, SHOWN_UNITS) if network.units[k].output.size != (1, 1)]
+
+
 def _first_of_each(network: Network) -> tuple[Tensor, Tensor]:
     """The first image of each of the first few classes, and their labels."""
     found: dict[int, Tensor] = {}
     for images, labels in network.batches():
         for image, label in zip(images, labels.tolist(), strict=True):
-            if label < SHOWN:
+            if label < SHOWN_CLASSES:
                 found.setdefault(label, image)
-        if len(found) == min(SHOWN, network.data.info.classes):
+        if len(found) == min(SHOWN_CLASSES, network.data.info.classes):
             break
     order = sorted(found)
     return torch.stack([found[label] for label in order]), torch.tensor(order)
 
 
 def probe(network: Network, other: Network | None, say: Callable[[str], None]) -> dict[str, Rows]:
-    """Every analysis, by the name of its file. other: the network to compare with, itself if there is none."""
+    """Runs all analyses and returns their rows by the names of their files. `say` is called before each of them."""
     say(f"{network.name}: features")
     features, labels = pooled(network)
     say(f"{network.name}: separability")
@@ -241,18 +253,18 @@ def probe(network: Network, other: Network | None, say: Callable[[str], None]) -
 
 
 def agreement(rows: Rows) -> dict[str, float]:
-    """Each unit's CKA with the unit of the same name in the other network."""
+    """The CKA of each unit with the unit of the same name in the other network."""
     return {row["unit"]: row["cka"] for row in rows if row["unit"] == row["against_unit"] and row["cka"] != ""}
 
 
 def _evenly(items: list[int], most: int) -> list[int]:
-    """At most so many of the items, the last one among them."""
+    """At most `most` of the items, evenly spaced. The last item is always among them."""
     count = min(most, len(items))
     return [items[(i + 1) * len(items) // count - 1] for i in range(count)]
 
 
 def _map(boundary: Boundary, h: Tensor) -> Tensor:
-    """A unit's output [B, *shape] as a map [B, C, H, W]."""
+    """Turns a unit's output [B, *shape] into a map [B, C, H, W]."""
     for module in boundary.to_map():
         h = module(h)
     return h

@@ -1,4 +1,4 @@
-"""Files of data sets -> arrays: where they lie, how they are read and fetched. What the classes mean is data.py's."""
+"""Finds, downloads and reads the files of data sets."""
 
 from __future__ import annotations
 
@@ -27,16 +27,15 @@ from localgrad.run.augment import REPLACE, draws, resized_crop_box
 from localgrad.run.image_folder import Files, printable
 from localgrad.run.signals import held_back, outlive_signals
 
-Batches = Generator[tuple[Tensor, Tensor]]  # closed, it ends its workers
-OnBad = Callable[[str, str], None]  # is told of a file and why it cannot be used
-THINNEST = 100  # sides of an image, one by the other
-REPLACEMENTS = 20  # samples that are tried in place of an unreadable one
+Batches = Generator[tuple[Tensor, Tensor]]  # Closing it ends its worker processes.
+OnBad = Callable[[str, str], None]  # It is called with the path of an unusable file and the reason.
+MAX_ASPECT_RATIO = 100
+MAX_REPLACEMENTS = 20
 
-# Debian's package dataset-fashion-mnist.
-DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
+DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist puts it there.
 DEFAULT_ROOT = Path("data")
-# torchvision's layout under the data folder; a set whose files all exist is there (whether they are whole is seen when
-# they are read). STL-10's 2.6 GB of unlabelled images are not needed.
+# The files of each set below the data folder, laid out as by torchvision. A set is present if all of them exist. The
+# 2.6 GB of unlabelled images of STL-10 are not needed.
 FILES: dict[str, tuple[str, ...]] = {
     "fashion-mnist": tuple(f"{s}-{k}-ubyte" for s in ("train", "t10k") for k in ("images-idx3", "labels-idx1")),
     "cifar10": tuple(
@@ -47,7 +46,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "stl10": tuple(f"stl10_binary/{n}.bin" for n in ("train_X", "train_y", "test_X", "test_y")),
     "image-folder": ("train", "val"),
 }
-# What the classes of a set are called whose files do not say it; where nobody has named them, they are numbers.
+# The names of the classes, for sets whose files do not hold them. The classes of other sets are numbers.
 NAMES: dict[str, tuple[str, ...]] = {
     "fashion-mnist": (
         "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -57,8 +56,8 @@ NAMES: dict[str, tuple[str, ...]] = {
 
 
 class Raw(NamedTuple):
-    """One split as read: images uint8 [N,C,H,W], labels [N], the file to blame when they make no sense, and the names
-    of the classes where the set's files have them."""
+    """One split as it was read: images uint8 [N, C, H, W], labels [N], the file that an error about them names, and the
+    names of the classes if the set's files have them."""
 
     images: NDArray[Any]
     labels: NDArray[Any]
@@ -67,19 +66,19 @@ class Raw(NamedTuple):
 
 
 def folders_of(name: str, root: Path) -> list[Path]:
-    """The folders that may hold a set, the first choice first. Debian's counts only where nobody named another."""
+    """The folders that may hold a set, in the order of search. Debian's is among them for the default root only."""
     if name != "fashion-mnist":
         return [root]
     return [root, root / "FashionMNIST" / "raw", *([DEBIAN_FASHION] if root == DEFAULT_ROOT else [])]
 
 
 def files_of(name: str, *, only_test: bool = False) -> tuple[str, ...]:
-    """The files of a set, or those that its test split takes."""
+    """The files of a set, or of its test split alone."""
     return tuple(f for f in FILES[name] if not (only_test and Path(f).name.startswith(("train", "data_batch"))))
 
 
 def find(name: str, root: Path, *, only_test: bool = False) -> Path | None:
-    """The first of `folders_of` that has all of the set's files, else None. Opens nothing."""
+    """The first of `folders_of` that has all of the set's files, else None. No file is opened."""
     zipped = ("", ".gz") if name == "fashion-mnist" else ("",)
     for folder in folders_of(name, root):
         files = files_of(name, only_test=only_test)
@@ -89,8 +88,11 @@ def find(name: str, root: Path, *, only_test: bool = False) -> Path | None:
 
 
 def read(name: str, folder: Path, *, only_test: bool = False) -> list[Raw]:
-    """Train and test split of an in-memory set that `find` found, or the test split alone. RunError names a damaged
-    file."""
+    """Reads the train and test split of a set that fits in memory, or its test split alone.
+
+    Raises:
+        RunError: A file is damaged. The sentence names it.
+    """
     if name == "digits":
         return _digits()[only_test:]
     if name == "fashion-mnist":
@@ -100,7 +102,7 @@ def read(name: str, folder: Path, *, only_test: bool = False) -> list[Raw]:
 
 
 def read_idx(path: Path, axes: int) -> NDArray[np.uint8]:
-    """An idx file of bytes with that many axes, plain or gzipped (the format of yann.lecun.com/exdb/mnist)."""
+    """Reads an idx file of bytes with this many axes, gzipped or not (the format of yann.lecun.com/exdb/mnist)."""
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
@@ -109,9 +111,9 @@ def read_idx(path: Path, axes: int) -> NDArray[np.uint8]:
     if len(content) < start or content[:4] != bytes([0, 0, 8, axes]):
         raise RunError(f"{path} is not an idx file of bytes with {axes} axes: it begins with 0x{content[:4].hex()}")
     shape = [int.from_bytes(content[4 * i : 4 * i + 4], "big") for i in range(1, axes + 1)]
-    wanted = math.prod(shape)
-    if len(content) - start != wanted:
-        raise RunError(f"{path} holds {len(content) - start} bytes of data where its header announces {wanted}")
+    expected = math.prod(shape)
+    if len(content) - start != expected:
+        raise RunError(f"{path} holds {len(content) - start} bytes of data where its header announces {expected}")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
@@ -125,46 +127,52 @@ def decoded(
     workers: int = 0,
     on_bad: OnBad | None = None,
 ) -> Batches:
-    """The batches `chunks` of a split: images uint8 [B,3,size,size], labels int64 [B].
+    """Decodes the batches `chunks` of a split: images uint8 [B, 3, size, size] and labels int64 [B].
 
-    With a seed: random crops by area, half of them mirrored. Without: the test split's resize and central crop.
-    RunError names a file that is no readable image; with `on_bad` that is told the file and the reason instead
-    (again each time that it is met), and another sample takes its place, or none in the test split.
+    Args:
+        split: The split.
+        size: The side of the crops in pixels.
+        chunks: The indices of the samples of each batch.
+        seed: With a seed, crops are random by area and half of them are mirrored. Without one, images are resized and
+            cropped at the centre, as a test split is.
+        epoch: It determines the crops, together with the seed.
+        workers: How many processes decode.
+        on_bad: Called with an unreadable file and the reason, each time that it is drawn. With a seed, another sample
+            takes its place.
+
+    Raises:
+        RunError: A file is no readable image and there is no `on_bad`, or no replacement can be read either.
     """
-    # A loader draws its workers' seeds from the global generator unless it is given one.
-    own = torch.Generator().manual_seed(0)
     loader = DataLoader(
         _Decoder(split, size, seed, on_bad is not None),
-        batch_sampler=_Batches(chunks, epoch),  # pyright: ignore[reportArgumentType]  (any iterable of batches will do)
+        batch_sampler=_Batches(chunks, epoch),  # pyright: ignore[reportArgumentType]  (Any iterable of batches works.)
         num_workers=workers,
         collate_fn=_collate,
-        generator=own,
+        generator=torch.Generator().manual_seed(0),  # Without it the loader would draw from the global generator.
         worker_init_fn=outlive_signals,
     )
     with held_back():
         batches = iter(loader)
     try:
         for chunk, (images, labels, bad) in zip(chunks, batches, strict=True):
-            for path, reason, passing in bad:
-                if passing:
-                    raise RunError(f"{split.root / path} cannot be read now: {reason}")
-                if on_bad is None:
-                    raise RunError(f"{split.root / path} is not a readable image: {reason}")
-                on_bad(path, reason)
+            _report_bad(bad, split.root, on_bad)
             if seed is not None and len(labels) < len(chunk):
                 others = "and others tried in its place are no readable images: look at the data"
                 raise RunError(f"{split.root / bad[-1].path} {others}")
             if len(labels):
                 yield images, labels
     finally:
-        # Now, and not when the last frame of an error's traceback goes: until then the process could not end.
+        # An error's traceback would keep the workers alive until it is gone, and the process could not end.
         getattr(batches, "_shutdown_workers", lambda: None)()
 
 
 def fetch(name: str, root: Path) -> None:
-    """Download a set through torchvision into `root`. RunError when that fails; nothing is left of the attempt.
+    """Downloads a set through torchvision into `root`.
 
-    The files come into a folder of their own and move only once torchvision found their md5 sums right.
+    The files are moved there once torchvision has verified their md5 sums, so a failed download leaves nothing behind.
+
+    Raises:
+        RunError: The download failed.
     """
     failures = (OSError, RuntimeError, EOFError, ValueError, http.client.HTTPException, tarfile.TarError, zlib.error)
     try:
@@ -182,7 +190,7 @@ def fetch(name: str, root: Path) -> None:
 
 
 def _idx_path(folder: Path, file: str) -> Path:
-    # The .gz first: torchvision unpacks beside it, and an interrupted unpacking leaves a short plain file.
+    # torchvision unpacks beside the .gz. An interrupted unpacking leaves a truncated file, so the .gz is preferred.
     zipped = folder / f"{file}.gz"
     return zipped if zipped.exists() else folder / file
 
@@ -192,7 +200,7 @@ def _idx_split(images: Path, labels: Path) -> Raw:
 
 
 def _digits() -> list[Raw]:
-    """scikit-learn's 1,797 digits (values 0 .. 16), split 80/20 by class, the same whatever the run's seed."""
+    """scikit-learn's 1,797 digits with values 0 .. 16, split 80/20 within each class, equally for all seeds."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -203,41 +211,39 @@ def _digits() -> list[Raw]:
 
 
 def _torchvision_sets(name: str, root: Path, splits: Sequence[str], *, download: bool = False) -> Iterator[Any]:
-    """torchvision's data sets of these splits, read one by one."""
+    """Yields torchvision's data set of each of these splits."""
     for split in splits:
         which = {"split": split} if name in ("svhn", "stl10") else {"train": split == "train"}
         yield _torchvision_class(name, splits)(str(root), download=download, **which)
 
 
 def _torchvision_class(name: str, splits: Sequence[str]) -> Any:
-    """torchvision's class of a set, which looks for no other files than those of these splits."""
+    """torchvision's class of a set, changed so that it needs the files of these splits only."""
     from torchvision import datasets
 
     kinds = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "svhn": datasets.SVHN, "stl10": datasets.STL10}
     kind: Any = (kinds | {"fashion-mnist": datasets.FashionMNIST})[name]
     if not hasattr(kind, "train_list"):
         return kind
-    training = kind.train_list[: 2 if name == "stl10" else None]  # without STL-10's unlabelled images
+    training = kind.train_list[: 2 if name == "stl10" else None]  # The third file of STL-10 is unlabelled.
     return type(kind.__name__, (kind,), {"train_list": training if "train" in splits else []})
 
 
 def _torchvision_splits(name: str, root: Path, only_test: bool) -> list[Raw]:
-    # torchvision compares md5 sums before it reads; for CIFAR, whose files are pickles, that check must stay.
+    # The files of CIFAR are pickles, which are safe to load only because torchvision compares their md5 sums first.
     splits = ("train", "test")[only_test:]
     try:
         return [_raw(name, root, *pair) for pair in zip(_torchvision_sets(name, root, splits), splits, strict=True)]
     except (OSError, RuntimeError) as error:
-        damaged = _damaged(name, root, splits)
-        what = (
-            f"{root} cannot be read as {name}: {error}"
-            if damaged is None
-            else (f"{damaged} is damaged (its md5 sum is not the published one): delete it and fetch the set again")
-        )
-        raise RunError(what) from error
+        if damaged := _damaged(name, root, splits):
+            problem = f"{damaged} is damaged (its md5 sum is not the published one): delete it and fetch the set again"
+        else:
+            problem = f"{root} cannot be read as {name}: {error}"
+        raise RunError(problem) from error
 
 
 def _damaged(name: str, root: Path, splits: Sequence[str]) -> Path | None:
-    """The first file of these splits whose md5 sum is not the one that torchvision knows."""
+    """The first file of these splits whose md5 sum differs from the one that torchvision expects."""
     from torchvision.datasets.utils import check_integrity
 
     kind = _torchvision_class(name, splits)
@@ -252,7 +258,7 @@ def _damaged(name: str, root: Path, splits: Sequence[str]) -> Path | None:
 
 def _raw(name: str, root: Path, split: Any, part: str) -> Raw:
     if name.startswith("cifar"):
-        # CIFAR-10 spreads its training labels over five files, so the folder stands for them.
+        # The training labels of CIFAR-10 are in five files, so an error names their folder.
         images, labels = split.data.transpose(0, 3, 1, 2), np.asarray(split.targets)
         return Raw(images, labels, root / split.base_folder, tuple(map(str, split.classes)))
     file = f"{part}_32x32.mat" if name == "svhn" else f"stl10_binary/{part}_y.bin"
@@ -261,7 +267,7 @@ def _raw(name: str, root: Path, split: Any, part: str) -> Raw:
 
 @dataclass(frozen=True)
 class _Batches:
-    """The batch sampler of an image folder: (epoch, index) pairs, so that a worker knows all that a draw depends on."""
+    """The batch sampler of an image folder. It yields (epoch, index) pairs, because a random crop depends on both."""
 
     chunks: list[NDArray[np.int64]]
     epoch: int
@@ -274,15 +280,25 @@ class _Batches:
 
 
 class _Bad(NamedTuple):
-    """A file, by its printable path in the data folder, and why it cannot be used; passing: now, but not for good."""
+    """A file that cannot be used: its printable path in the data folder, the reason, and whether it may work later."""
 
     path: str
     reason: str
-    passing: bool = False
+    temporary: bool = False
+
+
+def _report_bad(bad: list[_Bad], root: Path, on_bad: OnBad | None) -> None:
+    """Reports files to `on_bad`. Raises RunError without it, and for a file that may be readable later."""
+    for path, reason, temporary in bad:
+        if temporary:
+            raise RunError(f"{root / path} cannot be read now: {reason}")
+        if on_bad is None:
+            raise RunError(f"{root / path} is not a readable image: {reason}")
+        on_bad(path, reason)
 
 
 class _Item(NamedTuple):
-    """A sample, if there is one, and the files that could not be used for it."""
+    """A decoded sample, or None if there is none, and the unusable files that were tried for it."""
 
     image: Tensor | None
     label: int
@@ -290,10 +306,11 @@ class _Item(NamedTuple):
 
 
 class _Decoder(Dataset):
-    """(epoch, index) -> _Item: image uint8 [3,size,size], cropped after what (seed, epoch, index) determines.
+    """Maps (epoch, index) to an `_Item` whose image is uint8 [3, size, size].
 
-    Errors are handed over as values: raised in a worker, they would arrive wrapped in the worker's traceback.
-    `seed` None: the test split's resize and central crop. `replace`: a bad training image gives way to another.
+    Errors are returned as values. Raised in a worker, they would arrive wrapped in the worker's traceback.
+
+    With `replace`, another sample takes the place of an unreadable training image.
     """
 
     def __init__(self, split: Files, size: int, seed: int | None, replace: bool) -> None:
@@ -308,25 +325,25 @@ class _Decoder(Dataset):
             try:
                 image = decode(self.split.root / path)
                 return _Item(self._cropped(image, epoch, index), int(self.split.labels[at]), bad)
-            except Exception as error:  # what PIL raises on damaged files depends on the format
-                passing = is_out_of_memory(error) or getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE)
-                bad.append(_Bad(shown, " ".join(str(error).split()) or type(error).__name__, passing))
-                if passing:
+            except Exception as error:  # Each image format raises other kinds of errors for damaged files.
+                temporary = is_out_of_memory(error) or getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE)
+                bad.append(_Bad(shown, " ".join(str(error).split()) or type(error).__name__, temporary))
+                if temporary:
                     break
         return _Item(None, -1, bad)
 
     def _candidates(self, index: int) -> Iterator[int]:
-        """The sample itself, then those that may replace it."""
+        """Yields the index of the sample, then those of its possible replacements."""
         yield index
         if self.replace and self.seed is not None:
-            others = draws(self.seed, 0, np.array([index]), REPLACEMENTS, REPLACE)[0]
+            others = draws(self.seed, 0, np.array([index]), MAX_REPLACEMENTS, REPLACE)[0]
             yield from (int(other) for other in others % np.uint64(len(self.split)))
 
     def _cropped(self, image: Any, epoch: int, index: int) -> Tensor:
         from torchvision.transforms import functional as F
 
         if self.seed is None:
-            # torchvision's own evaluation rule: 256 pixels on the short side for a crop of 224.
+            # As in torchvision's evaluation: a crop of 224 pixels is cut from an image whose short side is 256.
             image = F.center_crop(F.resize(image, [round(self.size * 256 / 224)]), [self.size])
         else:
             box, mirrored = resized_crop_box(image.height, image.width, seed=self.seed, epoch=epoch, index=index)
@@ -342,38 +359,37 @@ def _collate(items: Sequence[_Item]) -> tuple[Tensor, Tensor, list[_Bad]]:
 
 
 def decode(path: Path) -> Any:
-    """The image at `path` as PIL's RGB, turned as its EXIF data say. Raises almost anything for a file that is none, or
-    none that can be used."""
+    """Reads the image at `path` as PIL's RGB image, turned as its EXIF data say. A bad file may raise any exception."""
     from PIL import Image
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)  # a warning would not keep it from memory
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # After a mere warning it would be decoded.
         with Image.open(path) as image:
-            if max(image.size) > THINNEST * min(image.size):
-                raise ValueError(f"one side is more than {THINNEST} times the other")  # a resized one would be huge
+            if max(image.size) > MAX_ASPECT_RATIO * min(image.size):  # Resized by its short side, it would be huge.
+                raise ValueError(f"one side is more than {MAX_ASPECT_RATIO} times the other")
             if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
                 raise ValueError("its pixels are 32-bit numbers, whose range is not known")
             image = _upright(image)
-            if image.mode.startswith("I"):  # 16 bits, of which PIL would clip all that is above 255
+            if image.mode.startswith("I"):  # It has 16 bits, and PIL would clip values above 255.
                 return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
             return image.convert("RGB")
 
 
 def _upright(image: Any) -> Any:
-    """The image as a viewer shows it: cameras write how they were held, and not turned pixels."""
+    """Turns an image as its EXIF data say: a camera that was held sideways records that, and does not turn pixels."""
     from PIL import ExifTags, Image
 
     turns = Image.Transpose
-    if image.format == "TIFF":  # of a file's name Pillow would map grey ones into memory as if they were turned already
+    if image.format == "TIFF":  # With a file name, Pillow would map a grey image as if it had been turned already.
         image.filename = ""
-    image.load()  # what is damaged in the pixels is not forgiven, as it is in the EXIF data
+    image.load()  # Damaged pixels raise here. Damaged EXIF data, below, are ignored.
     try:
         turn = {
             2: turns.FLIP_LEFT_RIGHT, 3: turns.ROTATE_180, 4: turns.FLIP_TOP_BOTTOM, 5: turns.TRANSPOSE,
             6: turns.ROTATE_270, 7: turns.TRANSVERSE, 8: turns.ROTATE_90,
         }.get(image.getexif().get(ExifTags.Base.Orientation))  # fmt: skip
-    except Exception as error:  # what PIL raises on damaged EXIF data depends on the damage
+    except Exception as error:  # Damaged EXIF data raise various kinds of errors.
         if is_out_of_memory(error):
             raise
         return image

@@ -1,4 +1,4 @@
-"""One HTML file about runs: it opens from the disk, needs no network, and holds every figure's data as CSV."""
+"""One HTML file about runs. It opens without a network, and the data of each figure can be downloaded as CSV."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from localgrad.run.tables import (
 )
 
 Rows = list[dict[str, Any]]
-TOLD = ("model", "data", "method", "coupling", "seed")  # fields of which a run's study and label speak by themselves
-FIELDS = [f.name for f in fields(Recipe) if f.name not in (*TOLD, *PLACES - {"recompute"})]
-PLAIN = Recipe()
+IN_LABEL = ("model", "data", "method", "coupling", "seed")  # The study and the label of a run name these fields anyway.
+FIELDS = [f.name for f in fields(Recipe) if f.name not in (*IN_LABEL, *PLACES - {"recompute"})]
+DEFAULT = Recipe()
 
 
 @dataclass(frozen=True, eq=False)
 class Ran:
-    """A finished run. row: as `localgrad compare` has it in runs.csv. epochs: what it recorded of each."""
+    """A finished run, with its row as in runs.csv and the entries of metrics.jsonl at the ends of its epochs."""
 
     folder: Path
     recipe: Recipe
@@ -50,7 +50,7 @@ class Ran:
 
     @property
     def study(self) -> str:
-        """What runs have in common that can be compared."""
+        """The network and the data. Only runs of the same study are compared."""
         where = f" in {self.recipe.data_dir}" if self.recipe.data == "image-folder" else ""
         return f"{self.recipe.model} on {self.recipe.data}{where}"
 
@@ -59,14 +59,14 @@ class Ran:
         return label_of(self.row)
 
     def probed(self, name: str, *numbers: str) -> Rows:
-        """A table of its probe, empty if there is none."""
+        """The rows of one of its probe's tables, or none. `numbers` are the columns that must hold numbers."""
         path = self.folder / "probe" / f"{name}.csv"
         return read_csv(path, numbers) if path.exists() else []
 
 
 @dataclass
 class Page:
-    """What is on the page so far. sections: heading -> its HTML."""
+    """The page so far. `sections` maps each heading to its parts in HTML, `figures` counts the figures."""
 
     sections: dict[str, list[str]] = field(default_factory=dict)
     figures: int = 0
@@ -75,9 +75,9 @@ class Page:
         self.sections.setdefault(section, []).extend(parts)
 
     def figure(self, section: str, picture: figures.go.Figure, alt: str) -> None:
-        """A picture with its alternative text, which is its caption too, and its data to download."""
+        """Adds a figure with its caption, which is also its alternative text, and its data as a download."""
         self.figures += 1
-        # Buttons that need nothing but the page: by default one would send the data away.
+        # These buttons work without a network. One of plotly's default buttons would send the data away.
         buttons = [["toImage", "zoom2d", "pan2d", "resetScale2d"]]
         config = {"responsive": True, "displaylogo": False, "showSendToCloud": False, "modeBarButtons": buttons}
         name = f"figure-{self.figures}"
@@ -88,12 +88,13 @@ class Page:
         self.add(section, f'<figure aria-label="{html.escape(alt)}">{drawn}{caption}</figure>')
 
     def curves(self, section: str, picture: figures.go.Figure, alt: str, first: dict[str, Ran]) -> None:
-        """A figure of one curve a run; of too many to tell apart, these are drawn at first."""
+        """Adds a figure with one curve for each run. Of too many curves, only those of `first` are drawn at first."""
         if figures.leave(picture, first):
             alt += " A click on a name shows or hides its curve."
         self.figure(section, picture, alt)
 
     def written(self, title: str, subtitle: str) -> str:
+        """The HTML of the page."""
         from plotly.offline import get_plotlyjs
 
         contents = "".join(f'<a href="#{_anchor(name)}">{html.escape(name)}</a>' for name in self.sections)
@@ -109,19 +110,21 @@ class Page:
 
 
 def report(paths: Sequence[Path], results: Path | None = None) -> str:
-    """The page's HTML. paths: run folders, or folders of such. results: a folder with accuracy_*_runs.csv and
-    frontier_*.csv. Raises UserError for a path without finished runs, and for a file that is not what it should be."""
+    """Returns the HTML of the page.
+
+    Args:
+        paths: Run folders, or folders of run folders.
+        results: A folder with accuracy_*_runs.csv and frontier_*.csv, which are shown too.
+
+    Raises:
+        UserError: A path holds no finished run, or a file is not what it should be.
+    """
     runs = find(paths)
     page = Page()
     studies: dict[str, list[Ran]] = {}
     for ran in runs:
         studies.setdefault(ran.study, []).append(ran)
-    measured = sorted(results.glob("accuracy_*_runs.csv")) if results is not None else []
-    timed = sorted(results.glob("frontier_*.csv")) if results is not None else []
-    if results is not None and not measured + timed:
-        raise UserError(f"{results} holds neither accuracy_*_runs.csv nor frontier_*.csv: name another --results")
-    tables = {f"Results: {p.stem.removeprefix('accuracy_').removesuffix('_runs')}": read_runs(p) for p in measured}
-    tables = dict(sorted(tables.items(), key=lambda item: -len(item[1])))  # the largest study is what people came for
+    tables, timed = _results(results) if results is not None else ({}, [])
     tables |= {f"The runs below: {title}": [ran.row for ran in group] for title, group in studies.items()}
     for title, rows in tables.items():
         _study(page, title, rows)
@@ -140,14 +143,22 @@ def report(paths: Sequence[Path], results: Path | None = None) -> str:
     machines = dict.fromkeys(str(row.get("machine", "")) for rows in tables.values() for row in rows)
     started = {p for path in paths for p in (path, *path.glob("*/")) if (p / CONFIG).is_file()}
     unfinished = f" ({len(started) - len(runs)} more are not finished)" if len(started) > len(runs) else ""
-    said = [f"{len(runs)} runs{unfinished}", " / ".join(filter(None, machines))]
-    return page.written(
-        "localgrad: what it costs and brings", f"{'; '.join(said)}; written by localgrad {localgrad.__version__}."
-    )
+    about = [f"{len(runs)} run{'s' if len(runs) > 1 else ''}{unfinished}", " / ".join(filter(None, machines))]
+    about.append(f"written by localgrad {localgrad.__version__}.")
+    return page.written("localgrad: test error, memory and time of runs", "; ".join(about))
+
+
+def _results(folder: Path) -> tuple[dict[str, Rows], list[Path]]:
+    """The tables of a results folder by their titles, those with most runs first, and the files of times of steps."""
+    measured, timed = sorted(folder.glob("accuracy_*_runs.csv")), sorted(folder.glob("frontier_*.csv"))
+    if not measured + timed:
+        raise UserError(f"{folder} holds neither accuracy_*_runs.csv nor frontier_*.csv: name another --results")
+    tables = {f"Results: {p.stem.removeprefix('accuracy_').removesuffix('_runs')}": read_runs(p) for p in measured}
+    return dict(sorted(tables.items(), key=lambda item: -len(item[1]))), timed
 
 
 def find(paths: Sequence[Path]) -> list[Ran]:
-    """The finished runs in these folders, or in theirs, each once, in the order in which a page shows them."""
+    """Finds the finished runs in these folders or in their subfolders, and sorts them as the page shows them."""
     runs = []
     for folder in finished_runs(paths):
         recipe = read_recipe(folder / CONFIG)
@@ -163,7 +174,7 @@ def find(paths: Sequence[Path]) -> list[Ran]:
                 raise UserError(f"{other.folder} and {ran.folder} are the same run: name one of them")
 
     def order_of(ran: Ran) -> tuple:
-        """Networks and data together, methods as they are listed everywhere, then the plain settings first."""
+        """By network and data, then by method in the usual order. Default settings come first."""
         kind = METHODS.index(ran.recipe.method), COUPLINGS.index(ran.recipe.coupling)
         return ran.study, *kind, ran.row["blocks"], ran.row["setting"], ran.recipe.seed
 
@@ -171,61 +182,67 @@ def find(paths: Sequence[Path]) -> list[Ran]:
 
 
 def _setting(ran: Ran, runs: Sequence[Ran]) -> str:
-    """In which fields a run is not what goes without saying: as most runs of its study are, or, where no value is that
-    of most, none; in what a coupling is, and what is recomputed, the default. A head is a method's own; a cut by names
-    is always told."""
+    """The fields of a run that differ from what is usual, as text.
+
+    A field of the coupling, or of recomputation, is shown if it is not the default, and a cut by names always. A head
+    is compared with the other runs of the method, all other fields with the other runs of the study: a field is shown
+    if it differs from the value of most of them, or if no value is that of most.
+    """
     study = [r.recipe for r in runs if r.study == ran.study]
     words = []
-    for name in sorted(FIELDS, key="blocks".__eq__):  # which may be long
+    for name in sorted(FIELDS, key="blocks".__eq__):  # Names of units may be long, so blocks come last.
         value = getattr(ran.recipe, name)
         if name == "blocks":
-            says = not isinstance(ran.recipe.cut, int)
+            shown = not isinstance(ran.recipe.cut, int)
         elif name in OF_METHODS - {"head"} | {"recompute"}:
-            says = value != getattr(PLAIN, name)
+            shown = value != getattr(DEFAULT, name)
         else:
-            alike = [recipe for recipe in study if name != "head" or recipe.label == ran.recipe.label]
-            usual, count = Counter(getattr(recipe, name) for recipe in alike).most_common(1)[0]
-            says = value != usual or 2 * count <= len(alike) != count
-        words += [f"{name}={value}"] if says else []
+            others = [recipe for recipe in study if name != "head" or recipe.label == ran.recipe.label]
+            usual, count = Counter(getattr(recipe, name) for recipe in others).most_common(1)[0]
+            shown = value != usual or 2 * count <= len(others) != count
+        words += [f"{name}={value}"] if shown else []
     return " ".join(words)
 
 
 def _one_of_each(runs: Sequence[Ran]) -> dict[str, Ran]:
-    """Of the runs that differ in their seeds alone the one that was probed, or that of the lowest seed."""
+    """Of runs that differ only in their seeds, chooses a probed one, or else the one with the lowest seed."""
     chosen: dict[str, Ran] = {}
     for ran in sorted(runs, key=lambda ran: (not ran.probed("separability"), ran.recipe.seed)):
         chosen.setdefault(ran.label, ran)
     return {f"{ran.label}, seed {ran.recipe.seed}": ran for ran in sorted(chosen.values(), key=runs.index)}
 
 
-def _plain(shown: dict[str, Ran]) -> dict[str, Ran]:
+def _usual(shown: dict[str, Ran]) -> dict[str, Ran]:
+    """The runs with the usual settings, as `_setting` defines them."""
     return {name: ran for name, ran in shown.items() if not ran.row["setting"]}
 
 
 def _study(page: Page, section: str, runs: Rows) -> None:
+    """Adds a table of error, memory and time with its figure, and the differences paired by seed."""
     rows = summarize(runs)
-    plain = [row for row in rows if row["method"] == "bp" and "recompute=" not in row["setting"]]
+    bp = [row for row in rows if row["method"] == "bp" and "recompute=" not in row["setting"]]
     body = []
     for row in rows:
-        alike = [r for r in plain if conditions(r["setting"]) == conditions(row["setting"])]
-        below = f"{100 - 100 * row['peak_bytes'] / alike[0]['peak_bytes']:.1f}%" if len(alike) == 1 else ""
+        same = [r for r in bp if conditions(r["setting"]) == conditions(row["setting"])]
+        below = f"{100 - 100 * row['peak_bytes'] / same[0]['peak_bytes']:.1f}%" if len(same) == 1 else ""
         added = f"{row['added']:,}" if isinstance(row.get("added"), int) else ""
         body.append(
             [label_of(row), error_text(row), row["n"], mib(row["peak_bytes"]), below, added, f"{row['seconds']:.0f}"]
         )
     head = ("method", "test error, %", "n", "peak memory", "below BP", "parameters added", "seconds")
     note = (
-        "Test error of the last epoch, mean ± standard deviation over n seeds; median peak of a step, and median "
-        "seconds of a run on a machine that others may have used beside it."
+        "Test error of the last epoch: mean ± standard deviation over n seeds. Median peak memory of a training step, "
+        "and how far it is below that of backpropagation (BP). Median seconds of a run; other programs may have used "
+        "the machine at the same time."
     )
     page.add(section, f'<p class="note">{note}</p>', _table(head, body), _download("results.csv", csv_text(rows)))
-    text = "Test error against peak memory of a step; bars are standard deviations over seeds. Down and left is better."
+    text = "Test error against peak memory of a step. Bars are standard deviations over seeds. Lower left is better."
     page.figure(section, figures.error_against_memory(rows), text)
     pairs = paired(runs)
     if pairs:
         body = [[p["first"], p["second"], f"{p['difference']:+.2f}", f"{p['low']:+.2f} to {p['high']:+.2f}", p["n"]]
                 for p in pairs]  # fmt: skip
-        note = "Differences of test errors in points, the second's less the first's, paired by seed."
+        note = "Differences of test errors, paired by seed: the second method's minus the first's, in points."
         head = ("first", "second", "difference", "95% interval", "n")
         data = _download("pairs.csv", csv_text(pairs))
         page.add(section, f"<details><summary>{note}</summary>{_table(head, body)}{data}</details>")
@@ -233,12 +250,12 @@ def _study(page: Page, section: str, runs: Rows) -> None:
 
 def _learning(page: Page, section: str, shown: dict[str, Ran]) -> None:
     errors = {name: [100 - row["eval_top1"] for row in summary_rows(ran.folder)] for name, ran in shown.items()}
-    text = "Test error after each epoch, one run of each kind."
-    page.curves(section, figures.by_epoch(errors, "test error, %"), text, _plain(shown))
+    text = "Test error after each epoch, for one seed of each kind of run."
+    page.curves(section, figures.by_epoch(errors, "test error, %"), text, _usual(shown))
     for name, ran in shown.items():
         losses = [entry["losses"] for entry in ran.epochs if "losses" in entry]
         if losses and len(losses[0]) > 1:
-            text = f"{name}: mean training loss of each block by epoch, the first block light and the last dark."
+            text = f"{name}: mean training loss of each block by epoch. The first block is light, the last one dark."
             page.figure(section, figures.blocks_by_epoch(losses), text)
 
 
@@ -247,12 +264,13 @@ def _memory(page: Page, section: str, shown: dict[str, Ran]) -> None:
     steps = {n: [int(r["live_bytes"]) for r in read_csv(p, ("live_bytes",))] for n, p in paths.items() if p.exists()}
     if any(steps.values()):
         text = (
-            "Memory over one training step. Backpropagation keeps what its forward pass makes until the backward pass "
-            "has used it: one hill. A local run frees each block's before the next block runs: a hill for each block."
+            "Memory over one training step. Backpropagation keeps all activations until its backward pass has used "
+            "them, which gives one hill. A local method frees the activations of a block before the next block runs, "
+            "which gives one hill for each block."
         )
-        plain = _plain(shown)
-        fewest = min((ran.row["blocks"] for ran in plain.values() if ran.row["blocks"] > 1), default=1)
-        first = {name: ran for name, ran in plain.items() if ran.row["blocks"] in (1, fewest)}
+        usual = _usual(shown)
+        fewest = min((ran.row["blocks"] for ran in usual.values() if ran.row["blocks"] > 1), default=1)
+        first = {name: ran for name, ran in usual.items() if ran.row["blocks"] in (1, fewest)}
         page.curves(section, figures.timeline({name: live for name, live in steps.items() if live}), text, first)
 
 
@@ -261,30 +279,30 @@ def _probes(page: Page, of: str, shown: dict[str, Ran]) -> None:
     if probed:
         counts = sorted({(int(rows[0]["fitted"]), int(rows[0]["measured"])) for rows in probed.values()})
         images = " or ".join(f"{fitted:,} test images, measured on {measured:,} others" for fitted, measured in counts)
-        text = f"How well a linear classifier reads the class from the pooled output of each unit; fitted on {images}."
-        page.curves(f"Separability{of}", figures.separability(probed), text, _plain(shown))
+        text = f"How well a linear classifier finds the class from the pooled output of each unit, fitted on {images}."
+        page.curves(f"Separability{of}", figures.separability(probed), text, _usual(shown))
     for name, ran in shown.items():
         if rows := ran.probed("cka"):
             text = (
-                f"{name}: linear CKA of each of its units with each of {rows[0]['against']}; 1 is the same up to "
-                "shift, rotation and scale, and the estimator may fall below 0."
+                f"{name}: linear CKA of each of its units with each unit of {rows[0]['against']}. At 1 both have the "
+                "same features up to shift, rotation and scale. The estimate may be below 0."
             )
             page.figure(f"Similarity (CKA){of}", figures.cka(rows, name), text)
     for name, ran in shown.items():
         if rows := ran.probed("tsne", "x", "y", "label"):
-            text = f"{name}: t-SNE of the last unit's pooled output; a point is a test image, a colour a class."
+            text = f"{name}: t-SNE of the last unit's pooled output. Each point is a test image, its colour the class."
             page.figure(f"Last features (t-SNE){of}", figures.tsne(rows), text)
     for name, ran in shown.items():
         if rows := ran.probed("activations", "value", "column"):
             text = (
-                f"{name}: test images of different classes, and the mean absolute activation of units over their "
-                "channels, dark for none and bright for each map's most."
+                f"{name}: test images of different classes, and the mean absolute activation of some units over their "
+                "channels, from dark (none) to bright (the maximum of each map)."
             )
             page.figure(f"Activation maps{of}", figures.activations(rows), text)
 
 
 def _about(ran: Ran) -> str:
-    """A run's recipe and what it ran on, folded."""
+    """A folded table of a run's recipe, machine and versions."""
     fields = {**as_dict(ran.recipe), **{name: value for name, value in ran.row.items() if name not in ("setting",)}}
     table = _table(("field", "value"), [[name, value] for name, value in fields.items() if value not in (None, "")])
     name = html.escape(f"{ran.folder.resolve().name}: {ran.label}, seed {ran.recipe.seed}")
@@ -292,7 +310,7 @@ def _about(ran: Ran) -> str:
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[Any]]) -> str:
-    """A table whose columns sort by a click on their names."""
+    """A table that is sorted by a column at a click on its name."""
     numeric = [all(re.match(r"^[-+]?[\d.]", str(row[i])) or row[i] == "" for row in body) for i in range(len(head))]
     kinds = [' class="number"' if is_number else "" for is_number in numeric]
     names = "".join(
@@ -303,7 +321,8 @@ def _table(head: Sequence[str], body: Sequence[Sequence[Any]]) -> str:
         f"<tr>{''.join(f'<td{k}>{html.escape(str(c))}</td>' for k, c in zip(kinds, row, strict=True))}</tr>"
         for row in body
     )
-    return f'<div class="wide"><table><thead><tr>{names}</tr></thead><tbody>{lines}</tbody></table></div>'
+    start = f'<div class="wide"><table style="--columns: {len(head) - 1}">'
+    return f"{start}<thead><tr>{names}</tr></thead><tbody>{lines}</tbody></table></div>"
 
 
 def _download(name: str, text: str) -> str:
@@ -316,7 +335,7 @@ def _anchor(name: str) -> str:
 
 
 def _entries(path: Path) -> Rows:
-    """The lines of metrics.jsonl; a full disk may have torn or lost some."""
+    """The entries of metrics.jsonl. Lines that a full disk has damaged are left out."""
     found = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError):

@@ -1,4 +1,4 @@
-"""Tables over runs: mean, standard deviation and n over the seeds, and differences paired by seed."""
+"""Tables of runs: mean, standard deviation and n over the seeds, and differences paired by seed."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from localgrad.run.recipe import OF_METHODS, PLACES
 
 NEEDED = {"blocks": int, "seed": int, "error": float, "peak_bytes": int, "seconds": float}
 NUMBERS = {**NEEDED, "parameters": int, "added": int}
-SAME = ("method", "blocks", "setting")  # runs that differ in their seeds alone agree in these
+SAME = ("method", "blocks", "setting")  # Runs that differ only in their seeds agree in these columns.
 
 
 def row_of(folder: Path, method: str, blocks: int, setting: str, seed: int) -> dict[str, Any]:
-    """A finished run's last epoch, its error in percent, its parameters, and what it ran on."""
+    """Returns the row of a finished run: its last epoch, error in percent, parameters, machine and versions."""
     last = summary_rows(folder)[-1]
     row = {"method": method, "blocks": blocks, "setting": setting, "seed": seed}
     row |= {"error": round(100 - last["eval_top1"], 3), "train_loss": last["train_loss"]}
@@ -36,12 +36,12 @@ def row_of(folder: Path, method: str, blocks: int, setting: str, seed: int) -> d
 
 
 def read_runs(path: Path) -> list[dict[str, Any]]:
-    """Rows as `row_of` makes them, from a CSV file. Raises UserError for another kind of file."""
+    """Reads rows like those of `row_of` from a CSV file. Raises UserError for a file of another kind."""
     return [{name: NUMBERS.get(name, str)(value) for name, value in row.items()} for row in read_csv(path, NEEDED)]
 
 
 def read_csv(path: Path, columns: Iterable[str] = ()) -> list[dict[str, str]]:
-    """The rows of a CSV file that has at least these columns, in which numbers stand. Raises UserError."""
+    """Reads the rows of a CSV file. Raises UserError unless it has these columns and they hold numbers."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
@@ -56,7 +56,7 @@ def read_csv(path: Path, columns: Iterable[str] = ()) -> list[dict[str, str]]:
 
 
 def groups(runs: Sequence[dict[str, Any]]) -> dict[tuple, list[dict[str, Any]]]:
-    """The runs, those of one method, number of blocks and setting together, each seed once (its last run)."""
+    """Groups runs by method, number of blocks and setting. The last run counts where a seed occurs more than once."""
     found: dict[tuple, dict[int, dict[str, Any]]] = {}
     for run in runs:
         found.setdefault(tuple(run.get(name, "") for name in SAME), {})[run["seed"]] = run
@@ -64,26 +64,26 @@ def groups(runs: Sequence[dict[str, Any]]) -> dict[tuple, list[dict[str, Any]]]:
 
 
 def conditions(setting: str) -> frozenset[str]:
-    """Of a setting what is not the method's own, and not without effect on what is learned: only runs under the same
-    conditions can be compared."""
+    """Returns the words of a setting that comparable runs must share: all but the fields that belong to the method, and
+    those that do not affect what is learned."""
     return frozenset(word for word in setting.split() if word.partition("=")[0] not in OF_METHODS | PLACES)
 
 
 def error_text(row: dict[str, Any]) -> str:
-    """Mean ± standard deviation."""
+    """The error as "mean ± standard deviation"."""
     spread = f" ± {row['error_std']:.2f}" if row["error_std"] != "" else ""
     return f"{row['error_mean']:.2f}{spread}"
 
 
 def label_of(row: dict[str, Any]) -> str:
-    """dgl+man K=16 momentum=0.9."""
+    """The name of a row, such as dgl+man K=16 momentum=0.9."""
     blocks = "" if int(row["blocks"]) == 1 else f"K={row['blocks']}"
     return " ".join(word for word in (row["method"], blocks, row.get("setting", "")) if word)
 
 
 def summarize(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each method, number of blocks and setting: over its seeds, mean and standard deviation (of the
-    sample) of the test error, medians of peak and time, and every machine and version that took part."""
+    """Returns a row for each method, number of blocks and setting: mean and sample standard deviation of the test error
+    over the seeds, the medians of peak and time, and all machines and versions that were used."""
     table = []
     for key, group in groups(runs).items():
         errors = [run["error"] for run in group]
@@ -103,9 +103,11 @@ def summarize(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def paired(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each two kinds of run with as many blocks (BP's one block goes with all) under the same conditions: the mean
-    over their common seeds of the second's test error less the first's, in points, and its 95% interval (Student's t).
-    None below two seeds."""
+    """Returns a row for each two groups of runs that can be compared and have at least two seeds in common.
+
+    They have the same conditions and the same number of blocks, or one of them is BP. The difference is the mean over
+    the common seeds of the second error minus the first, in points, with its 95% interval by Student's t.
+    """
     table = []
     for (a, first), (b, second) in itertools.combinations(groups(runs).items(), 2):
         if (a[1] != b[1] and "bp" not in (a[0], b[0])) or conditions(a[2]) != conditions(b[2]):
@@ -114,16 +116,16 @@ def paired(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         seeds = sorted(errors[0].keys() & errors[1].keys())
         if len(seeds) < 2:
             continue
-        apart = [errors[1][seed] - errors[0][seed] for seed in seeds]
-        low, high = _interval(apart)
+        differences = [errors[1][seed] - errors[0][seed] for seed in seeds]
+        low, high = _interval(differences)
         row = {"first": label_of(first[0]), "second": label_of(second[0]), "n": len(seeds)}
-        row |= {"difference": round(statistics.mean(apart), 3), "low": round(low, 3), "high": round(high, 3)}
+        row |= {"difference": round(statistics.mean(differences), 3), "low": round(low, 3), "high": round(high, 3)}
         table.append(row | {"seeds": " ".join(map(str, seeds))})
     return table
 
 
 def csv_text(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a CSV file's text: every column that a row has, in the order of their first appearance."""
+    """The text of a CSV file with all columns of the rows, in the order of their first appearance."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
@@ -132,11 +134,12 @@ def csv_text(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes rows to a CSV file, which is replaced as a whole."""
     write_text(path, csv_text(rows))
 
 
 def show(rows: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]] = ()) -> None:
-    """Prints both tables."""
+    """Prints the tables of `summarize` and `paired`, and the conclusion."""
     console = Console()
     table = Table("method", "test error %", "n", "peak memory", "parameters added", "seconds")
     for row in rows:
@@ -153,36 +156,36 @@ def show(rows: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]] = ()) -
                 escape(pair["first"]), escape(pair["second"]), f"{pair['difference']:+.2f}", interval, str(pair["n"])
             )
         console.print(table)
-    said = conclusion(rows)
-    if said:
-        console.print(said, highlight=False, markup=False)
+    text = conclusion(rows)
+    if text:
+        console.print(text, highlight=False, markup=False)
 
 
 def conclusion(rows: Sequence[dict[str, Any]]) -> str:
-    """What the rows say about plain backpropagation and the others, in a few sentences; "" without both."""
-    plain = next((row for row in rows if row["method"] == "bp" and not row.get("setting")), None)
+    """Compares the methods with backpropagation in a few sentences. Without either of them it returns ""."""
+    bp = next((row for row in rows if row["method"] == "bp" and not row.get("setting")), None)
     others = [row for row in rows if row["method"] != "bp"]
-    if plain is None or not others:
+    if bp is None or not others:
         return ""
     nearest = min(others, key=lambda row: (row["error_mean"], row["peak_bytes"]))
     least = min(others, key=lambda row: (row["peak_bytes"], row["error_mean"]))
 
-    def against_plain(row: dict[str, Any]) -> str:
-        memory, time = row["peak_bytes"] / plain["peak_bytes"], row["seconds"] / plain["seconds"]
-        apart = row["error_mean"] - plain["error_mean"]
-        return f"{label_of(row)}: {apart:+.2f} points, {memory:.2f} times the memory, {time:.2f} times the time"
+    def against_bp(row: dict[str, Any]) -> str:
+        memory, time = row["peak_bytes"] / bp["peak_bytes"], row["seconds"] / bp["seconds"]
+        points = row["error_mean"] - bp["error_mean"]
+        return f"{label_of(row)}: {points:+.2f} points, {memory:.2f} times the memory, {time:.2f} times the time"
 
-    said = [f"Against backpropagation ({error_text(plain)}% error, {mib(plain['peak_bytes'])}):"]
-    said += [f"- the smallest error has {against_plain(nearest)};"]
-    said += [f"- the least memory has {against_plain(least)}."] if least is not nearest else []
-    if any(row["n"] < 3 for row in (plain, nearest, least)):
-        said += ["With fewer than three seeds, differences below a point may be chance."]
-    said += ["Accumulation and recomputation save memory too, at backpropagation's own error: see docs/memory.md."]
-    return "\n".join(said)
+    lines = [f"Against backpropagation ({error_text(bp)}% error, {mib(bp['peak_bytes'])}):"]
+    lines += [f"- the smallest error has {against_bp(nearest)};"]
+    lines += [f"- the least memory has {against_bp(least)}."] if least is not nearest else []
+    if any(row["n"] < 3 for row in (bp, nearest, least)):
+        lines += ["With fewer than three seeds, differences below a point may be chance."]
+    lines += ["Accumulation and recomputation save memory too, at backpropagation's own error: see docs/memory.md."]
+    return "\n".join(lines)
 
 
 def _interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95% interval of the mean of several values, by Student's t."""
+    """The 95% interval of the mean of at least two values, by Student's t."""
     if len(set(values)) == 1:
         return values[0], values[0]
     found = stats.ttest_1samp(values, 0).confidence_interval()

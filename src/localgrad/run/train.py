@@ -345,7 +345,7 @@ def evaluate(
     sums: dict[str, float] = dict.fromkeys(("loss", "top1", "top5"), 0.0)
     count = 0
     size, shard = max(recipe.batch_size, 256), (ranks.rank, ranks.count)
-    batches = data_room.test_batches(data, batch_size=size, shard=shard, workers=recipe.workers, on_bad=on_bad)
+    batches = data_room.eval_batches(data, batch_size=size, shard=shard, workers=recipe.workers, on_bad=on_bad)
     with contextlib.closing(batches):
         for batch in batches:
             x, y = to_device(batch, data.info, machine)
