@@ -16,7 +16,7 @@ from torch.ao import quantization
 from torch.nn.utils import parametrizations, spectral_norm
 
 import localgrad as lg
-from localgrad.core import recomputation
+from localgrad.core import copies, recomputation
 from localgrad.scale import memory
 
 
@@ -329,7 +329,7 @@ def test_a_state_that_is_shared_by_reference() -> None:
     base = torch.arange(6.0).view(2, 3).t()
     state = {"base": base, "row": base[1], "list": [base, deque([base[0]])], "none": None}
     state["twice"] = state["list"]
-    other = {name: recomputation._copied(value, memo) for name, value in state.items()}
+    other = {name: copies.copied_state(value, memo) for name, value in state.items()}
     other["row"] += 10
     assert other["base"].stride() == base.stride()
     assert torch.equal(other["base"][1], base[1] + 10)

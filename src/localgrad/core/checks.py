@@ -20,6 +20,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from localgrad.core.copies import duplicate, without_values
 from localgrad.core.errors import UserError, callers_level
+from localgrad.core.hooks import is_of_torch
 from localgrad.core.task import Classification
 from localgrad.core.trace import input_dtype
 
@@ -240,11 +241,11 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
 
 
 def _unhooked(module: nn.Module) -> nn.Module:
-    """A copied module without the hooks of its user, who shall see nothing of what is tried here."""
+    """A copied module without the hooks of its user, which must not see what is tried here."""
     for part in module.modules():
         for hooks in (part._forward_hooks, part._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if not type(hook).__module__.startswith("torch.nn.utils.")]:
-                del hooks[key]
+            for number in [number for number, hook in hooks.items() if not is_of_torch(hook)]:
+                del hooks[number]
     return module
 
 
@@ -267,7 +268,6 @@ def _refuses_one(model: LocalModel) -> str | None:
     with _undisturbed(torch.device("cpu")), torch.device("meta"):
         try:
             copied = without_values(model, "meta")
-            _unhooked(copied)
             dtype = input_dtype(copied.backbone, copied.blocks[0].entering.dtype)
             h = torch.empty(1, *copied.image, dtype=dtype)
             for k, block in enumerate(copied.blocks):
