@@ -75,6 +75,50 @@ class FunctionalDropout(nn.Module):
         return self.fc(h.mean((2, 3)))
 
 
+class Unit(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return F.relu(h + self.b(F.relu(self.norm(self.a(h)))))
+
+
+Between = Callable[[Any, Tensor, Tensor], Tensor]
+
+
+class Net(nn.Module):
+    """A stem, three units on maps of 8 x 8, something `between` them that may read the network's input, and a head."""
+
+    def __init__(self, between: Between = lambda net, h, x: h, unit: Callable[[], nn.Module] = Unit) -> None:
+        super().__init__()
+        self.between = between
+        self.stem, self.fc = nn.Conv2d(3, 6, 1), nn.Linear(6, 5)
+        self.units = nn.ModuleList(unit() for _ in range(3))
+        self.table = nn.Parameter(torch.randn(6, 8, 8))
+        self.register_buffer("mean", torch.rand(6))
+        self.register_buffer("var", torch.rand(6) + 1)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.top(self.body(self.stem(x), x))
+
+    def body(self, h: Tensor, x: Tensor) -> Tensor:
+        for unit in self.units:
+            h = self.between(self, unit(h), x)
+        return h
+
+    def top(self, h: Tensor) -> Any:
+        return self.fc(h.mean((2, 3)))
+
+
+UNITS_OF_NET = ["stem", "units.0", "units.1", "units.2"]
+
+
+def cut(network: nn.Module, **how: Any) -> lg.LocalModel:
+    """A network like `Net` in blocks of one unit each."""
+    return lg.localize(network, **{"blocks": 4, "method": lg.dgl("0c1f"), "example": torch.zeros(2, 3, 8, 8), **how})
+
+
 ALL_COUPLINGS = [None, lg.MAN(0.9), lg.MANPlusPlus(0.9), lg.DeepMAN(0.9), lg.MAN(0.9, form="pull")]
 
 
