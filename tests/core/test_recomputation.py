@@ -24,6 +24,8 @@ class Adapting(nn.Module):
     """A convolution, then what a subclass makes of [B, 8, H, W]."""
 
     mean: Tensor
+    level: Tensor
+    scale: Tensor
     steps: Tensor
 
     def __init__(self, channels: int) -> None:
@@ -31,9 +33,10 @@ class Adapting(nn.Module):
         self.before = nn.Conv2d(channels, 8, 3, padding=1)
         self.after = nn.Conv2d(8, 8, 3, padding=1)
         self.norm = nn.BatchNorm2d(8)
-        self.register_buffer("mean", torch.zeros(8))
+        for name in ("mean", "level", "scale"):
+            self.register_buffer(name, torch.zeros(8))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64), persistent=False)
-        self.count, self.seen, self.chance = 0, deque(maxlen=3), random.Random(1)
+        self.count, self.seen, self.chance, self.jitters = 0, deque(maxlen=3), random.Random(1), [Jitter()]
 
     def forward(self, h: Tensor) -> Tensor:
         return self.after(self.adapt(self.before(h)).relu())
@@ -42,23 +45,21 @@ class Adapting(nn.Module):
         raise NotImplementedError
 
 
-class RunningMean(Adapting):
+class Jitter:
+    def __call__(self, h: Tensor) -> Tensor:
+        return h * np.random.rand()  # noqa: NPY002
+
+
+class Buffers(Adapting):
+    """Changes buffers in place, behind autograd's back, and by a new tensor, and counts."""
+
     def adapt(self, h: Tensor) -> Tensor:
         h = h - self.mean.view(-1, 1, 1)
         self.mean.lerp_(h.detach().mean((0, 2, 3)).to(self.mean.dtype) + 1, 0.3)
-        return h
-
-
-class BehindItsBack(Adapting):
-    def adapt(self, h: Tensor) -> Tensor:
-        self.mean.data.add_(0.3)
-        return h + self.mean.view(-1, 1, 1)
-
-
-class Replaced(Adapting):
-    def adapt(self, h: Tensor) -> Tensor:
-        self.mean = self.mean * 0.9 + h.detach().mean().to(self.mean.dtype) + 0.2
-        return h * (1 + self.mean.view(-1, 1, 1))
+        self.level.data.add_(0.3)
+        self.scale = self.scale * 0.9 + h.detach().mean().to(self.scale.dtype) + 0.2
+        self.steps += 1
+        return h * (1 + self.scale.view(-1, 1, 1)) / self.steps + self.level.view(-1, 1, 1)
 
 
 class Lazy(Adapting):
@@ -69,39 +70,14 @@ class Lazy(Adapting):
         return h - self.get_buffer("first").view(-1, 1, 1)
 
 
-class Counter(Adapting):
-    def adapt(self, h: Tensor) -> Tensor:
-        self.steps += 1
-        return h / self.steps
-
-
 class InPython(Adapting):
+    """Counts in attributes, and draws from generators of its own, by objects that it holds and by helpers."""
+
     def adapt(self, h: Tensor) -> Tensor:
         self.count += 1
         self.seen.append(self.count)
-        return h * sum(self.seen)
-
-
-class Draws(Adapting):
-    def adapt(self, h: Tensor) -> Tensor:
-        factor = random.random() + self.chance.random() + float(np.random.rand())  # noqa: NPY002
-        return nn.functional.dropout(h * factor, 0.3, self.training)
-
-
-class Jitter:
-    def __call__(self, h: Tensor) -> Tensor:
-        return h * np.random.rand()  # noqa: NPY002
-
-
-class DrawsElsewhere(Adapting):
-    """By objects that it holds, and helpers that it calls."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels)
-        self.jitters = [Jitter()]
-
-    def adapt(self, h: Tensor) -> Tensor:
-        return self.jitters[0](h) * drawn()
+        factor = sum(self.seen) + random.random() + self.chance.random() + float(np.random.rand())  # noqa: NPY002
+        return nn.functional.dropout(self.jitters[0](h) * factor * drawn(), 0.3, self.training)
 
 
 def drawn() -> float:
@@ -111,11 +87,7 @@ def drawn() -> float:
 class ReadsStatistics(Adapting):
     def adapt(self, h: Tensor) -> Tensor:
         before = self.norm.running_mean.view(-1, 1, 1) + 1  # pyright: ignore
-        return (self.norm(h) + h) * before - self.norm.running_var.view(-1, 1, 1)  # pyright: ignore
-
-
-class Helped(Adapting):
-    def adapt(self, h: Tensor) -> Tensor:
+        h = (self.norm(h) + h) * before - self.norm.running_var.view(-1, 1, 1)  # pyright: ignore
         return centred(h, self.norm)
 
 
@@ -231,8 +203,7 @@ class Switched(Adapting):
         return self.norm(h)
 
 
-OWN = [RunningMean, BehindItsBack, Replaced, Counter, InPython, Draws, ReadsStatistics, Helped, Norms, Views, Codebook]
-ALL = [*OWN, Lazy, New, Switched, DrawsElsewhere, Observed]
+ALL = [Buffers, InPython, ReadsStatistics, Norms, Views, Codebook, Lazy, New, Switched, Observed]
 
 
 def network(unit: type[nn.Module]) -> nn.Module:
@@ -339,7 +310,7 @@ def test_a_state_that_is_shared_by_reference() -> None:
 
 
 def test_a_graph_may_be_used_twice() -> None:
-    model = lg.recompute(lg.localize(network(RunningMean), method=lg.bp(), example=torch.zeros(2, 3, 12, 12)))
+    model = lg.recompute(lg.localize(network(Buffers), method=lg.bp(), example=torch.zeros(2, 3, 12, 12)))
     loss = model.blocks[0](torch.ones(2, 3, 12, 12)).square().sum()
     loss.backward(retain_graph=True)
     learning = [p for p in model.parameters() if p.grad is not None]
@@ -349,7 +320,7 @@ def test_a_graph_may_be_used_twice() -> None:
     assert all(torch.equal(a, p.grad) for a, p in zip(once, learning, strict=True) if p.grad is not None)
 
 
-@pytest.mark.parametrize("unit", [RunningMean, ReadsStatistics, Codebook, New, Norms])
+@pytest.mark.parametrize("unit", [Buffers, ReadsStatistics, Codebook, New, Norms])
 def test_its_memory_is_predicted(unit: type[nn.Module]) -> None:
     x, y = torch.randn(4, 3, 12, 12), torch.arange(4)
     model = lg.recompute(lg.localize(network(unit), example=x, **MAN), couplings=True)
@@ -363,7 +334,7 @@ def test_its_memory_is_predicted(unit: type[nn.Module]) -> None:
     assert lg.predict_peak(model, 4, optimizers).total == measured.total
 
 
-@pytest.mark.parametrize("unit", [RunningMean, Codebook, New])
+@pytest.mark.parametrize("unit", [Buffers, Codebook, New])
 def test_plans_count_what_is_kept(unit: type[nn.Module]) -> None:
     backbone, x, y = network(unit), torch.randn(4, 3, 12, 12), torch.arange(4)
     planner = lg.Planner(backbone, x, method=lg.dgl("0c1f"), coupling=lg.MAN())
