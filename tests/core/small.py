@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import localgrad as lg
 from localgrad.core.couplings import Link, Momentum
+from localgrad.scale import memory
 
 
 def batch(count: int = 4, size: int = 8, channels: int = 3, classes: int = 10) -> tuple[Tensor, Tensor]:
@@ -188,3 +189,15 @@ ALL = (lg.MAN, lg.MANPlusPlus, lg.DeepMAN)
 def build(coupling: lg.MAN, *, blocks: int | list[str] = 4, double: bool = True, depth: int = 20) -> lg.LocalModel:
     backbone = resnet(depth).double() if double else resnet(depth)
     return lg.localize(backbone, blocks=blocks, method=lg.dgl("0c1f"), coupling=coupling, example=batch()[0])
+
+
+def assert_memory_is_predicted(model: lg.LocalModel, x: Tensor, y: Tensor) -> None:
+    """To the byte, for SGD with momentum."""
+
+    def optimizers(own: lg.LocalModel) -> list[torch.optim.Optimizer]:
+        return [sgd(lg.param_groups(own))]
+
+    made = optimizers(model)
+    memory.training_step(model, made, x, y)
+    measured = lg.measure_peak(lambda: memory.training_step(model, made, x, y), model=model, optimizers=made)
+    assert lg.predict_peak(model, len(x), optimizers).total == measured.total

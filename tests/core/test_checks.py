@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from small import ALL_COUPLINGS, assert_same, batch, gradients, local, mlp, resnet, sgd, state, vgg
+from small import ALL_COUPLINGS, Net, assert_same, batch, gradients, local, mlp, resnet, sgd, state, vgg
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,14 +19,6 @@ import localgrad as lg
 from localgrad.core.errors import UserError
 
 # What localize is given
-
-
-class Twice(nn.Module):
-    """Wraps a network, as a trainer's own module does."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
 
 
 X, Y = batch()
@@ -188,16 +180,9 @@ def test_a_step_needs_gradients(mode: Callable[[], Any]) -> None:
 
 
 def test_a_network_that_converts_its_input_gets_it_as_it_is() -> None:
-    class Bytes(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.units = nn.Sequential(
-                *[nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)) for _ in range(3)]
-            )
-            self.fc = nn.Linear(3, 10)
-
+    class Bytes(Net):
         def forward(self, x: Tensor) -> Tensor:
-            return self.fc(self.units(x.float() / 255).mean((2, 3)))
+            return super().forward(x.float() / 255)
 
     network = Bytes()
     x = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
@@ -275,7 +260,7 @@ def test_another_model_is_named_with_what_to_do(name: str) -> None:
     wrapped = {
         "lg.localize.* makes one of a network": resnet(),
         "averages nothing of K separate backward passes.*lg.Replicas": nn.DataParallel(local()),
-        "not a Twice: give it the one within": Twice(local()),
+        "not a Sequential: give it the one within": nn.Sequential(local()),
         "gives, not a NoneType$": None,
         "gives, not the class LocalModel$": lg.LocalModel,
     }

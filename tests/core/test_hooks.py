@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.modules.module as everywhere
-from small import assert_chained, batch, local, resnet
+from small import Net, assert_chained, batch, local, resnet
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
@@ -130,21 +130,8 @@ def test_hooks_for_all_modules_see_no_cut() -> None:
             handle.remove()
 
 
-class Table(nn.Module):
-    """Holds a parameter itself, beside units."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Parameter(torch.randn(3, 8, 8))
-        self.units = nn.Sequential(*(nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)) for _ in range(3)))
-        self.fc = nn.Linear(3, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.units(x + self.table).mean((2, 3)))
-
-
 def test_hooks_of_pytorch_that_compute_parameters_are_followed() -> None:
-    backbone = Table()
+    backbone = Net(lambda net, h, x: h + net.table)
     prune.random_unstructured(backbone, "table", 0.5)
     model = local(blocks=3, backbone=backbone)
     assert_chained(model, X)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import random
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from small import assert_memory_is_predicted, gradients
 from torch import Tensor, nn
 from torch.ao import quantization
 from torch.nn.utils import parametrizations, spectral_norm
@@ -133,31 +135,6 @@ class Views(Adapting):
         return self
 
 
-class Codebook(Adapting):
-    """Vectors that follow the averages of what is nearest to them (van den Oord et al., NeurIPS 2017, appendix A)."""
-
-    codes: Tensor
-    size: Tensor
-    sums: Tensor
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels)
-        self.register_buffer("codes", torch.randn(6, 8, generator=torch.Generator().manual_seed(1)))
-        self.register_buffer("size", torch.zeros(6))
-        self.register_buffer("sums", self.codes.clone())
-
-    def adapt(self, h: Tensor) -> Tensor:
-        flat = h.detach().permute(0, 2, 3, 1).reshape(-1, 8).to(self.codes.dtype)
-        nearest = torch.cdist(flat, self.codes).argmin(1)
-        chosen = self.codes[nearest].view(h.shape[0], *h.shape[2:], 8).permute(0, 3, 1, 2).to(h.dtype)
-        if self.training:
-            one = nn.functional.one_hot(nearest, 6).to(flat.dtype)
-            self.size.data.mul_(0.5).add_(one.sum(0), alpha=0.5)
-            self.sums.data.mul_(0.5).add_(one.T @ flat, alpha=0.5)
-            self.codes.data.copy_(self.sums / self.size.clamp(min=0.1)[:, None])
-        return h * chosen + (h - chosen)
-
-
 class Observed(Adapting):
     """A hook reads and moves what is not the module's own code's."""
 
@@ -169,17 +146,13 @@ class Observed(Adapting):
         return self.norm(h)
 
 
-class Old(nn.Sequential):
-    def __init__(self, channels: int) -> None:
-        one, two = nn.Conv2d(channels, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
-        super().__init__(spectral_norm(one), nn.ReLU(), spectral_norm(two))
+def normed(norm: Callable[[nn.Module], nn.Module], channels: int, *more: nn.Module) -> nn.Sequential:
+    one, two = nn.Conv2d(channels, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+    return nn.Sequential(norm(one), nn.ReLU(inplace=True), norm(two), *more)
 
 
-class New(nn.Sequential):
-    def __init__(self, channels: int) -> None:
-        one, two = nn.Conv2d(channels, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
-        normed = map(parametrizations.spectral_norm, (one, two))
-        super().__init__(next(normed), nn.ReLU(inplace=True), next(normed), nn.Dropout(0.1))
+def parametrized(channels: int) -> nn.Sequential:
+    return normed(parametrizations.spectral_norm, channels, nn.Dropout(0.1))
 
 
 class Fused(nn.Module):
@@ -203,11 +176,10 @@ class Switched(Adapting):
         return self.norm(h)
 
 
-ALL = [Buffers, InPython, ReadsStatistics, Norms, Views, Codebook, Lazy, New, Switched, Observed]
+ALL = [Buffers, InPython, ReadsStatistics, Norms, Views, Lazy, parametrized, Switched, Observed]
 
 
-def network(unit: type[nn.Module]) -> nn.Module:
-    torch.manual_seed(0)
+def network(unit: Callable[[int], nn.Module]) -> nn.Module:
     return nn.Sequential(unit(3), unit(8), unit(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
 
 
@@ -247,14 +219,14 @@ MAN = {"method": lg.dgl("0c1f"), "blocks": 2, "coupling": lg.MAN(0.9)}
 
 
 @pytest.mark.parametrize("unit", ALL)
-def test_units_that_depend_on_what_they_update(unit: type[nn.Module]) -> None:
+def test_units_that_depend_on_what_they_update(unit: Callable[[int], nn.Module]) -> None:
     assert_same(network(unit), MAN)
     assert_same(network(unit), {"method": lg.bp()}, autocast=torch.bfloat16)
     assert_same(network(unit).double(), {"method": lg.bp()})
 
 
-def test_hooks_that_make_a_weight() -> None:  # such a unit cannot be copied, so it has no coupling
-    assert_same(network(Old), {"method": lg.dgl("0c1f"), "blocks": 2})
+def test_hooks_that_make_a_weight() -> None:  # Such a unit cannot be copied, so it has no coupling.
+    assert_same(network(partial(normed, spectral_norm)), {"method": lg.dgl("0c1f"), "blocks": 2})
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -291,7 +263,6 @@ class Shared(nn.Module):
 
 @pytest.mark.parametrize("other", [False, True])
 def test_a_buffer_that_several_units_move(other: bool) -> None:
-    torch.manual_seed(0)
     assert_same(Shared(other), {"method": lg.bp()})
 
 
@@ -313,29 +284,20 @@ def test_a_graph_may_be_used_twice() -> None:
     model = lg.recompute(lg.localize(network(Buffers), method=lg.bp(), example=torch.zeros(2, 3, 12, 12)))
     loss = model.blocks[0](torch.ones(2, 3, 12, 12)).square().sum()
     loss.backward(retain_graph=True)
-    learning = [p for p in model.parameters() if p.grad is not None]
-    once = [2 * p.grad for p in learning if p.grad is not None]
+    once = {name: 2 * gradient for name, gradient in gradients(model).items()}
     loss.backward()
     assert once
-    assert all(torch.equal(a, p.grad) for a, p in zip(once, learning, strict=True) if p.grad is not None)
+    assert all(torch.equal(once[name], gradient) for name, gradient in gradients(model).items())
 
 
-@pytest.mark.parametrize("unit", [Buffers, ReadsStatistics, Codebook, New, Norms])
-def test_its_memory_is_predicted(unit: type[nn.Module]) -> None:
+@pytest.mark.parametrize("unit", [Buffers, ReadsStatistics, parametrized, Norms])
+def test_its_memory_is_predicted(unit: Callable[[int], nn.Module]) -> None:
     x, y = torch.randn(4, 3, 12, 12), torch.arange(4)
-    model = lg.recompute(lg.localize(network(unit), example=x, **MAN), couplings=True)
-
-    def optimizers(own: lg.LocalModel) -> list[torch.optim.Optimizer]:
-        return [torch.optim.SGD(lg.param_groups(own), lr=0.1, momentum=0.9)]
-
-    made = optimizers(model)
-    memory.training_step(model, made, x, y)
-    measured = lg.measure_peak(lambda: memory.training_step(model, made, x, y), model=model, optimizers=made)
-    assert lg.predict_peak(model, 4, optimizers).total == measured.total
+    assert_memory_is_predicted(lg.recompute(lg.localize(network(unit), example=x, **MAN), couplings=True), x, y)
 
 
-@pytest.mark.parametrize("unit", [Buffers, Codebook, New])
-def test_plans_count_what_is_kept(unit: type[nn.Module]) -> None:
+@pytest.mark.parametrize("unit", [Buffers, parametrized])
+def test_plans_count_what_is_kept(unit: Callable[[int], nn.Module]) -> None:
     backbone, x, y = network(unit), torch.randn(4, 3, 12, 12), torch.arange(4)
     planner = lg.Planner(backbone, x, method=lg.dgl("0c1f"), coupling=lg.MAN())
     for plan in (planner.checkpointing, planner.frontier()[-1]):
