@@ -339,6 +339,7 @@ def test_a_batch_of_one_is_trained_where_it_can_be(coupling: lg.MAN | None) -> N
         assert_same(gradients(model), gradients(twin))
 
 
+@pytest.mark.slow
 def test_plans_for_one_image_say_what_they_cannot_train() -> None:
     with pytest.raises(UserError, match="a batch of one sample cannot train the head 'classifier'"):
         lg.plan(vit(), X[:1], 2**40, method=lg.dgl(), coupling=lg.MAN())

@@ -147,6 +147,10 @@ def test_a_weight_that_nothing_tells_how_to_draw_is_said() -> None:
         def right_inverse(self, x: Tensor) -> Tensor:
             return x.log()
 
+    attention = nn.TransformerEncoderLayer(8, 2, 16)  # Its attention has a `_reset_parameters`, without a warning.
+    kept = {name: value for name, value in state(attention).items() if value.ndim > 1}
+    draw_anew(attention)
+    assert not any(torch.equal(value, attention.state_dict()[name]) for name, value in kept.items())
     with pytest.warns(UserWarning, match="copy of Own is not drawn anew"):
         draw_anew(Own())
     embedding = nn.Embedding(4, 3)

@@ -110,9 +110,13 @@ def test_a_hook_without_which_the_network_cannot_be_cut_runs() -> None:
     network = nn.Sequential(*(nn.GRU(8, 8, batch_first=True) for _ in range(3)), nn.Flatten(), nn.Linear(40, 4))
     for module in network[:3]:
         module.register_forward_hook(lambda m, args, out: out[0])
-    network.register_forward_hook(lambda m, args, out: torch.mul(out, 2))  # pyright: ignore  # The blocks have it, too.
+    handle = network.register_forward_hook(lambda m, args, out: torch.mul(out, 2))  # pyright: ignore  # The blocks have it, too.
     x = torch.randn(4, 5, 8)
-    assert_chained(lg.localize(network, blocks=3, method=lg.dgl("0c1f"), example=x), x)
+    model = lg.localize(network, blocks=3, method=lg.dgl("0c1f"), example=x)
+    assert_chained(model, x)
+    handle.remove()
+    with pytest.warns(UserWarning, match="the hooks of the network itself were changed after the network was cut"):
+        lg.local_backward(model, x, Y)
 
 
 def test_hooks_for_all_modules_see_no_cut() -> None:
