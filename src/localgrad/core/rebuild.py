@@ -260,6 +260,7 @@ class _UnitBuilder:
         return all(self.rebuild.owner.setdefault(p, self.unit) == self.unit for p in parameters)
 
     def _read_frozen(self, node: fx.Node) -> fx.Node:
+        """Builds a step that another unit owns as a module of that unit, and reads its value without a gradient."""
         rebuild = self.rebuild
         owner = next(rebuild.owner[p] for p in rebuild.parameters_beside(node))
         module = rebuild.build(owner, rebuild.nodes[0], [node], node)

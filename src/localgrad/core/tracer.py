@@ -25,15 +25,15 @@ from localgrad.core.threads import Draws, alone
 BATCHES = (5, 7)  # These two sizes have no common factor.
 TRIES = 8  # If random numbers were drawn at the same step in so many traces, another thread has not drawn them all.
 
-# What a step carries in its `meta`:
-VALUE = "value"  # what it returned for each of BATCHES
-BORN = "born"  # the version of the tensor that it returned, when it was made
-EVALUATION = "evaluation"  # its arguments in evaluation mode
-NO_GRAD = "no_grad"  # whether it ran without gradients
-WRITES = "writes"  # the tensors that it has changed in place
-CHECKPOINT = "checkpoint"  # the number of the network's own activation checkpoint that it runs in, or None
-REENTRANT = "reentrant"  # whether its module enters reentrant checkpoints
-PACKED = "packed"  # whether other hooks of the network would keep what it saves for its backward pass
+# These are the keys of a step's `meta`, with what the step carries there.
+VALUE = "value"  # What it returned, once for each of BATCHES.
+BORN = "born"  # The version of the tensor that it returned, when it was made.
+EVALUATION = "evaluation"  # Its arguments in evaluation mode.
+NO_GRAD = "no_grad"  # Whether it ran without gradients.
+WRITES = "writes"  # The tensors that it has changed in place.
+CHECKPOINT = "checkpoint"  # The number of the network's own activation checkpoint that it runs in, or None.
+REENTRANT = "reentrant"  # Whether its module enters reentrant checkpoints.
+PACKED = "packed"  # Whether other hooks of the network would keep what it saves for its backward pass.
 
 
 class _Whole(nn.Module):
@@ -144,7 +144,9 @@ class Tracer(fx.Tracer):
         try:
             with self.draws.lock:
                 return self.trace(_Whole(network))
-        finally:  # The patched functions may outlive this trace, where another thread's trace begins before its end.
+        finally:
+            # If PyTorch traces in another thread meanwhile, it may leave our version of `nn.Module` behind. From now on
+            # that version passes all calls on.
             self._thread = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
