@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from small import ALL_COUPLINGS, Net, assert_same, batch, gradients, local, mlp, resnet, sgd, state, vgg
+from small import ALL_COUPLINGS, Net, assert_same, batch, gradients, local, resnet, sgd, state, vgg
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,11 +28,9 @@ X, Y = batch()
     ("example", "message"),
     [
         ((X, Y), r"the inputs alone, as x of a batch \(x, y\), not a tuple"),
-        ([X, Y], "not a list"),
         ({"pixel_values": X}, "not a dict"),
         (X.numpy(), "not an array of numpy"),
         (None, "example takes a tensor, not a NoneType"),
-        ("x", "example takes a tensor, not a str"),
         (torch.tensor(1.0), r"one sample or more, such as \[B, C, H, W\], not shape \(\)"),
         (X[0, 0, 0], r"not shape \(8,\)"),
         (X[:0], r"not shape \(0, 3, 8, 8\)"),
@@ -55,7 +53,6 @@ def test_an_example_is_one_batch_of_inputs(example: Any, message: str) -> None:
     [
         (lambda: torch.compile(resnet(), backend="eager"), "torch.compile has wrapped cannot be cut"),
         (lambda: nn.Linear, "is an nn.Module, not the class Linear"),
-        (lambda: "resnet20", "is an nn.Module, not a str"),
         (lambda: resnet().state_dict(), "is an nn.Module, not an OrderedDict"),
     ],
 )
@@ -108,27 +105,19 @@ def test_a_model_that_is_made_without_gradients_learns_unless_a_block_is_frozen(
     ("change", "message"),
     [
         ({"x": X.numpy()}, "x takes a tensor, not an array of numpy"),
-        ({"x": X.tolist()}, "x takes one tensor, the inputs alone"),
         ({"x": (X, Y)}, "x takes one tensor, the inputs alone"),
-        ({"x": {"image": X}}, "not a dict"),
         ({"x": (99 * X).to(torch.uint8)}, r"x is torch.uint8, and this network takes torch.float32.*x.float\(\) / 255"),
         ({"x": X.long()}, "x is torch.int64, and this network takes torch.float32"),
         ({"x": X.double()}, r"x is torch.float64, and this network takes torch.float32: x.to\(torch.float32\)"),
-        ({"x": X.to(torch.complex64)}, "x is torch.complex64"),
-        ({"x": X.bfloat16()}, "x is torch.bfloat16"),
         ({"x": X.to("meta"), "y": Y.to("meta")}, r"x is on meta and the model on cpu: x.to\('cpu'\)"),
         ({"y": Y.to("meta")}, r"x is on cpu and y on meta: y.to\(x.device\)"),
         ({"x": X[:0], "y": Y[:0]}, "an empty batch has no loss"),
         ({"y": Y.numpy()}, "targets must be a tensor of one int64 class a sample, not a ndarray"),
         ({"y": Y.tolist()}, "targets must be a tensor of one int64 class a sample, not a list"),
-        ({"y": None}, "not a NoneType"),
         ({"autocast": True}, "autocast takes a dtype, such as torch.bfloat16, or None, not True"),
-        ({"autocast": "bf16"}, "not 'bf16'"),
         ({"autocast": torch.int8}, "not torch.int8"),
         ({"backward": 2.0}, "backward takes a function of a loss.* not 2.0"),
-        ({"backward": "accelerator"}, "not 'accelerator'"),
         ({"scale": "2"}, "scale takes a number or a tensor of one"),
-        ({"scale": None}, "not a NoneType"),
         ({"scale": True}, "not a bool"),
         ({"scale": float("nan")}, "not nan"),
         ({"scale": torch.ones(4)}, "not a Tensor"),
@@ -435,8 +424,9 @@ def test_frozen_auxiliaries_and_frozen_blocks_are_told_nothing(frozen: str) -> N
     else:
         optimizer = sgd(model.parameters())
         if "now" in frozen:
-            assert steps(model, optimizer, lambda: None, 1) == 1
+            lg.local_backward(model, X, Y)
         model.auxiliaries.requires_grad_(False)
+        optimizer.step()
         optimizer.zero_grad()
     assert steps(model, optimizer, optimizer.zero_grad, 5) == 5
 
@@ -450,6 +440,3 @@ def test_a_copy_begins_anew() -> None:
         optimizer.zero_grad()
         model = copy.deepcopy(model)
         optimizer = sgd(lg.param_groups(model))
-    lg.local_backward(
-        lg.localize(mlp(), blocks=2, method=lg.dgl("0c1f"), example=torch.ones(2, 48)), X[:, :, :4, :4].flatten(1), Y
-    )

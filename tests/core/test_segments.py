@@ -91,14 +91,18 @@ def test_a_class_token_that_joins_late_is_trained_where_it_joins() -> None:
     assert sum(any(p is token for p in model.members(k)) for k in range(4)) == 1
 
 
-def test_a_copy_reads_its_own_table_and_can_be_planned() -> None:
+def test_a_copy_reads_its_own_table() -> None:
     network, x = shared_table(), torch.randn(4, 3, 16, 16)
     model = copy.deepcopy(cut(network, example=x))
     with torch.no_grad():
         model.backbone.get_parameter("rel_pos_bias.relative_position_bias_table").add_(1)
     model.eval()
     assert torch.equal(chain(model, x), model.backbone(x))
-    planner = lg.Planner(network, x, method=lg.dgl("0c1f"), coupling=lg.MAN())
+
+
+@pytest.mark.slow
+def test_a_network_with_a_shared_table_can_be_planned() -> None:
+    planner = lg.Planner(shared_table(), torch.randn(4, 3, 16, 16), method=lg.dgl("0c1f"), coupling=lg.MAN())
     assert planner.even(3).peak == pytest.approx(planner.exactly(planner.even(3)).peak, rel=0.02)
 
 
