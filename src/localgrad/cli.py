@@ -31,15 +31,8 @@ Train a network as gradient-isolated blocks with momentum auxiliary networks.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command.
-
-    Args:
-        argv: The words after `localgrad`. By default those that the process was started with.
-
-    Returns:
-        The exit code: 0, 2 for an error that the user can mend, 3 for a fault of the run, or 128 + the number of the
-        signal that stopped it.
-    """
+    """Runs a command, by default that of the process, and returns the exit code: 0, 2 for an error that the user can
+    mend, 3 for a fault of the run, or 128 + the number of the signal that stopped it."""
     args = [_expanded(arg) for arg in (sys.argv[1:] if argv is None else argv)]
     warnings.showwarning = _warnings_shown()
     try:
@@ -55,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 signal.signal(number, signal.SIG_IGN)
         text = str(stopped) if isinstance(stopped, Stopped) else "stopped"
         # The process that started the ranks says why they were stopped. Only the first rank may add where it saved.
-        if not _is_rank() or not (rank_here() or text == "stopped"):
+        if "RANK" not in os.environ or not (rank_here() or text == "stopped"):
             print(f"localgrad: {text}", file=sys.stderr)
         return stopped.exit_code if isinstance(stopped, Stopped) else 130
     finally:
@@ -79,7 +72,7 @@ def _run(args: list[str]) -> int:
     if args[0] not in COMMANDS:
         raise unknown("command", args[0], COMMANDS)
     command = _parse(args[0], args[1:])
-    if isinstance(command, Train) and (command.nproc, command.pipeline) != (1, 1) and not _is_rank():
+    if isinstance(command, Train) and (command.nproc, command.pipeline) != (1, 1) and "RANK" not in os.environ:
         from localgrad.run.launch import launch
 
         return launch(args, command)
@@ -90,11 +83,6 @@ def _run(args: list[str]) -> int:
         Probe: commands.run_probe, Report: commands.run_report, Export: commands.run_export, List: commands.run_list,
     }  # fmt: skip
     return functions[type(command)](command)
-
-
-def _is_rank() -> bool:
-    """Whether torchrun has started this process as one of several."""
-    return "RANK" in os.environ
 
 
 def _expanded(arg: str) -> str:

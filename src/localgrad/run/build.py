@@ -42,7 +42,6 @@ class Machine:
     """Where and how a run computes.
 
     Attributes:
-        device: The device.
         precision: "bf16", "fp16" or "float32".
         memory_format: The memory format of images and weights.
         why: The reason for the precision, for the first lines of a run.
@@ -88,13 +87,8 @@ def backbone_of(recipe: Recipe, info: DataInfo) -> nn.Module:
 
 
 def data_of(run: Path, recipe: Recipe) -> Data:
-    """Reads the test images for a finished run. The training split stays empty.
-
-    It warns if the run has not recorded its classes.
-
-    Raises:
-        UserError: The classes are not those that the run was trained on.
-    """
+    """Reads the test images for a finished run; the training split stays empty. Raises UserError if the classes are not
+    those that the run was trained on, and warns if the run has not recorded them."""
     data = load(recipe.data, data_dir=recipe.data_dir, image_size=recipe.image_size, only_test=True)
     if unknown := check_classes(data, read_classes(run), run):
         warnings.warn(unknown, stacklevel=2)
@@ -117,16 +111,20 @@ def info_of(run: Path, recipe: Recipe) -> DataInfo:
 def build_model(
     recipe: Recipe, data: Data, machine: Machine, say: Callable[[str], object] = warnings.warn
 ) -> LocalModel:
-    """Builds the recipe's model on the machine's device, after `seed_everything`.
+    """Builds the recipe's model for a data set on the machine's device. All global random generators are seeded before,
+    because a network's modules may use any of them.
 
     Args:
-        recipe: What to build.
-        data: The data set, which determines the number of classes and the shape of images.
-        machine: The device and the memory format.
         say: Called with a sentence about each part of the weights in `init` that was not used.
     """
     info = data.info
-    seed_everything(recipe)
+    torch.manual_seed(recipe.seed)
+    random.seed(recipe.seed)
+    np.random.seed(recipe.seed % 2**32)  # noqa: NPY002
+    if recipe.deterministic:  # PyTorch refuses to be deterministic without this, which cuBLAS reads when CUDA starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(recipe.deterministic)
+    torch.backends.cudnn.benchmark = not recipe.deterministic
     backbone = backbone_of(recipe, info)
     if recipe.init is not None:
         other = replace(info, classes=info.classes + 1)
@@ -137,12 +135,10 @@ def build_model(
     machine.place(backbone)
     model = localize(
         backbone,
-        blocks=recipe.cut,
-        method=method_of(recipe, info),
-        coupling=coupling_of(recipe),
+        blocks=recipe.cut, method=method_of(recipe, info), coupling=coupling_of(recipe),
         example=torch.zeros(2, info.channels, info.size, info.size),
         task=Classification(info.classes, recipe.label_smoothing),
-    )
+    )  # fmt: skip
     if recipe.sync_batch_norm:
         sync_batch_norm(model.auxiliaries)
     if recipe.recompute is not None:
@@ -151,24 +147,9 @@ def build_model(
     return model
 
 
-def seed_everything(recipe: Recipe) -> None:
-    """Seeds all global random generators, because a network's modules may use any, and sets the kind of kernels."""
-    torch.manual_seed(recipe.seed)
-    random.seed(recipe.seed)
-    np.random.seed(recipe.seed % 2**32)  # noqa: NPY002
-    if recipe.deterministic:  # PyTorch refuses to be deterministic without this, which cuBLAS reads when CUDA starts.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(recipe.deterministic)
-    torch.backends.cudnn.benchmark = not recipe.deterministic
-
-
 def check_single(model: LocalModel, share: str) -> None:
-    """Raises UserError if a batch norm has only one value per channel when the model is trained on one image.
-
-    Args:
-        model: The model. It stays as it is, because a copy without values is tried.
-        share: The subject of the sentence, such as "the training set is".
-    """
+    """Raises UserError if a batch norm has only one value per channel when the model is trained on one image. `share`
+    is the subject of the sentence, such as "the training set is". A copy of the model without values is tried."""
     whose, remedy = "the network", ""
     try:
         with on_fake_tensors(model, 1) as (copied, x, y):
@@ -183,9 +164,9 @@ def check_single(model: LocalModel, share: str) -> None:
 def planner_for(recipe: Recipe, machine: Machine, classes: int | None = None) -> Planner:
     """The planner for the recipe's network and batch on this device.
 
+    If the recipe has an `image_size`, the images have three channels, as those of ImageNet.
+
     Args:
-        recipe: The recipe. If it has an `image_size`, the images have three channels, as those of ImageNet.
-        machine: The device, whose speed is measured.
         classes: The number of classes of an image folder, 1000 by default.
     """
     info = DATASETS["image-folder" if recipe.image_size else recipe.data]

@@ -48,10 +48,7 @@ class Checkpoint:
     """A checkpoint that was read.
 
     Attributes:
-        path: Its folder.
-        model: The weights of the backbone.
-        auxiliaries: The weights of the auxiliaries.
-        state: The rest of the run's state, as plain values and tensors.
+        state: The run's state without the weights, as plain values and tensors.
         environment: The machine and the versions that wrote it.
     """
 
@@ -63,16 +60,8 @@ class Checkpoint:
 
 
 def save_weights(path: Path, state: Mapping[str, Tensor], classes: Sequence[str] = ()) -> None:
-    """Writes tensors as safetensors, so that equal weights give equal bytes.
-
-    Args:
-        path: The file. If it cannot be written, nothing is left of it.
-        state: The tensors by name.
-        classes: The names of the classes, for the metadata.
-
-    Raises:
-        RunError: The disk does not take the file.
-    """
+    """Writes tensors as safetensors, with the names of the classes in the metadata. Equal weights give equal bytes.
+    Raises RunError if the disk does not take the file. Then nothing is left of it."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
     owners = {t.untyped_storage().data_ptr(): name for name, t in tensors.items()}
     # The format cannot express that tensors share memory, so each of them is written.
@@ -180,13 +169,8 @@ def saved(folder: Path) -> list[Path]:
 
 
 def prune(folder: Path, count: int, best: int | None) -> None:
-    """Removes old checkpoints, and what a killed process has left. What cannot be removed stays.
-
-    Args:
-        folder: The folder of the checkpoints.
-        count: How many of the newest ones to keep.
-        best: The step of another one to keep, to which the link `best` will lead; None if there is none.
-    """
+    """Removes all but the newest `count` checkpoints and the one of step `best`, to which the link `best` then leads.
+    What a killed process has left is removed too. What cannot be removed stays."""
     target, link = folder / f"step-{best}", folder / "best"
     for rest in folder.glob(f"*{PART}"):
         with contextlib.suppress(OSError):

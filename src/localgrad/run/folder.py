@@ -103,8 +103,7 @@ def summary_rows(folder: Path) -> list[dict[str, float]]:
 
 
 def finished_runs(paths: Sequence[Path]) -> list[Path]:
-    """The finished runs among these folders and the folders in them, each once. Raises UserError for a path that has
-    none."""
+    """The finished runs among these folders and the folders in them. Raises UserError for a path without any."""
     if not paths:
         raise UserError("there is no run to look at: name run folders, or a folder of localgrad compare")
     folders: dict[Path, Path] = {}
@@ -126,15 +125,10 @@ def open_run(run: Path) -> Recipe:
 
 
 def claim(folder: Path, recipe: Recipe, *, may_grow: bool = False) -> bool:
-    """Checks that a run of the recipe can use a folder.
+    """Returns True if a run of the recipe is finished in the folder, and False if it can begin or go on there.
 
     Args:
-        folder: The run folder, which may be missing.
-        recipe: The recipe of the run.
         may_grow: Whether a run of fewer epochs may go on for more.
-
-    Returns:
-        True if the same run is finished there, False if it can begin or go on there.
 
     Raises:
         UserError: The folder has another run or other files, or cannot be written.

@@ -25,20 +25,13 @@ CODES = (2, 3, 130, 143)  # A rank that ends with one of these exit codes has pr
 
 
 def launch(args: Sequence[str], command: Train) -> int:
-    """Runs the command `localgrad ARGS` as several ranks on this machine.
+    """Runs a command line, which was parsed as `command`, as several ranks on this machine. Returns their exit code.
 
     If a rank dies, all ranks are started again and go on from the last checkpoint, as often as the command allows.
 
-    Args:
-        args: The command line.
-        command: The same, parsed.
-
-    Returns:
-        The exit code of the ranks.
-
     Raises:
         UserError: The command asks for processes that cannot work together.
-        RunError: A rank has died. The sentence names it.
+        RunError: A rank died once more than the command allows. The sentence names it.
         Stopped: A signal ended the ranks.
     """
     _check(command)

@@ -203,11 +203,6 @@ def mode_for(
     """The mode of a run. Every rank calls it with the same model.
 
     Args:
-        recipe: The recipe, which a pipeline may not be able to follow.
-        model: The model on the machine's device.
-        machine: The device and the precision.
-        ranks: The processes of the run.
-        saving: When the run is saved. A pipeline synchronises before it saves.
         pipeline: Whether the ranks share the blocks instead of the batches.
         batch: The number of images in a batch.
 
@@ -242,12 +237,7 @@ def check_pipeline(recipe: Recipe) -> None:
 
 def stage_for(recipe: Recipe, model: LocalModel, machine: Machine, ranks: Ranks, batch: int) -> Stage:
     """This rank's stage of a pipeline. Each block is timed here, and the blocks are shared out so that the slowest rank
-    is as fast as possible.
-
-    Raises:
-        UserError: No pipeline can follow the recipe.
-        RunError: Memory ran out.
-    """
+    is as fast as possible. Raises UserError if no pipeline can follow the recipe, and RunError if memory runs out."""
     check_pipeline(recipe)
     shares_of([1.0] * len(model.blocks), ranks.count)  # It refuses too few blocks before the timing takes seconds.
     noise = torch.Generator().manual_seed(0)  # It leaves the run's own random generators as they are.

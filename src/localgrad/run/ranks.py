@@ -29,7 +29,7 @@ def joined(device: str, timeout: float) -> Iterator[Ranks]:
     """Gives the ranks of this run, which can exchange tensors as long as the context is open.
 
     Args:
-        device: The recipe's device. Each rank takes the CUDA device that has its local rank.
+        device: The recipe's device. With CUDA, each rank of a machine takes another device of it.
         timeout: The seconds that a rank waits for the others.
 
     Raises:

@@ -120,28 +120,10 @@ class Recipe:
     """Checkpoint of the backbone to start from."""
 
     def __post_init__(self) -> None:
-        self._check_names()
-        self._check_ranges()
-        if any(not 0 <= factor <= LARGEST for factor in self.block_factors or ()):
-            raise UserError(f"block-lr takes factors of at least 0, not '{self.block_lr}'")
-        _ = self.recomputed, self.arguments  # These properties check their fields.
-        if self.init is not None:  # The same file has the same name, whether a shell or a YAML file names it.
-            object.__setattr__(self, "init", os.path.expanduser(self.init))
-        if self.step_as_you_go and self.accumulate > 1:
-            raise UserError("step-as-you-go frees gradients after each batch, but accumulate keeps them: drop one")
-        if self.step_as_you_go and self.skip_nonfinite:
-            raise UserError("step-as-you-go has stepped the first blocks when a later one fails: drop skip-nonfinite")
-
-    def _check_names(self) -> None:
-        for kind, name, options in (
-            ("method", self.method, METHODS),
-            ("coupling", self.coupling, COUPLINGS),
-            ("head", self.head, HEADS),
-        ):
+        for kind, options in (("method", METHODS), ("coupling", COUPLINGS), ("head", HEADS)):
+            name = getattr(self, kind)
             if name not in options:
                 raise unknown(kind, name, options)
-
-    def _check_ranges(self) -> None:
         integers = (("epochs", 1), ("batch_size", 2), ("accumulate", 1), ("workers", 0), ("depth", 1), ("seed", 0),
                     ("learnable_units", 1), ("lag", 0), ("ema_every", 1), ("image_size", 1))  # fmt: skip
         ranges = [(name, low, 2**63 - 1, f"at least {low}") for name, low in integers]
@@ -152,6 +134,15 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise UserError(f"{name} must be {allowed}, not {value}")
+        if any(not 0 <= factor <= LARGEST for factor in self.block_factors or ()):
+            raise UserError(f"block-lr takes factors of at least 0, not '{self.block_lr}'")
+        _ = self.recomputed, self.arguments  # These properties check their fields.
+        if self.init is not None:  # The same file has the same name, whether a shell or a YAML file names it.
+            object.__setattr__(self, "init", os.path.expanduser(self.init))
+        if self.step_as_you_go and self.accumulate > 1:
+            raise UserError("step-as-you-go frees gradients after each batch, but accumulate keeps them: drop one")
+        if self.step_as_you_go and self.skip_nonfinite:
+            raise UserError("step-as-you-go has stepped the first blocks when a later one fails: drop skip-nonfinite")
 
     @property
     def cut(self) -> int | list[str]:
@@ -168,9 +159,7 @@ class Recipe:
             found = yaml.safe_load(f"{{{mapping}}}")
         except (yaml.YAMLError, ValueError):
             found = {"": None}
-        if not all(
-            isinstance(name, str) and name.isidentifier() and value is not None for name, value in found.items()
-        ):
+        if not all(isinstance(name, str) and name.isidentifier() for name in found) or None in found.values():
             raise UserError(f"model-args takes NAME=VALUE split by commas, not '{self.model_args}'")
         for name in found.keys() & {"name", "classes", "in_channels", "num_classes", "in_chans"}:
             raise UserError(f"model-args cannot set {name}: the model and the data tell it")
@@ -223,12 +212,7 @@ class Saving:
             raise UserError(f"keep-last must be at least 2, in case that one is damaged, not {self.keep_last}")
 
     def steps_left(self, steps: int, each: float) -> int:
-        """About how many steps are left until a save is due.
-
-        Args:
-            steps: The steps since the last save.
-            each: The seconds that a step takes.
-        """
+        """About how many steps are left until a save is due, `steps` after the last one, of `each` seconds."""
         number = int(self.save_every.removesuffix("s"))
         every = max(1, int(number / each)) if self.save_every.endswith("s") else number
         return every - steps % every
@@ -253,11 +237,8 @@ PLACES = frozenset({"data_dir", "download", "workers", "device", "recompute", "o
 
 
 def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
-    """The recipe with some fields changed, and with what the changes imply.
-
-    `bp` has one block, one block has neither coupling nor head, and deep MAN has its own head. A field in `changes`
-    overrides what is implied.
-    """
+    """The recipe with some fields changed, and with what these imply unless `changes` has it too: `bp` has one block,
+    one block has neither coupling nor head, and deep MAN has its own head."""
     implied: dict[str, Any] = {}
     if changes.get("method") == "bp":
         implied = {"blocks": "1", "coupling": "none", "head": "auto"}
@@ -269,11 +250,7 @@ def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
 
 
 def idle(recipe: Recipe) -> dict[str, tuple[Any, str]]:
-    """The fields that have no effect in this recipe.
-
-    Returns:
-        For each field, the value that counts as not set, and why it has no effect.
-    """
+    """The fields that have no effect in this recipe, each with the value that counts as not set, and the reason."""
     single = recipe.method == "bp" or recipe.cut == 1
     uncoupled = single or recipe.coupling == "none"
     deep = recipe.coupling == "deep-man" and not single

@@ -1,4 +1,4 @@
-"""What a run writes into its folder, and what it shows: a progress bar on a terminal, otherwise a line now and then."""
+"""The log of a run: the files in its folder, and a progress bar on a terminal or a line of text now and then."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import yaml
@@ -56,17 +55,11 @@ class RunLog:
     If the disk takes no more later, lines of the record are lost, but the run goes on.
 
     Args:
-        folder: The run folder.
         recipe: The recipe, for config.yaml.
         total: The number of steps of the whole run.
-        environment: The machine and the versions, for config.yaml.
-        sizes: The numbers of parameters, for config.yaml.
-        classes: The names of the classes, for config.yaml.
+        environment, sizes, classes: The other sections of config.yaml.
         start: The step and the number of finished epochs from which the run goes on; (0, 0) for a new run.
         tensorboard: Whether to write TensorBoard events too.
-
-    Raises:
-        UserError: The folder cannot be written when the context is entered, or TensorBoard is not installed.
     """
 
     def __init__(
@@ -122,9 +115,7 @@ class RunLog:
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror}; choose another --out") from error
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         if self.progress is not None:
             self.progress.stop()
         with self._tolerating(METRICS):
@@ -140,14 +131,7 @@ class RunLog:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def step(self, step: int, epoch: int, done: StepRecord, peak: int) -> None:
-        """Shows a step and records it once in an interval. Without a terminal it is shown only then.
-
-        Args:
-            step: How many steps are done.
-            epoch: The index of the epoch.
-            done: The step; its images are those since the last call.
-            peak: The most bytes that a step took.
-        """
+        """Records a step once in an interval, and shows it then. On a terminal, each step is shown."""
         if done.skipped:
             self.note(f"{done.skipped}: left out")
             self.record({"step": step, "epoch": epoch + 1, "skipped": done.skipped})
@@ -174,17 +158,11 @@ class RunLog:
                     self.tensorboard.add_scalar(f"loss/block {k}", loss, step)
 
     def epoch(self, rows: list[dict[str, float]], step: int, by_block: dict[str, list[float | None]]) -> None:
-        """Writes summary.csv, and records its last row.
-
-        Args:
-            rows: The rows of all finished epochs.
-            step: How many steps are done.
-            by_block: Values of each block that are recorded too, by their name.
-        """
+        """Writes the rows of all epochs to summary.csv, and records the last one with some values of each block."""
         text, row = io.StringIO(), rows[-1]
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(SUMMARY)
-        writer.writerows([_cell(r[name]) for name in SUMMARY] for r in rows)
+        writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in map(r.get, SUMMARY)] for r in rows)
         with self._tolerating(TABLE):
             write_text(self.folder / TABLE, text.getvalue())
         self.record({"step": step, **row, **by_block})
@@ -259,10 +237,6 @@ def _until(step: int, epochs: int, metrics: Path) -> str:
             if entry["step"] <= step and ("eval_top1" not in entry or entry["epoch"] <= epochs):
                 lines.append(line + "\n")
     return "".join(lines)
-
-
-def _cell(value: float) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _short(losses: list[float]) -> str:

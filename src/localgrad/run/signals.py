@@ -25,7 +25,7 @@ class Stopped(BaseException):
 
     Attributes:
         number: The number of the signal.
-        exit_code: 128 + that number, as shells do it.
+        exit_code: 128 + that number, as in shells.
     """
 
     def __init__(self, number: int, text: str = "stopped") -> None:

@@ -17,10 +17,7 @@ _PLAIN = (type(None), bool, int, float, str)
 
 
 def to_json(state: Any) -> tuple[str, dict[str, Tensor]]:
-    """Splits a nested state into text and tensors.
-
-    Args:
-        state: Dictionaries, lists, tuples, plain values and tensors.
+    """Splits nested dictionaries, lists, tuples, plain values and tensors.
 
     Returns:
         The JSON text, and each tensor by the number that stands for it in the text.

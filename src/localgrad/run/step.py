@@ -190,8 +190,7 @@ class Stepper:
         return range(max(self._blocks[0], first_waiting), last_ready + 1)
 
     def _step_blocks(self, blocks: Sequence[int], losses: Mapping[int, Tensor]) -> list[float]:
-        """Updates these blocks, once their gradients are averaged over the ranks and found finite. Returns their
-        losses."""
+        """Waits for the averaged gradients of these blocks, checks and updates the blocks, and returns their losses."""
         for k in blocks:
             self.mode.finish_average(k)
         values = self._checked({k: losses[k] for k in blocks})

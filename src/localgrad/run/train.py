@@ -56,9 +56,8 @@ def train(
         The last epoch's row of summary.csv.
 
     Raises:
-        UserError: The recipe, the data or the folder cannot be used.
-        RunError: The run failed.
-        Stopped: A signal ended the run, which was saved before.
+        UserError, RunError: The run cannot begin, or has failed.
+        Stopped: A signal ended the run, after it was saved.
     """
     ranks = ranks or Ranks()
     run = Run(recipe, folder, saving or Saving(), ranks, pipeline=pipeline)
@@ -91,7 +90,8 @@ class Run:
         self.recipe, self.saving, self.ranks = recipe, saving, ranks or Ranks()
         self.checkpoints = folder / "checkpoints"
         self.machine = machine_for(recipe)
-        self.data = _read_data(recipe)
+        names = ("data_dir", "download", "limit_train", "seed", "image_size")
+        self.data = datasets.load(recipe.data, **{name: getattr(recipe, name) for name in names})
         self.build_notes: list[str] = []  # A run that is continued does not repeat them.
         self.mode = self._build_mode(pipeline=pipeline)
         self.model = self.mode.model
@@ -101,7 +101,9 @@ class Run:
         if self.steps_per_epoch == 0:
             raise UserError(f"{recipe.accumulate} batches of {recipe.batch_size} are more than the training set holds")
         self.stepper = Stepper(recipe, self.mode, self.machine, self.steps_per_epoch * recipe.epochs)
-        self.environment = self._describe_environment()
+        layout = str(self.machine.memory_format).removeprefix("torch.")
+        used = {"device": str(self.machine.device), "precision": self.machine.precision, "memory_format": layout}
+        self.environment = {**environment(), **used, "replicas": str(self.mode.replicas)}
         self.rows: list[dict[str, float]] = []
         self._reset_losses()
         self.bad_images: dict[str, str] = {}
@@ -121,19 +123,9 @@ class Run:
             check_single(model, "the training set is" if batch == 1 else "a rank's share of a batch is")
         return mode_for(recipe, model, self.machine, self.ranks, self.saving, pipeline=pipeline, batch=batch)
 
-    def _describe_environment(self) -> dict[str, str]:
-        """Everything except the recipe that the bits of the result depend on."""
-        machine, layout = self.machine, str(self.machine.memory_format).removeprefix("torch.")
-        used = {"device": str(machine.device), "precision": machine.precision, "memory_format": layout}
-        return {**environment(), **used, "replicas": str(self.mode.replicas)}
-
     def resume(self) -> list[str]:
-        """Continues from the newest sound checkpoint, if there is one. Returns sentences about it for the user.
-
-        Raises:
-            UserError: The training set is another one than that of the checkpoint.
-            RunError: The checkpoint does not fit this run.
-        """
+        """Continues from the newest sound checkpoint, if there is one, and returns sentences about it for the user.
+        Raises UserError if the training set has changed, and RunError if the checkpoint does not fit this run."""
         notes: list[str] = []
         found = self._newest_checkpoint(notes.append)
         if found is None:
@@ -300,18 +292,11 @@ class Run:
         self.bad_images = {path: reason for found in by_rank for path, reason in found.items()}
         self._report_bad_images(log)
         losses = [total / max(1, self.counted) for total in self.losses]
-        row = {
-            "epoch": len(self.rows) + 1,
-            "train_loss": losses[-1],
-            **scores,
-            "lr": self.stepper.lr,
-            "peak_bytes": self.stepper.peak.total,
-            "peak_rss_bytes": peak_rss(),
-            "seconds": self._seconds(),
-            "skipped_steps": self.stepper.skipped,
-            "bad_images": len(self.bad_images),
-        }
-        self.rows.append(row)
+        self.rows.append({
+            "epoch": len(self.rows) + 1, "train_loss": losses[-1], **scores, "lr": self.stepper.lr,
+            "peak_bytes": self.stepper.peak.total, "peak_rss_bytes": peak_rss(), "seconds": self._seconds(),
+            "skipped_steps": self.stepper.skipped, "bad_images": len(self.bad_images),
+        })  # fmt: skip
         self._reset_losses()
         log.epoch(self.rows, self.stepper.step, {"losses": losses, "ema_distance": self.model.ema_distances()})
         self.save(log)
@@ -354,8 +339,8 @@ class Run:
         not kept, because order and augmentation follow from seed, epoch and step."""
         return {
             "stepper": self.stepper.state_dict(), "random": self.ranks.all_gather_object(checkpoints.random_state()),
-            "rows": self.rows,
-            "losses": self.losses, "taken": self.counted, "bad_images": self.bad_images, "spent": self._seconds(),
+            "rows": self.rows, "losses": self.losses, "taken": self.counted, "bad_images": self.bad_images,
+            "spent": self._seconds(),
             "images": len(self.data.train), "epochs": self.recipe.epochs, "classes": list(self.data.names),
         }  # fmt: skip
 
@@ -373,11 +358,6 @@ class Run:
         if len(self.bad_images) > self._reported_bad_images:
             self._reported_bad_images = len(self.bad_images)
             log.bad_images(self.bad_images)
-
-
-def _read_data(recipe: Recipe) -> datasets.Data:
-    names = ("data_dir", "download", "limit_train", "seed", "image_size")
-    return datasets.load(recipe.data, **{name: getattr(recipe, name) for name in names})
 
 
 def headline(recipe: Recipe, data: datasets.Data, model: LocalModel, machine: Machine) -> str:

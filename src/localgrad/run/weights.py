@@ -22,25 +22,14 @@ from localgrad.core.errors import RunError, UserError, is_out_of_memory
 # Programs save a state_dict under these names, among other things. The first name that is there is used.
 _UNDER = ("state_dict", "model", "model_state_dict", "state_dict_ema", "model_ema", "net")
 _WRAPPER = re.compile(r"(?:module|backbone|model)\.")
-_KNOWN = re.compile(
-    r"(torch\.(_utils\.)?|(collections|_codecs|__builtin__)\.)\w+"
-)  # PyTorch itself decides which of these are safe.
-_REFUSED = re.compile(
-    r"(?:GLOBAL|a call of|weights_only=True`` with) ([\w.]+)"
-)  # It finds the class that PyTorch's error names.
-_ODD = (
-    pickle.UnpicklingError,
-    TypeError,
-    ValueError,
-    AttributeError,
-)  # These are raised for an object that has no stand-in.
-_VALUES = (
-    "argparse.",
-    "datetime.",
-    "numpy.",
-    "pathlib.",
-    "types.Simple",
-)  # A file may call these, because they make values.
+# Names of these kinds get no stand-in, because PyTorch itself decides which of them are safe.
+_KNOWN = re.compile(r"(torch\.(_utils\.)?|(collections|_codecs|__builtin__)\.)\w+")
+# It finds the class that an error of PyTorch names.
+_REFUSED = re.compile(r"(?:GLOBAL|a call of|weights_only=True`` with) ([\w.]+)")
+# PyTorch raises these for an object that no stand-in can replace.
+_ODD = (pickle.UnpicklingError, TypeError, ValueError, AttributeError)
+# A file may call what begins with these, because it makes values.
+_VALUES = ("argparse.", "datetime.", "numpy.", "pathlib.", "types.Simple")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -48,9 +37,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     A `torch.save` file is read with weights_only=True. It may hold a state_dict, or a dictionary that has one under a
     usual name, such as "state_dict" or "model". Other objects are left out, and their classes are not imported.
-
-    Args:
-        path: The file.
 
     Raises:
         UserError: There is no such file, or it holds something other than weights.
@@ -87,23 +73,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def fill(
     network: nn.Module, state: Mapping[str, Tensor], path: Path, resized: Callable[[], nn.Module] | None = None
 ) -> list[str]:
-    """Loads weights into a network. If they do not fit, nothing is loaded.
+    """Loads the weights of a file into a network, and returns sentences for the user about those that were not used.
 
     Prefixes of wrappers (`module.`, `_orig_mod.`, `backbone.`, `model.`, or several of them) are removed if the names
-    fit without them.
+    fit without them. The network keeps its dtypes.
 
     Args:
-        network: The network. It is filled in place, and keeps its dtypes.
-        state: The tensors by name, as `read_weights` returns them.
-        path: The file of the tensors, for sentences.
         resized: Builds the same network for another number of classes. If it is given, the classifier may differ or be
             missing. Then `network` keeps its own.
 
-    Returns:
-        Sentences for the user about tensors that were not used.
-
     Raises:
-        UserError: A tensor does not fit. The first one is named.
+        UserError: A tensor does not fit. The first one is named, and nothing is loaded.
     """
     own, notes = network.state_dict(), []
     tensors, unused = _unwrapped(state, own)
@@ -205,11 +185,8 @@ def _codes(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _unwrapped(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Finds the prefix with which most names fit the network.
-
-    Returns:
-        The tensors that have this prefix, by their names without it, and the names of the other tensors.
-    """
+    """Finds the prefix with which most names fit the network. Returns the tensors that have it, by their names without
+    it, and the names of the other tensors."""
     # torch.compile can wrap any part of a network, so its prefix may be anywhere in a name.
     renamed = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
     prefixes = {""}
@@ -226,8 +203,7 @@ def _unwrapped(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[
 def _classifier(
     own: Mapping[str, Tensor], state: Mapping[str, Tensor], resized: Callable[[], nn.Module]
 ) -> dict[str, Tensor]:
-    """The network's tensors whose shapes depend on the number of classes. If those of `state` differ in more than this
-    number, the result is empty."""
+    """The network's tensors whose shapes follow the number of classes; none if those of `state` differ in more."""
     with torch.random.fork_rng(devices=()):
         other = resized().state_dict()
     head = {name: t for name, t in own.items() if name in other and other[name].shape != t.shape}
