@@ -43,7 +43,7 @@ def launch(args: Sequence[str], command: Train) -> int:
         left = command.restarts
         while failed := _failed(args, count):
             rank, failure = failed
-            if left == 0 or failure.exitcode == UserError.exit_code:  # Such an error would come again each time.
+            if left == 0 or failure.exitcode == UserError.exit_code:  # A retry would end in the same error.
                 break
             left -= 1
     except SignalException as stopped:

@@ -212,7 +212,7 @@ class Saving:
             raise UserError(f"keep-last must be at least 2, in case that one is damaged, not {self.keep_last}")
 
     def steps_left(self, steps: int, each: float) -> int:
-        """About how many steps are left until a save is due, `steps` after the last one, of `each` seconds."""
+        """About how many steps of `each` seconds are left until a save is due, when `steps` are done since the last."""
         number = int(self.save_every.removesuffix("s"))
         every = max(1, int(number / each)) if self.save_every.endswith("s") else number
         return every - steps % every
@@ -255,7 +255,7 @@ def idle(recipe: Recipe) -> dict[str, tuple[Any, str]]:
     uncoupled = single or recipe.coupling == "none"
     deep = recipe.coupling == "deep-man" and not single
     alone = "one block has no boundary"
-    rules = [  # the field, whether it has no effect, its value when it is not set, and the reason
+    rules = [  # A rule has a field, whether it has no effect, its value when it is not set, and the reason.
         ("blocks", recipe.method == "bp", "1", "bp trains end to end, in 1 block"),
         ("coupling", single, "none", alone),
         ("head", single, "auto", alone),
