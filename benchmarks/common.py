@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: tables of results, and times that can be compared with each other."""
+"""Tables of results and fair timing, for all benchmark scripts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from localgrad.run.tables import read_csv, write_csv
 
 ROOT = Path(__file__).parents[1]
-WARM_UP = 2  # rounds that run first and are not counted
+WARM_UP = 2  # So many rounds run first and are not counted.
 
 
 class Table:
@@ -52,14 +52,14 @@ def read_results(name: str) -> list[dict[str, str]]:
 
 
 def seconds_of(step: Callable[[], object]) -> float:
-    """The seconds that one call takes."""
+    """Calls `step` once and returns the seconds that it took."""
     began = time.perf_counter()
     step()
     return time.perf_counter() - began
 
 
 def medians_in_turn(timers: Sequence[Callable[[], float]], repeats: int, warm_up: int = WARM_UP) -> list[float]:
-    """The median seconds of each of several things that are to be compared.
+    """Times several things that are to be compared, and returns the median seconds of each.
 
     They run in turn, round after round, so that a slow moment of the machine slows all of them alike.
 

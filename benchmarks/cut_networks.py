@@ -1,9 +1,10 @@
-"""Which networks can be cut into four blocks: every classification network of timm and torchvision, with MAN, and
-torchvision's segmentation networks, with backbones of torchvision and of timm.
+"""Tries to cut networks into four blocks.
 
     python benchmarks/cut_networks.py
 
-No weights are made. Writes results/coverage_timm-VERSION.csv, one row for each network, and goes on where it stopped.
+It tries every classification network of timm and torchvision, with MAN, and torchvision's segmentation networks, with
+backbones of torchvision and of timm. No weights are made. Writes results/coverage_timm-VERSION.csv, one row for each
+network, and goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def segmenter(name: str) -> nn.Module:
 
 
 def built(name: str, source: str) -> tuple[nn.Module, tuple[int, int, int]]:
-    """The network without values, and the shape of its images."""
+    """Builds the network without values. Returns it with the shape of its images."""
     build = (
         partial(segmenter, name) if source == "segmentation" else partial(lg.build, f"{source}:{name}", classes=1000)
     )
@@ -91,7 +92,7 @@ def built(name: str, source: str) -> tuple[nn.Module, tuple[int, int, int]]:
 
 
 def cut(name: str, source: str) -> tuple[int, str]:
-    """The number of units, and the reason why the network cannot be four blocks ("" if it can)."""
+    """Cuts the network. Returns the number of its units, and why it cannot be four blocks ("" if it can)."""
     network, shape = built(name, source)
     example = torch.zeros(2, *shape, device="meta")
     traced = trace_units(network, example)

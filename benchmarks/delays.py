@@ -1,6 +1,6 @@
 """Simulates a slower network link, for `benchmarks/scaling.py`. It has no command and writes nothing.
 
-What a process sends arrives some time later, and the process goes on meanwhile.
+A message arrives some time after it was sent. The process that sent it goes on meanwhile.
 """
 
 from __future__ import annotations

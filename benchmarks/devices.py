@@ -5,13 +5,13 @@
 The seconds of a step of the whole batch, for P devices of equal speed in a row:
 
     local pipeline  max(c, transfer, message / 2, 2 (c + message) / (lag + 1))
-    1F1B, GPipe     (m + P - 1) c / m, and what messages add: the passes are simulated one by one, in their order
+    1F1B, GPipe     (m + P - 1) c / m, and the time of the messages: the passes are simulated one by one, in their order
 
-m: the number of micro-batches. c: the seconds that the slowest device computes for a batch (for BP without the
-auxiliaries). transfer: the seconds in which the bytes that one device hands on cross the link. message: the seconds
-until they are there, which are the link's latency and transfer. Two batches may be on the way. The last term is the
-round trip of an average's source, which may be `lag` steps old: `lag` + 1 steps can go on in that time. The term is an
-upper bound, because a device needs the source only after its first block has computed.
+Here m is the number of micro-batches, and c are the seconds that the slowest device computes for a batch (for BP
+without the auxiliaries). The bytes that one device hands on need `transfer` seconds to cross the link, and arrive after
+`message` seconds: the link's latency and the transfer. Two batches may be on the way. The last term is the round trip
+of an average's source, which may be `lag` steps old: `lag` + 1 steps can go on in that time. The term is an upper
+bound, because a device needs the source only after its first block has computed.
 
 Assumptions: time is proportional to the images of a micro-batch (small ones are slower in truth). Messages do not slow
 down arithmetic or each other. The speed of a device is `Speed`: it does its arithmetic and moves its bytes one after
@@ -42,18 +42,18 @@ DEVICES = (8, 64, 512)
 
 @dataclass(frozen=True)
 class Settings:
-    """Assumptions on devices and links. The network is cut anew for each number of devices."""
+    """Assumptions about devices and links. The network is cut anew for each number of devices."""
 
     model: str = "resnet1202"
     batch_size: int = 1024
     flops: float = 60e12
-    """Floating-point operations that a device does in a second."""
+    """Floating-point operations per second of a device."""
     moved: float = 1e12
-    """Bytes that a device reads and writes in a second."""
+    """Bytes per second that a device reads and writes."""
     link: float = 25e9
-    """Bytes that go from one device to the next in a second."""
+    """Bytes per second from one device to the next."""
     latency: float = 10e-6
-    """Seconds until an empty message is there."""
+    """Seconds until an empty message arrives."""
     results: Path = Path("results")
 
 
@@ -66,7 +66,7 @@ def one_f_one_b(devices: int, micro: int, c: float, message: float) -> float:
     """The seconds of a step in 1F1B's order: some forward passes, then one forward and one backward in turn."""
     orders = []
     for rank in range(devices):
-        ahead = min(devices - rank - 1, micro)  # forward passes before the first backward pass
+        ahead = min(devices - rank - 1, micro)  # This many forward passes come before the first backward one.
         order = [("forward", i) for i in range(ahead)]
         for i in range(micro - ahead):
             order += [("forward", ahead + i), ("backward", i)]
@@ -168,7 +168,7 @@ def predicted(settings: Settings) -> list[dict[str, Any]]:
 
 
 def check(measured: list[dict[str, str]]) -> list[dict[str, Any]]:
-    """For each measured row of a pipeline on two devices, the images a second that the formulas expect."""
+    """Compares each measured pipeline on two devices with the images per second that the formulas expect."""
     found = []
     batch = int(measured[0]["batch_size"])
     # A device computes half of each batch. The rows "twice" time a whole batch on each of two devices at the same time,

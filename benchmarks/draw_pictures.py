@@ -54,7 +54,7 @@ def accuracy() -> Figure:
         axes.errorbar(*places, yerr=spread, marker=marker, capsize=3, label=label, linestyle=":")
         for x, y, row in zip(*places, rows, strict=True):
             if row["blocks"] != "1":
-                beside = (5, -11) if label == METHODS["dgl+man++"] else (5, 5)  # MAN++ and MAN lie on the same place.
+                beside = (5, -11) if label == METHODS["dgl+man++"] else (5, 5)  # MAN++ and MAN have the same position.
                 axes.annotate(f"K={row['blocks']}", (x, y), beside, textcoords="offset points", fontsize=8)
     axes.set(xlabel="peak memory of a step, MiB", ylabel="test error, %, mean and deviation over seeds", xlim=(0, None))
     axes.legend()
@@ -63,7 +63,7 @@ def accuracy() -> Figure:
 
 
 def probes() -> Figure:
-    """What each unit has learned, for BP and for 16 blocks, the mean over seeds."""
+    """Accuracy of a linear classifier on each unit, and CKA with BP: means over seeds, for BP and for 16 blocks."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     every = read_results("probes_fashion_small.csv")
     units = list(dict.fromkeys(r["unit"] for r in every))
@@ -130,7 +130,7 @@ def depth() -> Figure:
 
 
 if __name__ == "__main__":
-    mpl.rcParams["svg.hashsalt"] = "localgrad"  # Otherwise each drawing would have other names in it.
+    mpl.rcParams["svg.hashsalt"] = "localgrad"  # Without it, names inside the file would differ each time.
     for draw in (accuracy, probes, frontier, depth):
         place = ROOT / "docs" / f"{draw.__name__}.svg"
         draw().savefig(place, metadata={"Date": None, "Source": stamp(draw.__name__)})

@@ -36,7 +36,7 @@ def mean_of(values: Sequence[float], digits: int = 2) -> str:
 
 
 def error_of(row: dict[str, str]) -> str:
-    """The mean ± standard deviation that a row of results/ has."""
+    """The mean ± standard deviation of the error in a row of results/."""
     spread = f" ± {float(row['error_std']):.2f}" if row["error_std"] else ""
     return row["error_mean"] and f"{float(row['error_mean']):.2f}{spread}"
 
@@ -55,7 +55,7 @@ def time_of(row: dict[str, str]) -> str:
     return times.get((row["method"], row["blocks"], row["setting"]), "")
 
 
-RECIPES = {  # method and setting of a row: the recipe
+RECIPES = {  # The keys are the method and the setting of a row.
     ("dgl+deep-man", "branches=learnable recompute=layer1.0,layer1.1,layer1.2,layer1.3,layer1.4 "
      "blocks=layer3.1,layer3.2,layer3.3"): "fashion_small_k4",
     ("dgl+deep-man", "branches=learnable"): "fashion_small_k16",
@@ -68,7 +68,7 @@ def recipe_of(row: dict[str, str]) -> str:
 
 
 def accuracy() -> str:
-    """Error, memory and time of a step, for the main part of the study and the recipes that came of it."""
+    """Error, memory and time of a step, for the main part of the study and for the recipes that follow from it."""
     order = ["bp", "dgl", "dgl+man", "dgl+man++", "dgl+deep-man"]
     every = read_results("accuracy_fashion_small.csv")
     main = [r for r in every if (r["method"] in order and not r["setting"]) or recipe_of(r)]
@@ -142,11 +142,11 @@ def _learned(belongs: Callable[[dict[str, str]], bool]) -> str:
     return table(head, body)
 
 
-PROBED = ("stem", "layer1.4", "layer2.4", "layer3.4")  # the ends of the stages
+PROBED = ("stem", "layer1.4", "layer2.4", "layer3.4")  # These units end the stages.
 
 
 def probes() -> str:
-    """What the last unit of each stage has learned, the mean over seeds."""
+    """Accuracy of a linear classifier on the last unit of each stage, and its CKA with BP: means over seeds."""
     groups: dict[tuple[str, str], list[dict[str, str]]] = {}
     for row in read_results("probes_fashion_small.csv"):
         groups.setdefault((row["method"], row["blocks"]), []).append(row)
@@ -237,7 +237,7 @@ def refused() -> str:
 
 
 def families() -> str:
-    """For a network of each family: what crosses its boundaries, and which units the couplings copy there."""
+    """For one network of each family: the layouts at its boundaries, and the units that the couplings copy there."""
     body = []
     for row in sorted(read_results("families_timm-*.csv"), key=lambda row: row["family"]):
         crosses = "/".join(dict.fromkeys(row["layouts"].split()))
@@ -293,7 +293,7 @@ def delays() -> str:
 
 
 def check() -> str:
-    """What the formulas expect on two devices, and what was measured."""
+    """The speeds that the formulas expect on two devices, and the measured ones."""
     names = ("delay_ms", "expected", "measured", "measured_over_expected")
     rows = [row for row in read_results("scaling_check.csv") if row["split"] == "local"]
     body = [[*way_of(row), *(row[name] for name in names)] for row in rows]

@@ -2,9 +2,9 @@
 
     python benchmarks/imagenet.py
 
-224 px, float32, SGD with momentum. MAN has pool + linear heads (`0c1f`); InfoPro + MAN has the paper's cuts. The times
-are those of a device of nominal speed (`Speed`), so only their ratios say something. Writes results/imagenet_memory.csv
-network by network. Networks that it has already are not predicted again.
+Images have 224 x 224 pixels; float32, SGD with momentum. MAN has pool + linear heads (`0c1f`), and InfoPro + MAN has
+the paper's cuts. The times are those of a device of nominal speed (`Speed`), so only their ratios say something. Writes
+results/imagenet_memory.csv network by network, and skips networks that it has already.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CUTS = {
     "timm:vit_small_patch16_224": [],
     "timm:vit_base_patch16_224": [],
 }
-SHARES = (0.5, 0.4, 0.32, 0.25, 0.2)  # budgets, as shares of BP's memory
+SHARES = (0.5, 0.4, 0.32, 0.25, 0.2)  # The budgets are these shares of BP's memory.
 MOST_BLOCKS = 8
 
 

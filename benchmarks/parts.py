@@ -23,7 +23,7 @@ from localgrad.core.boundary import Boundary
 from localgrad.core.decoder import Decoder
 from localgrad.run.folder import environment
 
-MAPS = ((16, 32), (32, 16), (64, 8))  # channels and size in a CIFAR ResNet's three stages
+MAPS = ((16, 32), (32, 16), (64, 8))  # Channels and size of the maps in a CIFAR ResNet's three stages.
 
 
 @dataclass(frozen=True)

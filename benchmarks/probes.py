@@ -1,10 +1,10 @@
-"""What the units of the study's networks have learned: `localgrad probe` of each network, compared with BP.
+"""Runs `localgrad probe` on each network of the study, and compares it with BP.
 
     python benchmarks/probes.py
 
 Each network is compared with BP of the next seed, and those of the last seed with BP of the first. Seeds differ because
-weights that begin alike may stay alike. BP's own networks are compared too: how alike two networks of one method are is
-the measure for all others.
+weights that begin alike may stay alike. BP's own networks are compared too, because the similarity of two networks of
+one method is the measure for all others.
 
 Probes the finished runs of the study's main part in runs/study. Writes results/probes_fashion_small.csv, a row for each
 unit of each run. Runs that it has already are not probed again.

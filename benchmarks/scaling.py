@@ -1,4 +1,4 @@
-"""Images a second and peak memory of two processes compared with one: BP, local learning, and pipelines.
+"""Compares two processes with one, in images per second and peak memory: BP, local learning, and pipelines.
 
     python benchmarks/scaling.py
 
@@ -37,7 +37,7 @@ import localgrad as lg
 from localgrad.run.folder import environment
 from localgrad.scale.memory import MemoryMeter
 
-FILL = 3  # steps in which a pipeline fills, which are not timed
+FILL = 3  # In so many steps a pipeline fills. They are not timed.
 SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 
 
@@ -84,7 +84,7 @@ class Way:
 
 
 class Bench:
-    """Builds the ways, on each of the two processes."""
+    """Builds the ways to train. Each of the two processes has a bench."""
 
     def __init__(self, settings: Settings, rank: int) -> None:
         self.settings, self.rank = settings, rank
@@ -102,7 +102,7 @@ class Bench:
         # A linear head on each unit takes next to no time, so these are the seconds of the units themselves.
         seconds = self.seconds(self.model(names[:-1]))
         middle = lg.shares_of(seconds, 2)[0] - 1
-        trial: dict[str, float] = {}  # the pipeline's seconds for each cut
+        trial: dict[str, float] = {}  # The seconds of a step for each cut.
         for name in names[middle - 1 : middle + 3]:
             way = self.pipeline(self.model([name], lg.MAN(lag=lg.least_lag())), (1, 1))
             trial[name] = min(slowest([timed(way, self.rank, self.settings.steps) for _ in range(3)]))
@@ -126,8 +126,8 @@ class Bench:
         return mine.tolist()
 
     def alone(self, name: str, model: lg.LocalModel) -> list[Way]:
-        """One process; and both processes at the same time with a batch each, as if nothing had to be exchanged. No
-        way to share the work can be faster than that here, unless each process then needs less of the caches."""
+        """Two ways: one process alone, and both processes at the same time with a batch each and no messages. No way to
+        share the work can be faster than the second, unless each process then needs less of the caches."""
         step = partial(Updates(model).step, partial(lg.block_steps, model, self.x, self.y))
         one = Way(name, 1, len(model.blocks), model.blocks[0].names[-1], step)
         return [one, replace(one, name=f"{name}, twice", processes=2, batches=2)]
@@ -152,7 +152,7 @@ class Bench:
         return Way("local data parallel", 2, last + 1, "", step)
 
     def pipeline(self, model: lg.LocalModel, shares: tuple[int, ...]) -> Way:
-        """The local pipeline. shares: the number of blocks of each process."""
+        """The local pipeline. `shares` has the number of blocks of each process."""
         stage = lg.Stage(model, shares)
         cut = model.blocks[shares[0] - 1].names[-1]
         step = partial(Updates(model).step, partial(stage.block_steps, self.x, self.y))
@@ -242,14 +242,14 @@ def timer(way: Way, rank: int, steps: int, delay: int) -> Callable[[], float]:
 
 
 def work(rank: int, folder: str, settings: Settings) -> None:
-    """What each of the two processes does. The first one writes the table."""
+    """Runs in each of the two processes. The first one writes the table."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     ways = Bench(settings, rank).ways()
     peaks = slowest([peak(way, rank) for way in ways])
     same = {name: getattr(settings, name) for name in ("repeats", "steps", "model", "batch_size")}
     table = Table(settings.out, same={**same, **environment()})
-    speeds: dict[str, float] = {}  # at the first delay, which is 0
+    speeds: dict[str, float] = {}  # Images per second without a delay.
     for delay in settings.delays:
         # Delays are of interest only where the processes exchange messages, and for one cut.
         chosen = [i for i, w in enumerate(ways) if not delay or (w.processes > w.batches and w.split == "local")]

@@ -41,7 +41,7 @@ ROWS = (
             vary=("branches=learnable", "recompute=layer1.0/layer1.1"), recipe=SMALL),
     Compare("dgl+deep-man", "layer3.1/layer3.2/layer3.3",
             vary=("branches=learnable", f"recompute={FIRST}"), recipe=SMALL),
-    # BP that recomputes is what the local methods have to beat.
+    # The local methods have to beat BP that recomputes.
     Compare("bp", vary=(f"recompute={FIRST},{FIRST}/{SECOND},all",), recipe=SMALL),
 )  # fmt: skip
 
@@ -60,8 +60,8 @@ def stepper_of(recipe: Recipe, data: data_room.Data) -> Stepper:
 
 
 def timer(stepper: Stepper, data: data_room.Data, batches: Iterable[tuple[Tensor, Tensor]]) -> Callable[[], float]:
-    """A function that trains on the next batch and returns the seconds of the step. The stepper measures the memory of
-    its second step, which is slower for that and is a warm-up."""
+    """A function that trains on the next batch and returns the seconds of the step. The second step is slower, because
+    the stepper measures its memory, but it belongs to the warm-up."""
     left = iter(batches)
 
     def run() -> float:

@@ -26,8 +26,8 @@ from localgrad.run.tables import SAME, paired, read_runs, row_of, show, summariz
 
 RUNS = "accuracy_fashion_small_runs.csv"
 KEY = (*SAME, "seed")
-EARLY = "layer1.0/layer1.2/layer1.4"  # small blocks where the maps are large, and one block for the rest
-# The cuts of 16 blocks up to the end of the first stage, and those from there on.
+EARLY = "layer1.0/layer1.2/layer1.4"  # Blocks are small where the maps are large; one block has the rest.
+# FIRST has the cuts of 16 blocks up to the end of the first stage, and LAST those after it.
 FIRST = "stem/layer1.0/layer1.1/layer1.2/layer1.3/layer1.4"
 LAST = "/".join(["layer1.4"] + [f"layer2.{i}" for i in range(5)] + [f"layer3.{i}" for i in range(4)])
 FIRST_STAGE = "/".join(f"layer1.{i}" for i in range(5))
@@ -76,7 +76,7 @@ PARTS: dict[str, list[Compare]] = {
     ],
     "others": [
         _compare("predsim,predsim+man,infopro,infopro+man,auglocal,auglocal+man", "16"),
-        _compare("dgl", "16", head="0c1f"),  # greedy learning (ICML 2019)
+        _compare("dgl", "16", head="0c1f"),  # This is greedy learning (ICML 2019).
     ],
     "ablation": [
         _compare("dgl+man", "16", momentum="0.9,0.999"),
@@ -84,7 +84,7 @@ PARTS: dict[str, list[Compare]] = {
         _compare("dgl+man", "16", "0,1,2", branches="ema,learnable"),
         _compare("dgl+man", "16", "0,1,2", momentum="0,0.99"),
     ],
-    # What brings the error nearer to BP's: where to cut, which objective, and where the errors of 16 blocks arise.
+    # How the gap to BP gets smaller: by other cuts, by other objectives. Some rows show where 16 blocks lose accuracy.
     "gap": [
         _compare(DEEP, FIRST, branches="learnable"),
         _compare(DEEP, LAST, branches="learnable"),
@@ -96,9 +96,9 @@ PARTS: dict[str, list[Compare]] = {
         _compare(DEEP, "16", "0,1,2", branches="learnable"),
         _compare(DEEP, "layer2.0/layer3.1/layer3.3", "0,1,2", branches="learnable", recompute="layer1.0/layer1.1"),
         _compare(DEEP, "layer3.1/layer3.2/layer3.3", "0,1,2", branches="learnable", recompute=FIRST_STAGE),
-        _compare(DEEP, "layer2.0,layer2.4", branches="learnable"),  # the planner's cuts for 80 and 41 MiB
+        _compare(DEEP, "layer2.0,layer2.4", branches="learnable"),  # The planner made these cuts for 80 and 41 MiB.
     ],
-    # Other branches, other units to copy, other learning rates.
+    # These rows have other branches, other units to copy, or other learning rates.
     "variants": [
         _compare("bp", "1", lr="0.05,0.2"),
         _compare("dgl,dgl+man,dgl+deep-man", EARLY),
@@ -106,11 +106,11 @@ PARTS: dict[str, list[Compare]] = {
         _compare(DEEP, EARLY, branches="ema", momentum="0.9", depth="2"),
         _compare(DEEP, "layer1.0/layer1.1/layer1.3", branches="learnable"),
         _compare(DEEP, "layer1.0/layer1.1/layer1.2", branches="learnable", depth="2"),
-        _compare(DEEP, "16", branches="learnable", block_lr="/".join(["0.3"] * 6 + ["1"] * 10)),  # a slow first stage
+        _compare(DEEP, "16", branches="learnable", block_lr="/".join(["0.3"] * 6 + ["1"] * 10)),  # Stage 1 is slow.
     ],
     "local": [local for local, _ in LATE],
     "exact": [_compare("bp", "1", **then, warmup="0", init=_weights(local)) for local, then in LATE]
-    + [_compare("bp", "1", epochs="2,4")],  # the second phases without their first ones
+    + [_compare("bp", "1", epochs="2,4")],  # Second phases without a first one.
     "long": [_compare("bp,dgl,dgl+man,dgl+deep-man", "4", limit_train=60000, epochs=15)],
 }
 
@@ -122,8 +122,8 @@ def lacking(parts: Iterable[str], there: Container[tuple]) -> list[Cell]:
 
 
 def queues(settings: Settings) -> tuple[list[Cell], list[Cell]]:
-    """The runs to train: those that start from nothing, and then those that start from the weights of others. One queue
-    for all parts, so that no core waits at the end of a part."""
+    """The runs to train: those with fresh weights, and then those that start from the weights of another run. All parts
+    share a queue, so that no core waits at the end of a part."""
     there = Table(settings.results / RUNS, KEY)
     names = settings.parts.split(",")
     late = lacking(["exact"] if "exact" in names else [], there)

@@ -1,4 +1,4 @@
-"""argv -> a command. No PyTorch is loaded before a command runs, so that `--help` is quick."""
+"""Parses the command line and runs a command. PyTorch is imported only then, so that `--help` is quick."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from localgrad.core.errors import RunError, UserError, unknown
 from localgrad.run.arguments import Compare, Eval, Export, List, Plan, Probe, Report, Train
 from localgrad.run.recipe import Recipe, override, read_plan
 from localgrad.run.recipes import RECIPES, named_recipe
-from localgrad.run.signals import Stopped, rank_here, sigterm_raises
+from localgrad.run.signals import BOTH, Stopped, rank_here, sigterm_raises
 
 COMMANDS: dict[str, type] = {
     "train": Train, "plan": Plan, "eval": Eval, "compare": Compare, "probe": Probe, "report": Report,
@@ -31,8 +31,8 @@ Train a network as gradient-isolated blocks with momentum auxiliary networks.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0, 2 for what the user can change, 3 for a fault of the run, 128 and
-    the signal's number for one that a signal stopped."""
+    """Runs a command, by default that of the process, and returns the exit code: 0, 2 for an error that the user can
+    mend, 3 for a fault of the run, or 128 + the number of the signal that stopped it."""
     args = [_expanded(arg) for arg in (sys.argv[1:] if argv is None else argv)]
     warnings.showwarning = _warnings_shown()
     try:
@@ -43,18 +43,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"localgrad: {error}", file=sys.stderr)
         return error.exit_code
     except (Stopped, KeyboardInterrupt) as stopped:
-        if argv is None:  # the process is about to end: another signal must not change how
-            for number in (signal.SIGTERM, signal.SIGINT):
+        if argv is None:  # The process is about to end, and another signal must not change its exit code.
+            for number in BOTH:
                 signal.signal(number, signal.SIG_IGN)
-        said = str(stopped) if isinstance(stopped, Stopped) else "stopped"
-        # A rank that has nothing to add was ended with the others: whoever started them says why.
-        if "RANK" not in os.environ or not (rank_here() or said == "stopped"):
-            print(f"localgrad: {said}", file=sys.stderr)
+        text = str(stopped) if isinstance(stopped, Stopped) else "stopped"
+        # The process that started the ranks says why they were stopped. Only the first rank may add where it saved.
+        if "RANK" not in os.environ or not (rank_here() or text == "stopped"):
+            print(f"localgrad: {text}", file=sys.stderr)
         return stopped.exit_code if isinstance(stopped, Stopped) else 130
     finally:
         try:
             sys.stdout.flush()
-        except OSError:  # nobody takes what was said; Python would say so and exit with 120
+        except OSError:  # The reader has gone. Without this, Python would print an error and exit with 120.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -78,39 +78,48 @@ def _run(args: list[str]) -> int:
         return launch(args, command)
     from localgrad.run import commands
 
-    return getattr(commands, f"run_{args[0]}")(command)
+    functions: dict[type, Callable[[Any], int]] = {
+        Train: commands.run_train, Plan: commands.run_plan, Eval: commands.run_eval, Compare: commands.run_compare,
+        Probe: commands.run_probe, Report: commands.run_report, Export: commands.run_export, List: commands.run_list,
+    }  # fmt: skip
+    return functions[type(command)](command)
 
 
 def _expanded(arg: str) -> str:
-    """`arg` with its ~ or ~user replaced as a shell does it, but in --flag=~/x too, where most shells do not."""
+    """Replaces ~ and ~user in an argument. Most shells do not do it in --flag=~/x."""
     flag, equals, value = arg.partition("=") if arg.startswith("--") else ("", "", arg)
     return flag + equals + os.path.expanduser(value)
 
 
 def _parse(name: str, args: list[str]) -> Any:
+    """The command with this name and these arguments. It exits after `--help` and wrong arguments."""
     kind, prog = COMMANDS[name], f"localgrad {name}"
     if kind not in (Train, Plan):
         return tyro.cli(kind, args=args, prog=prog)
-    chosen, rest = _take("--recipe", "a name or a YAML file", args)
-    plan, rest = _take("--plan", "a file that localgrad plan wrote", rest) if kind is Train else (None, rest)
-    base = named_recipe(chosen) if chosen else Recipe()
-    if plan:
-        base = override(base, read_plan(Path(plan)))
+    recipe_name, args = _take("--recipe", "a name or a YAML file", args)
+    plan_file, args = _take("--plan", "a file that localgrad plan wrote", args) if kind is Train else (None, args)
+    recipe = named_recipe(recipe_name) if recipe_name else Recipe()
+    if plan_file:
+        recipe = override(recipe, read_plan(Path(plan_file)))
     description = f"{kind.__doc__}\n\n--recipe NAME starts from one of: {', '.join(RECIPES)}; or from a YAML file."
     if kind is Train:
         description += "\n--plan FILE follows what localgrad plan has written."
-    parsed = tyro.cli(kind, args=rest, prog=prog, default=kind(base), description=description)
-    # Only what was typed overrides: bp's single block, say, is implied unless --blocks is there too.
-    typed = {
-        a.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for a in rest if a.startswith("--")
-    }
-    fields = {f.name for f in dataclasses.fields(Recipe)}
-    changes = {name: getattr(parsed.recipe, name) for name in typed & fields}
-    return dataclasses.replace(parsed, recipe=override(base, changes))
+    parsed = tyro.cli(kind, args=args, prog=prog, default=kind(recipe), description=description)
+    # Only the fields on the command line count as changes, because the others may be implied: `--method bp` implies one
+    # block, unless `--blocks` is there too.
+    changes = {field: getattr(parsed.recipe, field) for field in _recipe_fields(args)}
+    return dataclasses.replace(parsed, recipe=override(recipe, changes))
+
+
+def _recipe_fields(args: list[str]) -> set[str]:
+    """The fields of a recipe that have a flag in these arguments: --lr 0.1, --lr=0.1, --no-download."""
+    flags = [arg.partition("=")[0].removeprefix("--") for arg in args if arg.startswith("--")]
+    fields = {flag.removeprefix("no-").replace("-", "_") for flag in flags}
+    return fields & {field.name for field in dataclasses.fields(Recipe)}
 
 
 def _take(flag: str, what: str, args: list[str]) -> tuple[str | None, list[str]]:
-    """The value of a flag, and the other arguments."""
+    """Takes a flag out of the arguments. Returns its value, None if it is not there, and the other arguments."""
     for i, arg in enumerate(args):
         if arg.startswith(f"{flag}="):
             return arg.removeprefix(f"{flag}="), args[:i] + args[i + 1 :]
@@ -122,16 +131,12 @@ def _take(flag: str, what: str, args: list[str]) -> tuple[str | None, list[str]]
 
 
 def _warnings_shown() -> Callable[..., None]:
-    """What shows a warning of ours: one line for a person, once a command, without its place in the source."""
-    said = set()
+    """A function for `warnings.showwarning`, which prints each warning once, on one line without its source line."""
+    shown = set()
 
     def show(message: Warning | str, *_: Any) -> None:
-        if not rank_here() and str(message) not in said:
-            said.add(str(message))
+        if not rank_here() and str(message) not in shown:
+            shown.add(str(message))
             print(f"localgrad: warning: {message}", file=sys.stderr)
 
     return show
-
-
-if __name__ == "__main__":
-    sys.exit(main())

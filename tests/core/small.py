@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import localgrad as lg
 from localgrad.core.couplings import Link, Momentum
+from localgrad.scale import memory
 
 
 def batch(count: int = 4, size: int = 8, channels: int = 3, classes: int = 10) -> tuple[Tensor, Tensor]:
@@ -73,6 +74,50 @@ class FunctionalDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = F.dropout(self.layers(x), 0.5, training=self.training)
         return self.fc(h.mean((2, 3)))
+
+
+class Unit(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return F.relu(h + self.b(F.relu(self.norm(self.a(h)))))
+
+
+Between = Callable[[Any, Tensor, Tensor], Tensor]
+
+
+class Net(nn.Module):
+    """A stem, three units on maps of 8 x 8, something `between` them that may read the network's input, and a head."""
+
+    def __init__(self, between: Between = lambda net, h, x: h, unit: Callable[[], nn.Module] = Unit) -> None:
+        super().__init__()
+        self.between = between
+        self.stem, self.fc = nn.Conv2d(3, 6, 1), nn.Linear(6, 5)
+        self.units = nn.ModuleList(unit() for _ in range(3))
+        self.table = nn.Parameter(torch.randn(6, 8, 8))
+        self.register_buffer("mean", torch.rand(6))
+        self.register_buffer("var", torch.rand(6) + 1)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.top(self.body(self.stem(x), x))
+
+    def body(self, h: Tensor, x: Tensor) -> Tensor:
+        for unit in self.units:
+            h = self.between(self, unit(h), x)
+        return h
+
+    def top(self, h: Tensor) -> Any:
+        return self.fc(h.mean((2, 3)))
+
+
+UNITS_OF_NET = ["stem", "units.0", "units.1", "units.2"]
+
+
+def cut(network: nn.Module, **how: Any) -> lg.LocalModel:
+    """A network like `Net` in blocks of one unit each."""
+    return lg.localize(network, **{"blocks": 4, "method": lg.dgl("0c1f"), "example": torch.zeros(2, 3, 8, 8), **how})
 
 
 ALL_COUPLINGS = [None, lg.MAN(0.9), lg.MANPlusPlus(0.9), lg.DeepMAN(0.9), lg.MAN(0.9, form="pull")]
@@ -144,3 +189,15 @@ ALL = (lg.MAN, lg.MANPlusPlus, lg.DeepMAN)
 def build(coupling: lg.MAN, *, blocks: int | list[str] = 4, double: bool = True, depth: int = 20) -> lg.LocalModel:
     backbone = resnet(depth).double() if double else resnet(depth)
     return lg.localize(backbone, blocks=blocks, method=lg.dgl("0c1f"), coupling=coupling, example=batch()[0])
+
+
+def assert_memory_is_predicted(model: lg.LocalModel, x: Tensor, y: Tensor) -> None:
+    """To the byte, for SGD with momentum."""
+
+    def optimizers(own: lg.LocalModel) -> list[torch.optim.Optimizer]:
+        return [sgd(lg.param_groups(own))]
+
+    made = optimizers(model)
+    memory.training_step(model, made, x, y)
+    measured = lg.measure_peak(lambda: memory.training_step(model, made, x, y), model=model, optimizers=made)
+    assert lg.predict_peak(model, len(x), optimizers).total == measured.total

@@ -46,7 +46,7 @@ def sequentials(draw: st.DrawFn) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 3))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(network=sequentials(), data=st.data())
 def test_any_sequential_under_any_cut_is_itself_bit_for_bit(network: nn.Sequential, data: st.DataObject) -> None:
     x = torch.linspace(-1, 1, 2 * 2 * 16).view(2, 2, 4, 4)

@@ -57,12 +57,8 @@ def pooled(*units: nn.Module, features: int = 12) -> nn.Sequential:
     return nn.Sequential(*units, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(features, 10))
 
 
-def norms() -> list[nn.Module]:
-    return [nn.BatchNorm1d(12), nn.InstanceNorm1d(12, affine=True), nn.GroupNorm(3, 12)]
-
-
-def encoder() -> nn.TransformerEncoder:
-    return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 3, enable_nested_tensor=False)
+def encoder() -> nn.Sequential:
+    return nn.Sequential(*(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(3)))
 
 
 def conformer(features: int) -> nn.Sequential:
@@ -76,7 +72,10 @@ ROWS = {
         lambda: pooled(row(5, 12), row(12, 16, 2), row(16, 20, 2), features=20), [(12, 40), (16, 20), (20, 10)]
     ),
     "as many points as channels": (lambda: pooled(row(5, 40), row(40, 40), row(40, 40), features=40), [(40, 40)] * 3),
-    "norms first": (lambda: pooled(nn.Conv1d(5, 12, 3, 2, 1), *map(NormFirst, norms())), [(12, 20)] * 4),
+    "norms first": (lambda: pooled(
+            nn.Conv1d(5, 12, 3, 2, 1), NormFirst(nn.BatchNorm1d(12)), NormFirst(nn.InstanceNorm1d(12, affine=True)),
+            NormFirst(nn.GroupNorm(3, 12)),
+        ), [(12, 20)] * 4),
     "plain layers": (
         lambda: pooled(
             nn.Conv1d(5, 12, 3), nn.ReLU(), nn.MaxPool1d(2), nn.Conv1d(12, 12, 3), nn.ReLU(), nn.Conv1d(12, 12, 3)
@@ -148,14 +147,12 @@ def test_every_method_and_coupling_trains_on_rows(make: Any, method: lg.Method, 
 
 def test_images_of_one_row_tokens_and_vectors_are_compared_as_maps() -> None:
     rows, tokens, vectors = torch.rand(2, 3, 7), torch.rand(2, 7, 3), torch.rand(2, 3)
-    logits = torch.randn(2, 3, 1, 7)
-    naive = F.binary_cross_entropy_with_logits(logits[:, :, 0], rows)
-    assert torch.equal(reconstruction(logits, rows), naive)
-    upright = torch.randn(2, 3, 7, 1)
-    naive = F.binary_cross_entropy_with_logits(upright[..., 0].mT, tokens)
-    torch.testing.assert_close(reconstruction(upright, tokens), naive)
-    logits = torch.randn(2, 3, 1, 1)
-    assert torch.equal(reconstruction(logits, vectors), F.binary_cross_entropy_with_logits(logits[..., 0, 0], vectors))
+    row, upright, pixel = torch.randn(2, 3, 1, 7), torch.randn(2, 3, 7, 1), torch.randn(2, 3, 1, 1)
+    for logits, images, naive in (
+        (row, rows, row[:, :, 0]), (upright, tokens, upright[..., 0].mT), (pixel, vectors, pixel[..., 0, 0])
+    ):  # fmt: skip
+        expected = F.binary_cross_entropy_with_logits(naive, images)
+        torch.testing.assert_close(reconstruction(logits, images), expected)
 
 
 def test_infopro_recovers_a_row_from_its_mean_and_deviation() -> None:

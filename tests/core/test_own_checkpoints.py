@@ -5,20 +5,22 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from small import assert_memory_is_predicted
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import localgrad as lg
-from localgrad.scale import memory
 
 X, Y = torch.randn(8, 3, 24, 24, generator=torch.Generator().manual_seed(1)), torch.arange(8)
+Run = Callable[["Network", Tensor], Tensor]
 HOW = [{"method": lg.bp()}, {"method": lg.dgl("0c1f"), "blocks": 3}]
 
 
@@ -27,66 +29,46 @@ def unit(channels: int = 32) -> nn.Sequential:
 
 
 class Network(nn.Module):
-    def __init__(self, reentrant: bool = False) -> None:
+    """A stem, then `run` with six layers, then a head."""
+
+    def __init__(self, run: Run = lambda net, h: net.layers(h), reentrant: bool = False) -> None:
         super().__init__()
-        torch.manual_seed(0)
-        self.stem = nn.Conv2d(3, 32, 3, padding=1)
-        self.layers = nn.Sequential(*[unit() for _ in range(6)])
-        self.head = nn.Linear(32, 10)
-        self.checkpoint = partial(checkpoint, use_reentrant=reentrant)
+        self.run, self.checkpoint = run, partial(checkpoint, use_reentrant=reentrant)
+        self.stem, self.head = nn.Conv2d(3, 32, 3, padding=1), nn.Linear(32, 10)
+        self.layers: Any = nn.Sequential(*[unit() for _ in range(6)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.run(self.stem(x)).mean((2, 3)))
-
-    def run(self, h: Tensor) -> Tensor:
-        return self.layers(h)
+        return self.head(self.run(self, self.stem(x)).mean((2, 3)))
 
 
-class EachLayer(Network):
-    def run(self, h: Tensor) -> Tensor:
-        for layer in self.layers:
-            h = self.checkpoint(layer, h)
-        return h
-
-
-class Segments(Network):
-    def run(self, h: Tensor) -> Tensor:
-        return checkpoint_sequential(self.layers, 3, h, **self.checkpoint.keywords)
-
-
-class Closures(Network):
-    def run(self, h: Tensor) -> Tensor:
-        for layer in self.layers:
-            h = self.checkpoint(lambda h, layer=layer: functional.gelu(layer(h)) + h, h)
-        return h
-
-
-class Skips(Network):
-    """One unit, as each tensor is read again at the end."""
-
-    def run(self, h: Tensor) -> Tensor:
-        kept = []
-        for layer in self.layers[:3]:
-            h = self.checkpoint(layer, h)
-            kept.append(h)
-        for layer in self.layers[3:]:
-            h = self.checkpoint(lambda a, b, layer=layer: layer(a + b), h, kept.pop())
-        return h
-
-
-class Whole(Network):
+class Around(Network):
     def forward(self, x: Tensor) -> Tensor:
         return self.checkpoint(super().forward, x)
 
 
-class Nested(Network):
-    def run(self, h: Tensor) -> Tensor:
-        return self.checkpoint(self.inner, h)
+def each_layer(net: Network, h: Tensor) -> Tensor:
+    for layer in net.layers:
+        h = net.checkpoint(layer, h)
+    return h
 
-    def inner(self, h: Tensor) -> Tensor:
-        for layer in self.layers:
-            h = self.checkpoint(layer, h)
-        return h
+
+def in_segments(net: Network, h: Tensor) -> Tensor:
+    return checkpoint_sequential(net.layers, 3, h, **net.checkpoint.keywords)
+
+
+def skips(net: Network, h: Tensor) -> Tensor:
+    """Makes one unit of all layers, as each tensor is read again at the end."""
+    kept = []
+    for layer in net.layers[:3]:
+        h = net.checkpoint(layer, h)
+        kept.append(h)
+    for layer in net.layers[3:]:
+        h = net.checkpoint(lambda a, b, layer=layer: functional.gelu(layer(a + b)) + a, h, kept.pop())
+    return h
+
+
+def nested(net: Network, h: Tensor) -> Tensor:
+    return net.checkpoint(each_layer, net, h)
 
 
 class Layer(nn.Module):
@@ -116,18 +98,10 @@ class Stage(Layer):
         return h
 
 
-class OfLayers(Network):
-    def __init__(self, kinds: tuple[type, ...], reentrant: bool = False) -> None:
-        super().__init__(reentrant)
-        self.layers = nn.ModuleList([Stage(), Stage()])
-        for module in self.modules():
-            if type(module) in kinds:
-                module.own = self.checkpoint  # pyright: ignore
-
-    def run(self, h: Tensor) -> Tensor:
-        for stage in self.layers:
-            h = stage(h)
-        return h
+def each_stage(net: Network, h: Tensor) -> Tensor:
+    for stage in net.layers:
+        h = stage(h)
+    return h
 
 
 def gradients(net: nn.Module) -> list[Tensor | None]:
@@ -156,27 +130,31 @@ def check(net: nn.Module, x: Tensor = X) -> list[lg.LocalModel]:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("kind", [EachLayer, Segments, Closures, Skips])
-def test_in_a_forward_of_ones_own(kind: type[Network], reentrant: bool) -> None:
-    check(kind(reentrant))
+@pytest.mark.parametrize("run", [each_layer, in_segments, skips])
+def test_in_a_forward_of_ones_own(run: Run, reentrant: bool) -> None:
+    check(Network(run, reentrant))
 
 
-@pytest.mark.parametrize("kind", [Whole, Nested])
-def test_one_around_the_network_or_around_others(kind: type[Network]) -> None:
-    check(kind())
+@pytest.mark.parametrize("make", [Around, partial(Network, nested)])
+def test_one_around_the_network_or_around_others(make: Callable[[], Network]) -> None:
+    check(make())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("kinds", [(Layer,), (Stage,), (Layer, Stage)])
 @pytest.mark.filterwarnings("ignore:None of the inputs")  # the plain loop's, of one reentrant checkpoint in another
 def test_entered_by_the_call_of_a_layer(kinds: tuple[type, ...], reentrant: bool) -> None:
-    model = check(OfLayers(kinds, reentrant))[1]
-    ranges = [found for block in model.blocks for found in block.ranges]
+    net = Network(each_stage, reentrant)
+    net.layers = nn.ModuleList([Stage(), Stage()])
+    for module in net.modules():
+        if type(module) in kinds:
+            module.own = net.checkpoint  # pyright: ignore
+    ranges = [found for block in check(net)[1].blocks for found in block.ranges]
     assert bool(ranges) == (Stage in kinds)  # A layer's own checkpoint stays the layer's own.
 
 
 def test_units_of_one_checkpoint_run_again_together_and_an_explicit_choice_replaces_it() -> None:
-    model = check(Segments())[0]
+    model = check(Network(in_segments))[0]
     assert model.blocks[0].ranges == ((1, 2), (3, 4))
     assert "7 recomputed" not in repr(model)
     assert "4 recomputed" in repr(model)
@@ -197,38 +175,29 @@ def test_networks_of_timm(name: str) -> None:
 
 
 def test_statistics_move_once_and_memory_is_predicted() -> None:
-    net = EachLayer()
+    net = Network(each_layer)
     for i, layer in enumerate(net.layers):
         layer.insert(1, nn.BatchNorm2d(32))  # pyright: ignore
         layer.append(nn.Dropout(0.1 * i))  # pyright: ignore
     model = check(net)[1]
     assert {int(b) for name, b in model.backbone.named_buffers() if "batches" in name} == {1}
-
-    def optimizers(own: lg.LocalModel) -> list[torch.optim.Optimizer]:
-        return [torch.optim.SGD(lg.param_groups(own), lr=0.1, momentum=0.9)]
-
-    made = optimizers(model)
-    memory.training_step(model, made, X, Y)
-    peak = lg.measure_peak(lambda: memory.training_step(model, made, X, Y), model=model, optimizers=made).total
-    assert lg.predict_peak(model, 8, optimizers).total == peak
+    assert_memory_is_predicted(model, X, Y)
 
 
-class Offloads(Network):
-    def run(self, h: Tensor) -> Tensor:
-        with save_on_cpu():
-            return self.layers(h)
+def offloads(net: Network, h: Tensor) -> Tensor:
+    with save_on_cpu():
+        return net.layers(h)
 
 
-class Around(EachLayer):
-    def run(self, h: Tensor) -> Tensor:
-        with saved_tensors_hooks(lambda t: t, lambda t: t):
-            return super().run(h)
+def packs_around_checkpoints(net: Network, h: Tensor) -> Tensor:
+    with saved_tensors_hooks(lambda t: t, lambda t: t):
+        return each_layer(net, h)
 
 
-@pytest.mark.parametrize("kind", [Offloads, Around])
-def test_other_hooks_on_saved_tensors_warn(kind: type[Network]) -> None:
+@pytest.mark.parametrize("run", [offloads, packs_around_checkpoints])
+def test_other_hooks_on_saved_tensors_warn(run: Run) -> None:
     with pytest.warns(UserWarning, match=r"save_on_cpu, around 'layers.0': .* lg.recompute\(model\)"):
-        lg.localize(kind(), example=X, **HOW[1])
+        lg.localize(Network(run), example=X, **HOW[1])
 
 
 def test_hooks_of_whoever_cuts_are_not_the_network_s() -> None:
@@ -249,23 +218,22 @@ class Reversed(torch.autograd.Function):
         return -ctx.factor * gradients[0], None
 
 
-class Reverses(Network):
-    def run(self, h: Tensor) -> Tensor:
-        for layer in self.layers:
-            h = layer(Reversed.apply(h, 0.5))
-        return h
+def reverses(net: Network, h: Tensor) -> Tensor:
+    for layer in net.layers:
+        h = layer(Reversed.apply(h, 0.5))
+    return h
 
 
 def test_a_function_with_a_backward_of_its_own_is_not_followed_into() -> None:
-    check(Reverses())
+    check(Network(reverses))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler asks for it
-@pytest.mark.parametrize("kind", [Network, EachLayer, Segments, Skips])
-def test_blocks_can_be_compiled(kind: type[Network]) -> None:
-    model = lg.localize(kind(), example=X, **HOW[0])
+@pytest.mark.parametrize("run", [None, each_layer, in_segments, skips])
+def test_blocks_can_be_compiled(run: Run | None) -> None:
+    model = lg.localize(Network(run) if run else Network(), example=X, **HOW[0])
     lg.local_backward(model, X, Y)
     expected = gradients(model.backbone)
-    model.blocks[0].compile(backend="eager", fullgraph=kind is Network)
+    model.blocks[0].compile(backend="eager", fullgraph=run is None)
     lg.local_backward(model, X, Y)
     assert all(torch.equal(a, b) for a, b in zip(expected, gradients(model.backbone), strict=True))  # pyright: ignore

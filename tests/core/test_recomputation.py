@@ -5,18 +5,20 @@ from __future__ import annotations
 import copy
 import random
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from small import assert_memory_is_predicted, gradients
 from torch import Tensor, nn
 from torch.ao import quantization
 from torch.nn.utils import parametrizations, spectral_norm
 
 import localgrad as lg
-from localgrad.core import recomputation
+from localgrad.core import copies, recomputation
 from localgrad.scale import memory
 
 
@@ -24,6 +26,8 @@ class Adapting(nn.Module):
     """A convolution, then what a subclass makes of [B, 8, H, W]."""
 
     mean: Tensor
+    level: Tensor
+    scale: Tensor
     steps: Tensor
 
     def __init__(self, channels: int) -> None:
@@ -31,9 +35,10 @@ class Adapting(nn.Module):
         self.before = nn.Conv2d(channels, 8, 3, padding=1)
         self.after = nn.Conv2d(8, 8, 3, padding=1)
         self.norm = nn.BatchNorm2d(8)
-        self.register_buffer("mean", torch.zeros(8))
+        for name in ("mean", "level", "scale"):
+            self.register_buffer(name, torch.zeros(8))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64), persistent=False)
-        self.count, self.seen, self.chance = 0, deque(maxlen=3), random.Random(1)
+        self.count, self.seen, self.chance, self.jitters = 0, deque(maxlen=3), random.Random(1), [Jitter()]
 
     def forward(self, h: Tensor) -> Tensor:
         return self.after(self.adapt(self.before(h)).relu())
@@ -42,23 +47,21 @@ class Adapting(nn.Module):
         raise NotImplementedError
 
 
-class RunningMean(Adapting):
+class Jitter:
+    def __call__(self, h: Tensor) -> Tensor:
+        return h * np.random.rand()  # noqa: NPY002
+
+
+class Buffers(Adapting):
+    """Changes buffers in place, behind autograd's back, and by a new tensor, and counts."""
+
     def adapt(self, h: Tensor) -> Tensor:
         h = h - self.mean.view(-1, 1, 1)
         self.mean.lerp_(h.detach().mean((0, 2, 3)).to(self.mean.dtype) + 1, 0.3)
-        return h
-
-
-class BehindItsBack(Adapting):
-    def adapt(self, h: Tensor) -> Tensor:
-        self.mean.data.add_(0.3)
-        return h + self.mean.view(-1, 1, 1)
-
-
-class Replaced(Adapting):
-    def adapt(self, h: Tensor) -> Tensor:
-        self.mean = self.mean * 0.9 + h.detach().mean().to(self.mean.dtype) + 0.2
-        return h * (1 + self.mean.view(-1, 1, 1))
+        self.level.data.add_(0.3)
+        self.scale = self.scale * 0.9 + h.detach().mean().to(self.scale.dtype) + 0.2
+        self.steps += 1
+        return h * (1 + self.scale.view(-1, 1, 1)) / self.steps + self.level.view(-1, 1, 1)
 
 
 class Lazy(Adapting):
@@ -69,39 +72,14 @@ class Lazy(Adapting):
         return h - self.get_buffer("first").view(-1, 1, 1)
 
 
-class Counter(Adapting):
-    def adapt(self, h: Tensor) -> Tensor:
-        self.steps += 1
-        return h / self.steps
-
-
 class InPython(Adapting):
+    """Counts in attributes, and draws from generators of its own, by objects that it holds and by helpers."""
+
     def adapt(self, h: Tensor) -> Tensor:
         self.count += 1
         self.seen.append(self.count)
-        return h * sum(self.seen)
-
-
-class Draws(Adapting):
-    def adapt(self, h: Tensor) -> Tensor:
-        factor = random.random() + self.chance.random() + float(np.random.rand())  # noqa: NPY002
-        return nn.functional.dropout(h * factor, 0.3, self.training)
-
-
-class Jitter:
-    def __call__(self, h: Tensor) -> Tensor:
-        return h * np.random.rand()  # noqa: NPY002
-
-
-class DrawsElsewhere(Adapting):
-    """By objects that it holds, and helpers that it calls."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels)
-        self.jitters = [Jitter()]
-
-    def adapt(self, h: Tensor) -> Tensor:
-        return self.jitters[0](h) * drawn()
+        factor = sum(self.seen) + random.random() + self.chance.random() + float(np.random.rand())  # noqa: NPY002
+        return nn.functional.dropout(self.jitters[0](h) * factor * drawn(), 0.3, self.training)
 
 
 def drawn() -> float:
@@ -111,11 +89,7 @@ def drawn() -> float:
 class ReadsStatistics(Adapting):
     def adapt(self, h: Tensor) -> Tensor:
         before = self.norm.running_mean.view(-1, 1, 1) + 1  # pyright: ignore
-        return (self.norm(h) + h) * before - self.norm.running_var.view(-1, 1, 1)  # pyright: ignore
-
-
-class Helped(Adapting):
-    def adapt(self, h: Tensor) -> Tensor:
+        h = (self.norm(h) + h) * before - self.norm.running_var.view(-1, 1, 1)  # pyright: ignore
         return centred(h, self.norm)
 
 
@@ -161,31 +135,6 @@ class Views(Adapting):
         return self
 
 
-class Codebook(Adapting):
-    """Vectors that follow the averages of what is nearest to them (van den Oord et al., NeurIPS 2017, appendix A)."""
-
-    codes: Tensor
-    size: Tensor
-    sums: Tensor
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels)
-        self.register_buffer("codes", torch.randn(6, 8, generator=torch.Generator().manual_seed(1)))
-        self.register_buffer("size", torch.zeros(6))
-        self.register_buffer("sums", self.codes.clone())
-
-    def adapt(self, h: Tensor) -> Tensor:
-        flat = h.detach().permute(0, 2, 3, 1).reshape(-1, 8).to(self.codes.dtype)
-        nearest = torch.cdist(flat, self.codes).argmin(1)
-        chosen = self.codes[nearest].view(h.shape[0], *h.shape[2:], 8).permute(0, 3, 1, 2).to(h.dtype)
-        if self.training:
-            one = nn.functional.one_hot(nearest, 6).to(flat.dtype)
-            self.size.data.mul_(0.5).add_(one.sum(0), alpha=0.5)
-            self.sums.data.mul_(0.5).add_(one.T @ flat, alpha=0.5)
-            self.codes.data.copy_(self.sums / self.size.clamp(min=0.1)[:, None])
-        return h * chosen + (h - chosen)
-
-
 class Observed(Adapting):
     """A hook reads and moves what is not the module's own code's."""
 
@@ -197,17 +146,13 @@ class Observed(Adapting):
         return self.norm(h)
 
 
-class Old(nn.Sequential):
-    def __init__(self, channels: int) -> None:
-        one, two = nn.Conv2d(channels, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
-        super().__init__(spectral_norm(one), nn.ReLU(), spectral_norm(two))
+def normed(norm: Callable[[nn.Module], nn.Module], channels: int, *more: nn.Module) -> nn.Sequential:
+    one, two = nn.Conv2d(channels, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+    return nn.Sequential(norm(one), nn.ReLU(inplace=True), norm(two), *more)
 
 
-class New(nn.Sequential):
-    def __init__(self, channels: int) -> None:
-        one, two = nn.Conv2d(channels, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
-        normed = map(parametrizations.spectral_norm, (one, two))
-        super().__init__(next(normed), nn.ReLU(inplace=True), next(normed), nn.Dropout(0.1))
+def parametrized(channels: int) -> nn.Sequential:
+    return normed(parametrizations.spectral_norm, channels, nn.Dropout(0.1))
 
 
 class Fused(nn.Module):
@@ -231,12 +176,10 @@ class Switched(Adapting):
         return self.norm(h)
 
 
-OWN = [RunningMean, BehindItsBack, Replaced, Counter, InPython, Draws, ReadsStatistics, Helped, Norms, Views, Codebook]
-ALL = [*OWN, Lazy, New, Switched, DrawsElsewhere, Observed]
+ALL = [Buffers, InPython, ReadsStatistics, Norms, Views, Lazy, parametrized, Switched, Observed]
 
 
-def network(unit: type[nn.Module]) -> nn.Module:
-    torch.manual_seed(0)
+def network(unit: Callable[[int], nn.Module]) -> nn.Module:
     return nn.Sequential(unit(3), unit(8), unit(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
 
 
@@ -276,14 +219,14 @@ MAN = {"method": lg.dgl("0c1f"), "blocks": 2, "coupling": lg.MAN(0.9)}
 
 
 @pytest.mark.parametrize("unit", ALL)
-def test_units_that_depend_on_what_they_update(unit: type[nn.Module]) -> None:
+def test_units_that_depend_on_what_they_update(unit: Callable[[int], nn.Module]) -> None:
     assert_same(network(unit), MAN)
     assert_same(network(unit), {"method": lg.bp()}, autocast=torch.bfloat16)
     assert_same(network(unit).double(), {"method": lg.bp()})
 
 
-def test_hooks_that_make_a_weight() -> None:  # such a unit cannot be copied, so it has no coupling
-    assert_same(network(Old), {"method": lg.dgl("0c1f"), "blocks": 2})
+def test_hooks_that_make_a_weight() -> None:  # Such a unit cannot be copied, so it has no coupling.
+    assert_same(network(partial(normed, spectral_norm)), {"method": lg.dgl("0c1f"), "blocks": 2})
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -320,7 +263,6 @@ class Shared(nn.Module):
 
 @pytest.mark.parametrize("other", [False, True])
 def test_a_buffer_that_several_units_move(other: bool) -> None:
-    torch.manual_seed(0)
     assert_same(Shared(other), {"method": lg.bp()})
 
 
@@ -329,7 +271,7 @@ def test_a_state_that_is_shared_by_reference() -> None:
     base = torch.arange(6.0).view(2, 3).t()
     state = {"base": base, "row": base[1], "list": [base, deque([base[0]])], "none": None}
     state["twice"] = state["list"]
-    other = {name: recomputation._copied(value, memo) for name, value in state.items()}
+    other = {name: copies.copied_state(value, memo) for name, value in state.items()}
     other["row"] += 10
     assert other["base"].stride() == base.stride()
     assert torch.equal(other["base"][1], base[1] + 10)
@@ -339,32 +281,23 @@ def test_a_state_that_is_shared_by_reference() -> None:
 
 
 def test_a_graph_may_be_used_twice() -> None:
-    model = lg.recompute(lg.localize(network(RunningMean), method=lg.bp(), example=torch.zeros(2, 3, 12, 12)))
+    model = lg.recompute(lg.localize(network(Buffers), method=lg.bp(), example=torch.zeros(2, 3, 12, 12)))
     loss = model.blocks[0](torch.ones(2, 3, 12, 12)).square().sum()
     loss.backward(retain_graph=True)
-    learning = [p for p in model.parameters() if p.grad is not None]
-    once = [2 * p.grad for p in learning if p.grad is not None]
+    once = {name: 2 * gradient for name, gradient in gradients(model).items()}
     loss.backward()
     assert once
-    assert all(torch.equal(a, p.grad) for a, p in zip(once, learning, strict=True) if p.grad is not None)
+    assert all(torch.equal(once[name], gradient) for name, gradient in gradients(model).items())
 
 
-@pytest.mark.parametrize("unit", [RunningMean, ReadsStatistics, Codebook, New, Norms])
-def test_its_memory_is_predicted(unit: type[nn.Module]) -> None:
+@pytest.mark.parametrize("unit", [Buffers, ReadsStatistics, parametrized, Norms])
+def test_its_memory_is_predicted(unit: Callable[[int], nn.Module]) -> None:
     x, y = torch.randn(4, 3, 12, 12), torch.arange(4)
-    model = lg.recompute(lg.localize(network(unit), example=x, **MAN), couplings=True)
-
-    def optimizers(own: lg.LocalModel) -> list[torch.optim.Optimizer]:
-        return [torch.optim.SGD(lg.param_groups(own), lr=0.1, momentum=0.9)]
-
-    made = optimizers(model)
-    memory.training_step(model, made, x, y)
-    measured = lg.measure_peak(lambda: memory.training_step(model, made, x, y), model=model, optimizers=made)
-    assert lg.predict_peak(model, 4, optimizers).total == measured.total
+    assert_memory_is_predicted(lg.recompute(lg.localize(network(unit), example=x, **MAN), couplings=True), x, y)
 
 
-@pytest.mark.parametrize("unit", [RunningMean, Codebook, New])
-def test_plans_count_what_is_kept(unit: type[nn.Module]) -> None:
+@pytest.mark.parametrize("unit", [Buffers, parametrized])
+def test_plans_count_what_is_kept(unit: Callable[[int], nn.Module]) -> None:
     backbone, x, y = network(unit), torch.randn(4, 3, 12, 12), torch.arange(4)
     planner = lg.Planner(backbone, x, method=lg.dgl("0c1f"), coupling=lg.MAN())
     for plan in (planner.checkpointing, planner.frontier()[-1]):

@@ -35,7 +35,9 @@ def measured(
     torch.manual_seed(0)
     x, y = torch.randn(BATCH, 3, 32, 32), torch.randint(10, (BATCH,))
     backbone, chosen = lg.build(name, classes=10), coupling if len(plan.blocks) > 1 else None
-    model = lg.localize(backbone, blocks=list(plan.blocks) if method.terms else 1, method=method, coupling=chosen, example=x)
+    model = lg.localize(
+        backbone, blocks=list(plan.blocks) if method.terms else 1, method=method, coupling=chosen, example=x
+    )
     plan.apply(model)
     make = partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)
     optimizers = optimizers_for(lg.param_groups(model), make, as_you_go=plan.step_as_you_go)

@@ -1,7 +1,7 @@
-"""Checks at the door: what callers hand to this library is looked at before anything changes.
+"""Checks of what callers hand to this library, before anything changes.
 
-A mistake is one sentence, a `UserError`. What looks right at the first glance costs a few comparisons; only what looks
-odd is tried on a copy, once.
+A mistake becomes a `UserError` of one sentence. A step that looks right costs a few comparisons. Only an input that
+looks odd is tried on a copy of a unit, once.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from localgrad.core.copies import duplicate, without_values
 from localgrad.core.errors import UserError, callers_level
+from localgrad.core.hooks import is_of_torch
 from localgrad.core.task import Classification
 from localgrad.core.trace import input_dtype
 
@@ -27,13 +28,13 @@ if TYPE_CHECKING:
     from localgrad.core.auxiliary import Auxiliary
     from localgrad.core.model import LocalModel
 
-SURE = 3  # steps in a row that leave an auxiliary as it was, after which nobody seems to train it
-ODD = (RuntimeError, TypeError, ValueError)  # what layers raise for inputs of another dtype or device
+SURE = 3  # After so many steps in a row that leave an auxiliary as it was, no optimizer seems to train it.
+ODD = (RuntimeError, TypeError, ValueError)  # Layers raise these for inputs of another dtype or device.
 OUTSIDE = "call it outside torch.no_grad() and torch.inference_mode()"
 
 
 def check_network(backbone: object, example: object) -> None:
-    """Raises UserError for what is no network, or no batch to cut it by."""
+    """Raises UserError unless `backbone` is a network and `example` a batch that it can be cut by."""
     if not isinstance(backbone, nn.Module):
         raise UserError(f"the network to cut is an nn.Module, not {_kind(backbone)}")
     if hasattr(backbone, "_orig_mod"):
@@ -53,7 +54,7 @@ def check_network(backbone: object, example: object) -> None:
 
 
 def check_making(backbone: nn.Module, example: object, task: object) -> None:
-    """Raises UserError where no trainable model could be made of `backbone`."""
+    """Raises UserError if no trainable model can be made of these arguments of `localize`."""
     check_network(backbone, example)
     if torch.is_inference_mode_enabled() or any(p.is_inference() for p in backbone.parameters()):
         raise UserError(
@@ -68,7 +69,7 @@ def check_making(backbone: nn.Module, example: object, task: object) -> None:
 
 
 def check_tensor(name: str, value: object) -> None:
-    """Raises UserError for what is no tensor that can be trained on."""
+    """Raises UserError unless `value`, the argument of this name, is a tensor."""
     if isinstance(value, tuple | list | dict):
         raise UserError(f"{name} takes one tensor, the inputs alone, as x of a batch (x, y), not {_kind(value)}")
     if isinstance(value, np.ndarray):
@@ -78,7 +79,7 @@ def check_tensor(name: str, value: object) -> None:
 
 
 def check_call(x: object, y: object, scale: object, autocast: object, backward: object = None) -> None:
-    """Raises UserError for arguments of a step that are of the wrong kind."""
+    """Raises UserError for arguments of a step of the wrong kind, or without gradients. See `block_steps`."""
     if not torch.is_grad_enabled():
         raise UserError(f"gradients are switched off, so nothing can be trained: {OUTSIDE}")
     check_tensor("x", x)
@@ -98,7 +99,13 @@ def check_call(x: object, y: object, scale: object, autocast: object, backward: 
 
 
 def no_local_model(model: object, what: str, kind: type[nn.Module]) -> UserError:
-    """The error for something else in the place of a `LocalModel`, which is `kind`."""
+    """The error for another object in the place of a model.
+
+    Args:
+        model: The object.
+        what: The function that was called with it.
+        kind: The class `LocalModel`, which cannot be imported here.
+    """
     text = f"{what} takes the LocalModel that lg.localize gives, not {_kind(model)}"
     if isinstance(model, DistributedDataParallel | DataParallel):
         return UserError(
@@ -113,7 +120,17 @@ def no_local_model(model: object, what: str, kind: type[nn.Module]) -> UserError
 
 
 class StepChecks:
-    """What the steps of one model have shown so far. A copy of the model begins anew."""
+    """Checks the steps of one model, and remembers what it has found. A copy of the model begins without memory.
+
+    Attributes:
+        _tried: The kinds of odd inputs that the network takes.
+        _modules: All modules of the model.
+        _alone: The part that refuses a batch of one sample, or None, by the training modes of all modules.
+        _probes: A parameter of each block and one of its auxiliary, whose changes are watched.
+        _versions: The versions of these two parameters at the last step.
+        _left: How many steps in a row have changed the block but not its auxiliary.
+        _warned: Whether the warning about that was given.
+    """
 
     def __init__(self) -> None:
         self._tried: set[tuple[Any, ...]] = set()
@@ -122,7 +139,7 @@ class StepChecks:
         self._probes: dict[int, tuple[nn.Parameter, nn.Parameter] | None] = {}
         self._versions: dict[int, tuple[int, int]] = {}
         self._left: dict[int, int] = {}
-        self._said = False
+        self._warned = False
 
     def __deepcopy__(self, memo: dict) -> StepChecks:
         return StepChecks()
@@ -139,7 +156,19 @@ class StepChecks:
         images: Any,
         autocast: torch.dtype | None,
     ) -> None:
-        """Raises UserError for a step that could not be taken; x has the right shape."""
+        """Checks one step.
+
+        Args:
+            model: The model.
+            blocks: The numbers of neighbouring blocks, through which the step goes.
+            x: What the first of them reads. Its shape is right.
+            y: The targets.
+            images: What decoders reconstruct, or None.
+            autocast: The dtype of the forward pass, or None.
+
+        Raises:
+            UserError: The step cannot be taken.
+        """
         if not len(x):
             raise UserError("an empty batch has no loss: give one sample or more")
         if isinstance(y, Tensor) and y.device != x.device and isinstance(model.task, Classification):
@@ -159,7 +188,7 @@ class StepChecks:
         self._watch(model, blocks)
 
     def check_size(self, model: LocalModel, batch_size: int) -> None:
-        """Raises UserError for a batch of one sample where a batch norm would see one value a channel."""
+        """Raises UserError for a batch of one sample if a batch norm would see one value a channel."""
         if batch_size < 1:
             raise UserError(f"a batch has one sample or more, not {batch_size}")
         if batch_size > 1:
@@ -176,8 +205,10 @@ class StepChecks:
             )
 
     def _check_kind(self, model: LocalModel, x: Tensor, first: Tensor, autocast: torch.dtype | None) -> None:
-        """Raises UserError for an input of another dtype or device than the network takes. One that may be right, as
-        the network converts it, is tried on a copy of the first unit."""
+        """Raises UserError for an input of another dtype or device than the network takes.
+
+        It is tried on a copy of the first unit, because the network may convert its input.
+        """
         given = model.blocks[0].entering.dtype
         dtype = first.dtype if given.is_floating_point and first.is_floating_point() else given
         key = (x.dtype, x.device, dtype, first.device, autocast)
@@ -191,9 +222,11 @@ class StepChecks:
         self._tried.add(key)
 
     def _watch(self, model: LocalModel, blocks: Sequence[int]) -> None:
-        """Warns, once, where an optimizer steps a block and not its auxiliary: optimizers change parameters in place,
-        which PyTorch counts for each."""
-        for k in () if self._said else blocks:
+        """Warns once if an optimizer steps a block and not its auxiliary.
+
+        Optimizers change parameters in place, and PyTorch counts these changes in each parameter's `_version`.
+        """
+        for k in () if self._warned else blocks:
             if k not in self._probes:
                 self._probes[k] = _probes(model, k)
             probes = self._probes[k]
@@ -208,7 +241,7 @@ class StepChecks:
             elif now[0] != before[0] and own.requires_grad and head.requires_grad:
                 self._left[k] = self._left.get(k, 0) + 1
                 if self._left[k] >= SURE or (own.grad is None and head.grad is not None):
-                    self._said = True
+                    self._warned = True
                     warnings.warn(
                         f"the optimizer steps block {k} but not its auxiliary, which then learns nothing while its "
                         "gradients may grow: make the optimizer after localize, of lg.param_groups(model) "
@@ -219,7 +252,7 @@ class StepChecks:
 
 
 def _probes(model: LocalModel, k: int) -> tuple[nn.Parameter, nn.Parameter] | None:
-    """A trainable parameter of block k, and the last of its auxiliary's heads, which a loss always reaches."""
+    """A trainable parameter of block k, and the last one of its auxiliary's heads, which a loss always reaches."""
     if k >= len(model.auxiliaries):
         return None
     own = next((p for p in model.blocks[k].parameters() if p.requires_grad), None)
@@ -229,7 +262,7 @@ def _probes(model: LocalModel, k: int) -> tuple[nn.Parameter, nn.Parameter] | No
 
 @contextlib.contextmanager
 def _undisturbed(device: torch.device) -> Iterator[None]:
-    """Random generators are put back."""
+    """Puts the random generators back at the end."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -240,16 +273,16 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
 
 
 def _unhooked(module: nn.Module) -> nn.Module:
-    """A copied module without the hooks of its user, who shall see nothing of what is tried here."""
+    """A copied module without the hooks of its user, which must not see what is tried here."""
     for part in module.modules():
         for hooks in (part._forward_hooks, part._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if not type(hook).__module__.startswith("torch.nn.utils.")]:
-                del hooks[key]
+            for number in [number for number, hook in hooks.items() if not is_of_torch(hook)]:
+                del hooks[number]
     return module
 
 
 def _fails(unit: nn.Module, x: Tensor, right: Tensor, autocast: torch.dtype | None) -> bool:
-    """Whether a unit can take `right`, and not `x`."""
+    """Whether a unit can take `right` but cannot take `x`."""
     cast_to = contextlib.nullcontext() if autocast is None else torch.autocast(right.device.type, autocast)
     with _undisturbed(right.device), contextlib.suppress(*ODD), cast_to:
         copied = _unhooked(duplicate(unit)).eval()
@@ -262,12 +295,11 @@ def _fails(unit: nn.Module, x: Tensor, right: Tensor, autocast: torch.dtype | No
 
 
 def _refuses_one(model: LocalModel) -> str | None:
-    """The part of `model` that cannot be trained on one sample: it is run on tensors without values."""
+    """The part of a model that cannot be trained on one sample. A copy of the model runs on tensors without values."""
     what = ""
     with _undisturbed(torch.device("cpu")), torch.device("meta"):
         try:
             copied = without_values(model, "meta")
-            _unhooked(copied)
             dtype = input_dtype(copied.backbone, copied.blocks[0].entering.dtype)
             h = torch.empty(1, *copied.image, dtype=dtype)
             for k, block in enumerate(copied.blocks):
@@ -279,7 +311,7 @@ def _refuses_one(model: LocalModel) -> str | None:
                     for name, head in auxiliary.heads.items():
                         what = f"the head '{name}' of the auxiliary of block {k} (behind '{block.names[-1]}')"
                         head(z)
-        except Exception as error:  # what a network does without values may fail in many ways
+        except Exception as error:  # A network may fail without values in many ways.
             return what if "more than 1 value per channel" in str(error) else None
     return None
 

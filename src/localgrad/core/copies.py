@@ -1,70 +1,91 @@
-"""Copies of modules, those whose weights are computed from other parameters included: by `nn.utils.parametrizations`,
-or before each call by the older `nn.utils.weight_norm`, `nn.utils.spectral_norm` and `nn.utils.prune`."""
+"""Copies of modules: with their values, without values, and with weights drawn anew; and copies of a module's state.
+
+Weights may be computed from other parameters: by `nn.utils.parametrizations`, or before each call by the older
+functions `nn.utils.weight_norm`, `nn.utils.spectral_norm` and `nn.utils.prune`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import random
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
-from localgrad.core.hooks import BACKWARD, FORWARD, touches_nothing
+from localgrad.core.hooks import BACKWARD, FORWARD, is_of_torch
 
 Module = TypeVar("Module", bound=nn.Module)
-SETTLE = 15  # passes of spectral norm's power iteration, as many as PyTorch takes when it registers the norm
+SETTLE = 15  # PyTorch takes as many passes of the power iteration when it registers spectral norm.
+COLLECTIONS = frozenset((list, deque, dict, OrderedDict, defaultdict, Counter))
+COPIED_DEEPLY = frozenset((random.Random, np.random.Generator, np.random.RandomState, np.ndarray))
+RESULT = object()  # It stands in a copied state where a result of an earlier forward pass was.
 
 
 def held_tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Tensors that `module` and its parts hold: parameters, buffers, and plain attributes, in lists as well."""
+    """Yields the tensors of a module and of its parts: parameters, buffers and attributes, also those in lists."""
     for part in module.modules():
         yield from (leaf for leaf in tree_leaves(list(vars(part).values())) if isinstance(leaf, Tensor))
 
 
 def computed(module: nn.Module, memo: Mapping[int, Any] | None = None) -> dict[int, Any]:
-    """A memo for `copy.deepcopy`, which refuses tensors with a graph: the values of those that `module` holds and that
-    `memo` lacks."""
+    """A memo for `copy.deepcopy`, which refuses tensors that have a graph.
+
+    Args:
+        module: The module to copy.
+        memo: The memo until now.
+
+    Returns:
+        The values of the tensors that have a graph and are not in `memo`.
+    """
     found = {id(t): t for t in held_tensors(module) if t.grad_fn is not None}
     return {key: t.detach().clone() for key, t in found.items() if key not in (memo or {})}
 
 
 def duplicate(module: Module) -> Module:
-    """A deep copy. A tensor that is computed at each call has its value until then."""
+    """A deep copy. A tensor that is computed at each call keeps its value until the next call."""
     return copy.deepcopy(module, computed(module))
 
 
 def without_values(
-    module: Module, device: str | None = None, *, hooks: Callable[[Callable], bool] = touches_nothing
+    module: Module, device: str | None = None, *, hooks: Callable[[Callable], bool] = is_of_torch
 ) -> Module:
-    """A copy whose tensors have the shapes and formats of `module`'s and no values; on `device`, or where they are, the
-    CPU standing in for the meta device. hooks: which of the hooks around forward passes it has, too."""
+    """A copy whose tensors have the shapes, strides and dtypes of the module's, but no values.
+
+    Args:
+        module: The module to copy.
+        device: Where the copy's tensors are. By default where the module's are, with the CPU for the meta device.
+        hooks: Which of the hooks around forward passes the copy has, too.
+    """
     memo: dict[int, Any] = {}
     attributes = [v for m in module.modules() for v in vars(m).values() if isinstance(v, Tensor)]
-    attributes += [t for t in held_tensors(module) if t.grad_fn is not None]  # those in lists too, as an LSTM's weights
+    attributes += [t for t in held_tensors(module) if t.grad_fn is not None]  # An LSTM has its weights in a list.
     for tensor in (*module.parameters(), *module.buffers(), *attributes):
-        place = device or ("cpu" if tensor.is_meta else tensor.device)
-        other = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=place)
+        at = device or ("cpu" if tensor.is_meta else tensor.device)
+        other = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=at)
         memo[id(tensor)] = nn.Parameter(other, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else other
     tables = [getattr(m, kind) for m in module.modules() for kind in (*FORWARD, *BACKWARD)]
     memo.update((id(table), OrderedDict()) for table in tables)
     copied = copy.deepcopy(module, memo)
-    for table in tables:  # when all modules are copied, so that a method of one as a hook is that of its copy
+    for table in tables:  # All modules are copied by now, so a hook that is a method of one becomes that of its copy.
         memo[id(table)].update((number, copy.deepcopy(h, memo)) for number, h in table.items() if hooks(h))
     return copied
 
 
 @torch.no_grad()
 def draw_anew(module: nn.Module) -> None:
-    """Draws the parameters of `module` anew, each part by its `reset_parameters`; a bare parameter keeps its value.
+    """Draws the parameters of a module anew, each part by its `reset_parameters`. A bare parameter keeps its value.
 
-    A weight that is computed is drawn as if it were a parameter, and what it is computed from then follows: through the
-    `right_inverse` of its parametrizations, as when they are registered, or as direction and norm, or as the original.
+    A weight that is computed is drawn as if it were a parameter. Then the parameters that it is computed from are set:
+    by the `right_inverse` of its parametrizations, or as direction and norm of `weight_norm`, or as the original of
+    `spectral_norm` and `prune`.
     """
     for part in list(module.modules()):
         reset = getattr(part, "reset_parameters", getattr(part, "_reset_parameters", None))
@@ -96,7 +117,7 @@ def _has_computed_attribute(part: nn.Module) -> bool:
 
 
 def _computed_names(part: nn.Module) -> list[str]:
-    """Names of the tensors of `part` that are computed from others in a way that is known here."""
+    """The names of the tensors of `part` that are computed from others, by parametrizations or the older functions."""
     names = list(part.parametrizations) if parametrize.is_parametrized(part) else []  # pyright: ignore
     return names + [n for n, value in vars(part).items() if isinstance(value, Tensor) and _older(part, n)]
 
@@ -122,11 +143,11 @@ def _draw_computed(part: Any, names: list[str]) -> None:
             )
     for hook in part._forward_pre_hooks.values():
         if type(hook).__module__.startswith("torch.nn.utils."):
-            hook(part, ())  # which computes the tensor, as before each call
+            hook(part, ())  # The hook computes the tensor, as it does before each call.
 
 
 def _plain(part: Any, names: list[str]) -> nn.Module:
-    """`part`, with parameters in the place of the tensors that it computes; everything else is `part`'s own."""
+    """A twin of `part` with a parameter in the place of each tensor that it computes. The rest belongs to both."""
     plain: Any = object.__new__(parametrize.type_before_parametrizations(part))
     vars(plain).update({name: value for name, value in vars(part).items() if name not in names})
     inner = {origin for name in names for origin in _older(part, name)}
@@ -137,7 +158,7 @@ def _plain(part: Any, names: list[str]) -> nn.Module:
 
 
 def _follow(part: Any, name: str, drawn: Tensor) -> None:
-    """What the older functions compute `name` from, for the value `drawn`."""
+    """Sets the parameters that the older functions compute `name` from, so that its value becomes `drawn`."""
     first, *direction = (part._parameters[n] for n in _older(part, name))
     if direction:
         direction[0].copy_(drawn)
@@ -147,20 +168,20 @@ def _follow(part: Any, name: str, drawn: Tensor) -> None:
 
 
 def _through(steps: Any, drawn: Tensor) -> bool:
-    """Gives a parametrized tensor the value `drawn`, as far as its steps can be inverted; says whether they could."""
+    """Gives a parametrized tensor the value `drawn`, if its steps can be inverted. Returns whether they could."""
     origins = [steps.original] if steps.is_tensor else [getattr(steps, f"original{i}") for i in range(steps.ntensors)]
     before = [origin.clone() for origin in origins]
     try:
         value: Any = drawn
         for step in reversed(steps):
-            # PyTorch takes the value as it is, too, when it registers a step that has no inverse.
+            # A step without an inverse takes the value as it is, as when PyTorch registers such a step.
             with contextlib.suppress(NotImplementedError, AttributeError):
                 value = step.right_inverse(value)
         for origin, new in zip(origins, [value] if steps.is_tensor else value, strict=True):
             origin.copy_(new)
         _settle(steps)
         value = steps()
-        right = value.is_meta or bool(torch.isfinite(value).all())  # Without values, the shapes are all that counts.
+        right = value.is_meta or bool(torch.isfinite(value).all())  # Without values, only the shapes count.
     except (RuntimeError, ValueError, TypeError):
         right = False
     if not right:
@@ -170,7 +191,7 @@ def _through(steps: Any, drawn: Tensor) -> bool:
 
 
 def _settle(steps: Any) -> None:
-    """Lets spectral norm find the largest singular value of a weight that is new to it."""
+    """Lets spectral norm find the largest singular value of its new weight, which it does in training mode only."""
     iterated = [step for step in steps if hasattr(step, "n_power_iterations")]
     modes = [step.training for step in iterated]
     for step in iterated:
@@ -179,3 +200,40 @@ def _settle(steps: Any) -> None:
         steps()
     for step, mode in zip(iterated, modes, strict=True):
         step.train(mode)
+
+
+def copied_state(value: Any, memo: dict[int, Any]) -> Any:
+    """Copies what a forward pass may change in place, and returns everything else as it is, such as modules.
+
+    Args:
+        value: What to copy. For a result of a forward pass it returns `RESULT`, so as not to keep that pass's memory.
+        memo: The copies until now, by the id of the original or of its storage, so that what was shared stays shared.
+    """
+    kind = type(value)
+    if isinstance(value, nn.Parameter) or id(value) in memo:
+        return memo.get(id(value), value)
+    if isinstance(value, Tensor):
+        memo[id(value)] = RESULT if value.requires_grad else _copied_tensor(value, memo)
+    elif kind in COLLECTIONS:
+        other = memo[id(value)] = copy.copy(value)
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            other[key] = copied_state(item, memo)
+    elif kind is set:
+        memo[id(value)] = set(value)
+    elif isinstance(value, torch.Generator):
+        memo[id(value)] = value.clone_state()
+    elif kind in COPIED_DEEPLY:
+        memo[id(value)] = copy.deepcopy(value)
+    return memo.get(id(value), value)
+
+
+def _copied_tensor(value: Tensor, memo: dict[int, Any]) -> Tensor:
+    """Copies a tensor with the whole storage that it is a view of, so that other views find the same copy in `memo`."""
+    if value.layout is not torch.strided:
+        return value.clone()
+    storage = value.untyped_storage()
+    if storage._cdata not in memo:
+        whole = value.detach().as_strided((storage.nbytes() // value.element_size(),), (1,), 0)
+        memo[storage._cdata] = whole.clone()
+    whole = memo[storage._cdata].view(value.dtype)
+    return whole.as_strided(value.shape, value.stride(), value.storage_offset())

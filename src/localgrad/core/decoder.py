@@ -1,4 +1,4 @@
-"""InfoPro's decoder, and the same with less arithmetic."""
+"""InfoPro's decoder, and the same result with less arithmetic on a CPU."""
 
 from __future__ import annotations
 
@@ -10,15 +10,23 @@ from torch import Tensor, nn
 
 from localgrad.core.boundary import Boundary
 
-VECTOR = 64  # bytes, of a processor's wide registers
-WORTH = 3  # times less arithmetic: below it, small products are slower than one convolution
+VECTOR = 64  # The bytes of a processor's wide register.
+WORTH = 3  # With less than so many times less arithmetic, small matrix products are slower than one convolution.
 
 
 class Decoder(nn.Sequential):
-    """Bilinear resize to the image's size, 3x3 to `hidden`, norm, ReLU, 3x3 to the image's channels: logits of the
-    image, [B, *boundary.shape] -> [B, *image]. Source: InfoPro (ICLR 2021), CIFAR auxiliary.
+    """Reconstructs the image from a boundary, as logits: [B, *boundary.shape] -> [B, *image].
 
-    fast: on the CPU in full precision, the same numbers up to rounding are computed quicker (`quickly`).
+    It resizes bilinearly to the image's size, then come a 3x3 convolution, batch norm, ReLU and a 3x3 convolution.
+    Source: InfoPro (ICLR 2021), CIFAR auxiliary.
+
+    Args:
+        boundary: What it reads.
+        image: Channels, height and width of the image.
+        hidden: The number of channels between the convolutions.
+
+    Attributes:
+        fast: Whether `quickly` computes the same numbers up to rounding, on the CPU in full precision. By default True.
     """
 
     def __init__(self, boundary: Boundary, image: tuple[int, int, int], *, hidden: int = 12) -> None:
@@ -38,9 +46,12 @@ class Decoder(nn.Sequential):
         return self.quickly(h) if self.fast and suits else super().forward(h)
 
     def quickly(self, h: Tensor) -> Tensor:
-        """`resized_convolution` takes the first two layers where that is much less to compute, and never makes the
-        resized map. Between the convolutions, channels of zeros fill up a vector of the processor: batch normalisation
-        of 12 channels takes three times as long as that of 16."""
+        """Computes what the layers do, one after the other, with less work.
+
+        `resized_convolution` takes the place of the first two layers where that saves much, and never makes the resized
+        map. Between the convolutions, channels of zeros fill up a register of the processor: batch norm of 12 channels
+        takes three times as long as that of 16.
+        """
         *to_map, resize, first, norm, _, last = cast(Any, list(self))
         for module in to_map:
             h = module(h)
@@ -60,7 +71,7 @@ class Decoder(nn.Sequential):
 
 
 def is_worth_it(h: Tensor, size: tuple[int, int]) -> bool:
-    """Whether `resized_convolution` computes less than the convolution of the resized map does, by `WORTH`."""
+    """Whether `resized_convolution` needs `WORTH` times less arithmetic than the convolution of the resized map."""
     (channels, height, width), (rows, columns) = h.shape[1:], size
     together = 9 * height * width * (channels + columns) + 3 * height * rows * columns
     return 9 * channels * rows * columns > WORTH * together
@@ -72,11 +83,16 @@ def _one_by_one(h: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int]) 
 
 
 def resized_convolution(h: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int]) -> Tensor:
-    """What `_one_by_one` gives, for a 3x3 kernel:
-    [B, C, height, width] -> [B, O, rows, columns], channels_last.
+    """Resizes a map bilinearly and convolves it: [B, C, height, width] -> [B, O, rows, columns], channels_last.
 
     Resizing keeps channels apart and the kernel's taps mix them, so the taps can go first, on the small map. What is
     left, resizing and shifting, is one matrix for the columns and one for the rows.
+
+    Args:
+        h: The map.
+        weight: The kernel [O, C, 3, 3].
+        bias: [O].
+        size: Rows and columns of the result.
     """
     (batch, channels, height, width), (rows, columns), out = h.shape, size, len(weight)
     taps = weight.permute(1, 3, 2, 0).reshape(channels, 9 * out)
@@ -88,7 +104,8 @@ def resized_convolution(h: Tensor, weight: Tensor, bias: Tensor, size: tuple[int
 
 
 def _resize_and_shift(before: int, after: int, like: Tensor) -> Tensor:
-    """[after, 3 * before]: row i reads, for each of three taps, the resized line at i - 1, i and i + 1, 0 outside."""
+    """A matrix [after, 3 * before]. For each of three taps, row i reads the resized line at i - 1, i and i + 1. Outside
+    the line it reads 0."""
     eye = torch.eye(before, dtype=like.dtype, device=like.device)[None, None]
     line = F.interpolate(eye, (after, before), mode="bilinear", align_corners=True)[0, 0]
     return F.pad(line, (0, 0, 1, 1)).unfold(0, 3, 1).reshape(after, 3 * before)

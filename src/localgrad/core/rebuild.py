@@ -1,7 +1,12 @@
-"""A run of a traced network's steps -> a module that references the backbone's own modules and tensors.
+"""Some of a traced network's steps -> a module that runs them with the backbone's own modules and tensors.
 
-What a run reads beside the chain and depends on no image, such as a table of positions, it computes again; parameters
-there belong to the first unit that reads them, and the others read them as they are.
+`Rebuild.build` gets the steps of one unit, the step before them and the step whose tensor leaves:
+
+    h (what entered) -> layers.0 -> add(table) -> layers.1 -> out           table = mul(position, scale)
+
+The steps from `h` to `out` are the chain: their tensors depend on the network's input. The others, such as `table`, are
+beside the chain, and several units may read them. Each unit computes them again. A parameter there, such as `position`,
+belongs to the first unit that reads it. The others read its value, and send no gradient to it.
 """
 
 from __future__ import annotations
@@ -20,15 +25,15 @@ from torch.fx.node import map_aggregate, map_arg
 from torch.utils._pytree import tree_map
 
 from localgrad.core.errors import UserError
-from localgrad.core.trace import BATCHES, CHECKPOINT, EVALUATION, NO_GRAD, VALUE, WRITES, has_tensor
+from localgrad.core.tracer import BATCHES, CHECKPOINT, EVALUATION, NO_GRAD, VALUE, WRITES, has_tensor
 
 
 class FrozenReference(nn.Module):
-    """Runs a module that another block trains: its parameters are not part of this one."""
+    """Runs a module that another block trains. Its parameters are not part of this one, and get no gradient from it."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.reference = (module,)  # a tuple, so that it is not registered
+        self.reference = (module,)  # In a tuple, it is not registered as a submodule.
 
     def __deepcopy__(self, memo: dict) -> FrozenReference:
         whole = any(id(p) in memo for p in self.reference[0].parameters())
@@ -39,7 +44,7 @@ class FrozenReference(nn.Module):
 
 
 class TensorReference(nn.Module):
-    """A tensor that is no parameter, read where it lies."""
+    """Reads a tensor that is no parameter, such as a buffer, from the module that holds it."""
 
     def __init__(self, owner: nn.Module, name: str) -> None:
         super().__init__()
@@ -53,7 +58,7 @@ class TensorReference(nn.Module):
 
 
 class ModeConstant(nn.Module):
-    """What a forward takes in training, and in evaluation, of the network: its own mode is asked, as it asks itself."""
+    """Returns one of two constants, by the mode of the network: its forward asks for its own mode, not for a unit's."""
 
     def __init__(self, network: nn.Module, training: Any, evaluation: Any) -> None:
         super().__init__()
@@ -67,8 +72,11 @@ class ModeConstant(nn.Module):
 
 
 class Run(fx.GraphModule):
-    """A run of steps. Pickled as its steps: PyTorch's own way would follow the code once more when it is read, and make
-    constants of what depends on no input."""
+    """A module of steps.
+
+    It is pickled as a list of its steps. PyTorch's own way would trace its code again when it is read, and would make
+    constants of the steps that depend on no input.
+    """
 
     def __reduce__(self) -> tuple[Any, ...]:
         by_name: Any = _Step.of
@@ -85,7 +93,7 @@ class Run(fx.GraphModule):
 
 @dataclass(frozen=True)
 class _Step:
-    """Stands for a step where it is an argument."""
+    """Stands in a pickle for a step that is the argument of another one."""
 
     name: str
 
@@ -96,7 +104,7 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Function:
-    """Stands for a function that its module knows by its name, but which pickle does not find there."""
+    """Stands in a pickle for a function that its module holds by this name: pickle does not find all of them itself."""
 
     module: str
     name: str
@@ -128,13 +136,22 @@ def _unpickled_run(name: str, steps: Sequence[tuple[Any, ...]]) -> Run:
 
 
 class Rebuild:
-    """Makes modules of runs of steps. depends: the steps of the chain, those made of the input's values."""
+    """Makes modules of the steps of a traced network.
+
+    Attributes:
+        backbone: The network.
+        nodes: All steps in their order.
+        depends: The steps of the chain, whose tensors depend on the network's input.
+        index: The number of each step.
+        owner: The unit that a parameter beside the chain belongs to, by the parameter's id.
+        writers: The steps beside the chain that change a tensor in place, by the tensor's id.
+    """
 
     def __init__(self, backbone: nn.Module, nodes: Sequence[fx.Node], depends: set[fx.Node]) -> None:
         self.backbone, self.nodes, self.depends = backbone, nodes, depends
         self.index = {node: i for i, node in enumerate(nodes)}
-        self.owner: dict[int, str] = {}  # of parameters beside the chain: the first unit that reads them
-        self.writers: dict[int, list[fx.Node]] = {}  # steps beside the chain that change a tensor in place
+        self.owner: dict[int, str] = {}
+        self.writers: dict[int, list[fx.Node]] = {}
         for node in nodes:
             for written in () if node in depends else node.meta[WRITES]:
                 self.writers.setdefault(id(_base(written)), []).append(node)
@@ -149,62 +166,24 @@ class Rebuild:
         return name if own else None
 
     def parameters_read(self, node: fx.Node) -> set[int]:
-        """Parameters that a step reads beside the chain, in no module of the chain."""
+        """The ids of the parameters that a step reads beside the chain."""
         beside = (n for n in node.all_input_nodes if n not in self.depends and has_tensor(n.meta[VALUE]))
-        return set().union(*map(self._parameters_beside, beside))
+        return set().union(*map(self.parameters_beside, beside))
 
-    def build(self, name: str, entering: fx.Node, run: Sequence[fx.Node], leaving: Any) -> nn.Module:
-        """The steps of `run`, of the unit `name`, as a module from `entering`'s tensor to the structure `leaving`."""
-        graph = fx.Graph()
-        roots: dict[str, Any] = {}
-        env: dict[fx.Node, Any] = {entering: graph.placeholder("h")}
-        h = env[entering]
+    def build(self, unit: str, entering: fx.Node, run: Sequence[fx.Node], leaving: Any) -> nn.Module:
+        """Makes the module of a unit.
 
-        def extra(kind: str, module: nn.Module, *args: Any) -> Any:
-            roots[f"{kind}_{len(roots)}"] = module
-            return graph.call_module(f"{kind}_{len(roots) - 1}", args)
+        Args:
+            unit: The unit's name.
+            entering: The step whose tensor the module takes as its input.
+            run: The steps of the chain that the module runs.
+            leaving: The step whose tensor the module returns, or a structure of steps such as a tuple.
+        """
+        return _UnitBuilder(self, unit, entering).build(run, leaving)
 
-        def add(node: fx.Node) -> Any:
-            if node.op == "get_attr" and (where := self._lies(node)) is not None:
-                return extra("reads", TensorReference(*where))
-            own = node.op in ("call_module", "get_attr")
-            if own:
-                roots[name_of(node)] = self._attribute(node)
-            now = node.args, node.kwargs
-            args, kwargs = tree_map(choice, now, node.meta.get(EVALUATION, now))
-            added: Any = graph.create_node(node.op, name_of(node) if own else node.target, args, kwargs, node.name)
-            added.meta[CHECKPOINT] = node.meta[CHECKPOINT]
-            if node.meta[NO_GRAD] and isinstance(node.meta[VALUE][0], Tensor):
-                return graph.call_method("detach", (added,))
-            return added
-
-        def choice(now: Any, evaluation: Any) -> Any:
-            """An argument, by the network's mode where it is another constant in evaluation."""
-            if now is evaluation or isinstance(now, fx.Node | slice) or now == evaluation:
-                return map_arg(now, value_of)
-            return extra("by_mode", ModeConstant(self.backbone, now, evaluation))
-
-        def value_of(node: fx.Node) -> Any:
-            if node not in env:  # no tensor: those come in their order
-                env[node] = _literal(node.meta[VALUE], h, entering.meta[VALUE][0].dtype)
-            return env[node]
-
-        def beside(node: fx.Node) -> Any:
-            if node.op in ("call_function", "call_method"):
-                return add(node)  # what it reads may belong to several units
-            if all(self.owner.setdefault(p, name) == name for p in self._parameters_beside(node)):
-                return add(node)
-            owner = next(self.owner[p] for p in self._parameters_beside(node))
-            return extra("held", FrozenReference(self.build(owner, self.nodes[0], [node], node)), h)
-
-        for node in self._with_beside(run, leaving):
-            if node not in env:
-                env[node] = add(node) if node in self.depends else beside(node)
-        graph.output(map_arg(leaving, value_of))
-        return Run(roots, graph, type(self.backbone).__name__)
-
-    def _with_beside(self, run: Sequence[fx.Node], leaving: Any) -> list[fx.Node]:
-        """The steps of a run, and those beside the chain that they read or that write there before, in their order."""
+    def with_beside(self, run: Sequence[fx.Node], leaving: Any) -> list[fx.Node]:
+        """The steps of a run in their order, with the steps beside the chain that they need: those whose tensors they
+        read, and those that have changed such a tensor in place before."""
         last = self.index[run[-1]]
         found, waiting = set(run), list(run)
         map_arg(leaving, waiting.append)
@@ -219,49 +198,126 @@ class Rebuild:
             waiting += new
         return sorted(found, key=self.index.__getitem__)
 
-    def _parameters_beside(self, node: fx.Node) -> set[int]:
-        """Parameters that a step beside the chain depends on."""
+    def parameters_beside(self, node: fx.Node) -> set[int]:
+        """The ids of the parameters that a step beside the chain depends on."""
         found: set[int] = set()
         waiting = [node]
         while waiting:
             now = waiting.pop()
             waiting += [n for n in now.all_input_nodes if n not in self.depends and has_tensor(n.meta[VALUE])]
-            if now.op == "get_attr" and isinstance(value := self._attribute(now), nn.Parameter):
+            if now.op == "get_attr" and isinstance(value := self.attribute(now), nn.Parameter):
                 found.add(id(value))
             elif (module := self.module(now)) is not None:
                 found.update(map(id, module.parameters()))
         return found
 
-    def _attribute(self, node: fx.Node) -> Any:
+    def attribute(self, node: fx.Node) -> Any:
+        """The module that a step calls, or the tensor that it reads."""
         if node.op == "call_module":
             return self.backbone.get_submodule(name_of(node))
         owner, _, name = name_of(node).rpartition(".")
-        if name.startswith("_tensor_constant"):  # made while tracing
+        if name.startswith("_tensor_constant"):  # The forward itself has made this tensor.
             return node.meta[VALUE][0]
         return getattr(self.backbone.get_submodule(owner), name)
 
-    def _lies(self, node: fx.Node) -> tuple[nn.Module, str] | None:
-        """Where the backbone has a tensor that is no parameter."""
+    def holder(self, node: fx.Node) -> tuple[nn.Module, str] | None:
+        """The module that holds the tensor that a step reads, and the tensor's name there. None for a parameter."""
         owner, _, name = name_of(node).rpartition(".")
-        if name.startswith("_tensor_constant") or isinstance(self._attribute(node), nn.Parameter):
+        if name.startswith("_tensor_constant") or isinstance(self.attribute(node), nn.Parameter):
             return None
         return self.backbone.get_submodule(owner), name
 
 
+class _UnitBuilder:
+    """Copies the steps of one unit into a new graph.
+
+    Attributes:
+        graph: The new graph.
+        input: The new graph's input.
+        roots: The modules and tensors that the new steps call and read, by the names that the steps have for them.
+        made: The new step, or the constant, that stands for an old step.
+    """
+
+    def __init__(self, rebuild: Rebuild, unit: str, entering: fx.Node) -> None:
+        self.rebuild, self.unit, self.entering = rebuild, unit, entering
+        self.graph = fx.Graph()
+        self.input = self.graph.placeholder("h")
+        self.roots: dict[str, Any] = {}
+        self.made: dict[fx.Node, Any] = {entering: self.input}
+
+    def build(self, run: Sequence[fx.Node], leaving: Any) -> nn.Module:
+        for node in self.rebuild.with_beside(run, leaving):
+            if node not in self.made:
+                self.made[node] = self._copy(node) if self._is_own(node) else self._read_frozen(node)
+        self.graph.output(map_arg(leaving, self._value))
+        return Run(self.roots, self.graph, type(self.rebuild.backbone).__name__)
+
+    def _is_own(self, node: fx.Node) -> bool:
+        """Whether the unit itself runs a step. If not, the parameters of that step belong to another unit."""
+        if node in self.rebuild.depends or node.op in ("call_function", "call_method"):
+            return True  # A function has no parameters. Reading one is a step of its own.
+        parameters = self.rebuild.parameters_beside(node)
+        return all(self.rebuild.owner.setdefault(p, self.unit) == self.unit for p in parameters)
+
+    def _read_frozen(self, node: fx.Node) -> fx.Node:
+        """Builds a step that another unit owns as a module of that unit, and reads its value without a gradient."""
+        rebuild = self.rebuild
+        owner = next(rebuild.owner[p] for p in rebuild.parameters_beside(node))
+        module = rebuild.build(owner, rebuild.nodes[0], [node], node)
+        return self._call("held", FrozenReference(module), self.input)
+
+    def _copy(self, node: fx.Node) -> fx.Node:
+        if node.op == "get_attr" and (holder := self.rebuild.holder(node)) is not None:
+            return self._call("reads", TensorReference(*holder))
+        target = node.target
+        if node.op in ("call_module", "get_attr"):
+            target = name_of(node)
+            self.roots[target] = self.rebuild.attribute(node)
+        training = node.args, node.kwargs
+        args, kwargs = tree_map(self._argument, training, node.meta.get(EVALUATION, training))
+        copied: Any = self.graph.create_node(node.op, target, args, kwargs, node.name)
+        copied.meta[CHECKPOINT] = node.meta[CHECKPOINT]
+        if node.meta[NO_GRAD] and isinstance(node.meta[VALUE][0], Tensor):
+            return self.graph.call_method("detach", (copied,))
+        return copied
+
+    def _argument(self, training: Any, evaluation: Any) -> Any:
+        """An argument of a new step. If it is another constant in evaluation mode, the network's mode chooses."""
+        if training is evaluation or isinstance(training, fx.Node | slice) or training == evaluation:
+            return map_arg(training, self._value)
+        return self._call("by_mode", ModeConstant(self.rebuild.backbone, training, evaluation))
+
+    def _value(self, node: fx.Node) -> Any:
+        if node not in self.made:  # It gives no tensor: steps that do were copied before, in their order.
+            self.made[node] = _literal(node.meta[VALUE], self.input, self.entering.meta[VALUE][0].dtype)
+        return self.made[node]
+
+    def _call(self, kind: str, module: nn.Module, *args: Any) -> fx.Node:
+        name = f"{kind}_{len(self.roots)}"
+        self.roots[name] = module
+        return self.graph.call_module(name, args)
+
+
 def name_of(node: fx.Node) -> str:
-    """Of a module or tensor of the backbone, its name there; of another step, its own."""
+    """The name in the backbone of the module or tensor that a step takes from there. Else the step's own name."""
     if node.op not in ("call_module", "get_attr"):
         return node.name
     return str(node.target).removeprefix("network").removeprefix(".") or node.name
 
 
 def _base(value: Any) -> Any:
-    """The tensor of which another is a view."""
+    """The tensor whose view `value` is, or `value` itself."""
     return value if not isinstance(value, Tensor) or value._base is None else value._base
 
 
 def _literal(values: tuple[Any, ...], h: fx.Node, dtype: torch.dtype) -> Any:
-    """What is no tensor, as the unit reads it: a constant, or what follows the batch, device or dtype of `h`."""
+    """A value that is no tensor, as the unit reads it: a constant, or the batch size, device or dtype of its input.
+
+    Args:
+        values: The value for each of BATCHES.
+        h: The unit's input.
+        dtype: The dtype of `h` when the network was traced.
+    """
     first, other = values
     if isinstance(first, torch.device):
         return h.graph.call_function(getattr, (h, "device"))

@@ -1,37 +1,45 @@
-"""What a cut was made of: the blocks call modules and read parameters that the network had when it was cut, so a later
-change to what lies between them, or to what their forward reads, would never reach them."""
+"""Whether a network is still the one that was cut.
+
+The blocks call the modules and read the parameters that the network had when it was cut. A later change to what lies
+between them, such as a replaced module or an attribute that a forward reads, would never reach the blocks. So each step
+refuses the one and warns of the other.
+"""
 
 from __future__ import annotations
 
 import copy
-import dis
 import inspect
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
+from types import BuiltinFunctionType, CodeType, FunctionType, NoneType
 from typing import Any
 
+import torch
 from torch import nn
 
 from localgrad.core.errors import UserError, callers_level
-from localgrad.core.hooks import BACKWARD, FORWARD, PLAIN, touches_nothing
+from localgrad.core.hooks import BACKWARD, FORWARD
 from localgrad.core.opened import CONTAINERS
 
 AGAIN = "call localize again"
 MISSING = inspect.Parameter.empty
-READS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER", "LOAD_CONST")  # a constant may be what `getattr` is given
-FILLS = {"add", "append", "clear", "extend", "insert", "pop", "popitem", "remove", "setdefault", "update"}
-PUTS = ("STORE_SUBSCR", "STORE_SLICE", "DELETE_SUBSCR")
+CONSTANTS = (NoneType, bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+FUNCTIONS = (FunctionType, BuiltinFunctionType)
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
     """A module whose forward was followed, with what the cut took from it.
 
-    name: in the network, "" for the network itself. size: how many modules it held, where all of them run. attributes:
-    plain ones that its forward may read. hooks: their numbers, and whether each has become a part of the blocks.
+    Attributes:
+        name: Its name in the network, "" for the network itself.
+        owner: The module.
+        size: How many modules it held, for a container, which runs all of them. Else None.
+        modules: The modules that the cut took, by name.
+        parameters: The parameters that the cut took, by name.
+        attributes: Plain attributes that its forward may read, with their values.
+        hooks: For each kind of hook, the number of each hook and whether it has become a part of the blocks.
     """
 
     name: str
@@ -43,7 +51,7 @@ class Part:
     hooks: dict[str, dict[int, bool]] = field(default_factory=dict)
 
     def changed(self) -> str | None:
-        """What was replaced, taken away or added since, if anything was."""
+        """Says which module or parameter was replaced, taken away or added since the cut, if one was."""
         for was, now in ((self.modules, self.owner._modules), (self.parameters, self.owner._parameters)):
             for key, value in was.items():
                 if now.get(key) is not value:
@@ -53,10 +61,10 @@ class Part:
         return None
 
     def ignored(self) -> Iterator[tuple[str, str]]:
-        """What has no effect on the blocks: attributes and hooks that were changed since, and how."""
+        """Yields the attributes and hooks that were changed without effect on the blocks, each with a sentence."""
         for key, was in self.attributes.items():
             now = _attribute(self.owner, key)
-            if now is not was and not (_is_plain(now) and now == was):
+            if _differ(was, now):
                 path = self._path(key)
                 yield path, f"'{path}' was {_said(was)} as the network was cut, and is {_said(now)}"
         for kind, was in self.hooks.items():
@@ -73,11 +81,19 @@ class Part:
 
 
 class Watch:
-    """Of one network: whether it is still what it was when it was cut."""
+    """Compares a network with what it was when it was cut.
 
-    def __init__(self, network: nn.Module, names: Iterable[str]) -> None:
-        """names: of the modules and parameters that the cut took."""
-        self.network, self.told = network, set[str]()
+    Args:
+        network: The network.
+        names: The modules and parameters that the cut took.
+        written: The attributes that a forward changes itself, as (name of the module, name of the attribute).
+        runs: Tells of a hook whether it ran during the cut, and so is in the blocks.
+    """
+
+    def __init__(
+        self, network: nn.Module, names: Iterable[str], written: set[tuple[str, str]], runs: Callable[[Callable], bool]
+    ) -> None:
+        self.network, self.warned = network, set[str]()
         self.copied: list[tuple[str, nn.Module, list[tuple[str, Any]], list[tuple[nn.Module, list, list]]]] = []
         parts: dict[str, Part] = {}
         for name in names:
@@ -88,23 +104,30 @@ class Watch:
                 size = len(owner._modules) if isinstance(owner, CONTAINERS) else None
                 part = parts.setdefault(owner_name, Part(owner_name, owner, size))
                 for held, mine in ((owner._modules, part.modules), (owner._parameters, part.parameters)):
-                    taken = held.get(key)  # maybe by another name than the forward uses
+                    taken = held.get(key)  # The network may hold it by a second name, and run it by that one.
                     mine.update((k, v) for k, v in held.items() if v is taken is not None)
         for part in parts.values():
-            part.attributes.update(_read(part.owner))
+            read = read_attributes(part.owner).items()
+            part.attributes.update((key, value) for key, value in read if (part.name, key) not in written)
             for kind in (*FORWARD, *BACKWARD):
                 hooks = getattr(part.owner, kind).items()
-                part.hooks[kind] = {number: kind in FORWARD and touches_nothing(hook) for number, hook in hooks}
+                part.hooks[kind] = {number: kind in FORWARD and runs(hook) for number, hook in hooks}
         self.parts = list(parts.values())
 
     def copies(self, unit: str, module: nn.Module) -> None:
-        """Tells that a coupling follows the parameters of a unit, one by one."""
+        """Notes that a coupling follows the parameters of `module`, the unit of this name, one by one."""
         parts = [(m, list(m._parameters), list(m._modules.values())) for m in module.modules()]
         self.copied.append((unit, module, _parameters(module), parts))
 
     def check(self, backbone: nn.Module) -> None:
-        """Raises UserError where a module or parameter of the network is not that of the blocks. Warns, once for each,
-        of what else was changed and has no effect on them."""
+        """Compares the network with what was cut. Warns once for each change that has no effect on the blocks.
+
+        Args:
+            backbone: The model's backbone, which should be the network that was cut.
+
+        Raises:
+            UserError: A module or parameter of the network is not the one that the blocks have.
+        """
         if backbone is not self.network and all(m is not self.network for m in backbone.modules()):
             raise UserError(f"the model's backbone was replaced, but its blocks are those of the old one: {AGAIN}")
         for part in self.parts:
@@ -116,8 +139,8 @@ class Watch:
                 raise UserError(f"a coupling has copied '{unit}', whose parameters are others since then: {AGAIN}")
         for part in self.parts:
             for key, what in part.ignored():
-                if key not in self.told:
-                    self.told.add(key)
+                if key not in self.warned:
+                    self.warned.add(key)
                     warnings.warn(f"{what}, which local_backward does not see: {AGAIN}", stacklevel=callers_level())
 
     def silent(self) -> list[str]:
@@ -129,62 +152,63 @@ def _parameters(module: nn.Module) -> list[tuple[str, Any]]:
     return [(name, p.shape) for name, p in module.named_parameters()]
 
 
-def _read(module: nn.Module) -> dict[str, Any]:
-    """The plain attributes of a module that its forward may read, and does not write itself; MISSING for its methods,
-    so that one put in their place is seen. A list or dictionary that the forward may fill is left out."""
-    waiting, known, written, filled = ["forward"], {"forward"}, {"training"}, set[str]()
+def read_attributes(module: nn.Module) -> dict[str, Any]:
+    """The plain attributes of a module that its forward may read: those that any method of its classes mentions.
+
+    A method is `MISSING` among them, because the module itself does not hold it until one is put in its place.
+    """
     kinds = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
-    while waiting:
-        name = waiting.pop()
-        for code in (c for holder in (module, *kinds) for c in _codes(_code(vars(holder).get(name)))):
-            steps = [(step.opname, step.argval) for step in dis.get_instructions(code)]
-            written.update(value for opname, value in steps if opname == "STORE_ATTR")
-            read = {v for opname, v in steps if opname.startswith(READS) and isinstance(v, str) and v.isidentifier()}
-            filled.update(a for (_, a), (_, b) in pairwise(steps) if isinstance(a, str) and b in FILLS)
-            filled.update(read if any(opname in PUTS for opname, _ in steps) else ())
-            waiting += read - known
-            known |= read
-    methods = {name for name in known if any(_code(vars(kind).get(name)) for kind in kinds)}
-    found = {name: _attribute(module, name) for name in known - written}
-    return {
-        name: value
-        for name, value in found.items()
-        if (_is_plain(value) and not (name in filled and isinstance(vars(module).get(name), list | dict)))
-        or (value is MISSING and name in methods)
-    }
+    methods = [(name, code) for kind in kinds for name, member in vars(kind).items() if (code := _code(member))]
+    own = {name for name, _ in methods} - {"__init__"}
+    names = own.union(*(_mentioned(code) for name, code in methods if name in own)) - {"training"}
+    found = {name: _attribute(module, name) for name in names}
+    return {name: value for name, value in found.items() if _is_plain(value) or (value is MISSING and name in own)}
+
+
+def changed_attributes(module: nn.Module, before: dict[str, Any]) -> set[str]:
+    """Which of the attributes that `read_attributes` has given before are others now."""
+    return {name for name, value in before.items() if _differ(value, _attribute(module, name))}
 
 
 def _code(member: Any) -> CodeType | None:
     """What a function, method or property runs."""
-    if isinstance(member, staticmethod | classmethod | MethodType):
+    if isinstance(member, staticmethod | classmethod):
         member = member.__func__
     elif isinstance(member, property):
         member = member.fget
     return inspect.unwrap(member).__code__ if isinstance(member, FunctionType) else None
 
 
-def _codes(code: CodeType | None) -> Iterator[CodeType]:
-    """Itself, and the functions and comprehensions within it."""
-    if code is not None:
-        yield code
-        for constant in code.co_consts:
-            if isinstance(constant, CodeType):
-                yield from _codes(constant)
+def _mentioned(code: CodeType) -> Iterator[str]:
+    """The names and strings in a function, and in the functions and comprehensions within it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, str):  # `getattr` may be given it.
+            yield constant
+        elif isinstance(constant, CodeType):
+            yield from _mentioned(constant)
 
 
 def _attribute(module: nn.Module, name: str) -> Any:
-    """Of the module itself, or a constant of its class; of a list or dictionary a copy, since it may be changed where
-    it is."""
-    value: Any = vars(module).get(name, module._modules.get(name, MISSING))
-    if value is MISSING and isinstance(constant := getattr(type(module), name, MISSING), (*PLAIN, tuple, list, dict)):
+    """An attribute of the module itself, or a constant of its class. A list or dictionary is copied, because it may be
+    changed in place."""
+    value: Any = vars(module).get(name, MISSING)
+    if name in module._modules:
+        value = module._modules[name]
+    constant = getattr(type(module), name, MISSING)
+    if value is MISSING and isinstance(constant, (*CONSTANTS, tuple, list, dict)):
         value = constant
     return copy.copy(value) if isinstance(value, list | dict) else value
+
+
+def _differ(was: Any, now: Any) -> bool:
+    return now is not was and not (_is_plain(now) and now == was)
 
 
 def _said(value: Any) -> str:
     if value is MISSING:
         return "that of its class"
-    if isinstance(value, (*PLAIN, tuple, list, dict)) and _is_plain(value):
+    if not isinstance(value, FUNCTIONS) and _is_plain(value):
         return repr(value)
     return getattr(value, "__name__", f"a {type(value).__name__}")
 
@@ -192,4 +216,4 @@ def _said(value: Any) -> str:
 def _is_plain(value: Any) -> bool:
     if isinstance(value, tuple | list | dict):
         return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, (*PLAIN, FunctionType, BuiltinFunctionType))
+    return isinstance(value, (*CONSTANTS, *FUNCTIONS))

@@ -1,8 +1,7 @@
-"""A recipe -> the machine it runs on and the model it trains."""
+"""From a recipe to the machine that it runs on and the model that it trains."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import warnings
@@ -40,7 +39,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": None}
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and how to compute: resolved from "auto", and why."""
+    """Where and how a run computes.
+
+    Attributes:
+        precision: "bf16", "fp16" or "float32".
+        memory_format: The memory format of images and weights.
+        why: The reason for the precision, for the first lines of a run.
+    """
 
     device: torch.device
     precision: str
@@ -49,20 +54,16 @@ class Machine:
 
     @property
     def autocast(self) -> torch.dtype | None:
+        """The dtype of a forward pass under autocast; None for float32."""
         return DTYPES[self.precision]
 
     def place(self, module: nn.Module) -> None:
         """Moves `module` to this device, into this memory format."""
         module.to(self.device, memory_format=self.memory_format)  # pyright: ignore[reportCallIssue]
 
-    def cast(self) -> contextlib.AbstractContextManager:
-        """Autocast for a forward pass, if the precision asks for it."""
-        dtype = self.autocast
-        return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
-
 
 def machine_for(recipe: Recipe) -> Machine:
-    """Resolves device, precision and memory format. Raises UserError for what this machine does not have."""
+    """Chooses device, precision and memory format. Raises UserError for a device or precision that is not there."""
     cuda = torch.cuda.is_available()
     try:
         device = torch.device(("cuda" if cuda else "cpu") if recipe.device == "auto" else recipe.device)
@@ -81,13 +82,13 @@ def machine_for(recipe: Recipe) -> Machine:
 
 
 def backbone_of(recipe: Recipe, info: DataInfo) -> nn.Module:
-    """The recipe's network for that data, untrained."""
+    """The recipe's network with fresh weights, for a data set."""
     return build(recipe.model, classes=info.classes, in_channels=info.channels, **recipe.arguments)
 
 
 def data_of(run: Path, recipe: Recipe) -> Data:
-    """The test images that a finished run's recipe names; the training split is empty. Raises UserError if the classes
-    are not those that the run was trained on; warns where nobody can tell."""
+    """Reads the test images for a finished run; the training split stays empty. Raises UserError if the classes are not
+    those that the run was trained on, and warns if the run has not recorded them."""
     data = load(recipe.data, data_dir=recipe.data_dir, image_size=recipe.image_size, only_test=True)
     if unknown := check_classes(data, read_classes(run), run):
         warnings.warn(unknown, stacklevel=2)
@@ -95,28 +96,32 @@ def data_of(run: Path, recipe: Recipe) -> Data:
 
 
 def info_of(run: Path, recipe: Recipe) -> DataInfo:
-    """What a finished run's data were, which need not be there any more. Where nobody has recorded the classes, the
-    weights tell their number."""
+    """What is known of a finished run's data, which need not be there any more. If the run has not recorded its
+    classes, their number follows from the weights: the network is built for another number, and shapes are compared."""
     info = DATASETS[recipe.data]
     info = replace(info, classes=info.classes or len(read_classes(run)), size=recipe.image_size or info.size)
     if info.classes:
         return info
-    trial, weights = 1009, read_weights(run / MODEL)
-    own = backbone_of(recipe, replace(info, classes=trial)).state_dict()
-    others = [weights[n].shape[:1] for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape]
-    return replace(info, classes=max((size for (size,) in filter(None, others)), default=trial))
+    trial, saved = 1009, read_weights(run / MODEL)
+    built = backbone_of(recipe, replace(info, classes=trial)).state_dict()
+    different = [saved[n].shape[:1] for n in built.keys() & saved.keys() if built[n].shape != saved[n].shape]
+    return replace(info, classes=max((size for (size,) in filter(None, different)), default=trial))
 
 
 def build_model(
     recipe: Recipe, data: Data, machine: Machine, say: Callable[[str], object] = warnings.warn
 ) -> LocalModel:
-    """The recipe's backbone, cut and with its auxiliaries, on the machine's device. First seeds every global random
-    generator, since a network's own modules may draw from any. `say` is told what `init` did not fill."""
+    """Builds the recipe's model for a data set on the machine's device. All global random generators are seeded before,
+    because a network's modules may use any of them.
+
+    Args:
+        say: Called with a sentence about each part of the weights in `init` that was not used.
+    """
     info = data.info
     torch.manual_seed(recipe.seed)
     random.seed(recipe.seed)
     np.random.seed(recipe.seed % 2**32)  # noqa: NPY002
-    if recipe.deterministic:  # cuBLAS reads this when CUDA starts, and PyTorch insists on it
+    if recipe.deterministic:  # PyTorch refuses to be deterministic without this, which cuBLAS reads when CUDA starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(recipe.deterministic)
     torch.backends.cudnn.benchmark = not recipe.deterministic
@@ -130,12 +135,10 @@ def build_model(
     machine.place(backbone)
     model = localize(
         backbone,
-        blocks=recipe.cut,
-        method=method_of(recipe, info),
-        coupling=coupling_of(recipe),
+        blocks=recipe.cut, method=method_of(recipe, info), coupling=coupling_of(recipe),
         example=torch.zeros(2, info.channels, info.size, info.size),
         task=Classification(info.classes, recipe.label_smoothing),
-    )
+    )  # fmt: skip
     if recipe.sync_batch_norm:
         sync_batch_norm(model.auxiliaries)
     if recipe.recompute is not None:
@@ -145,26 +148,27 @@ def build_model(
 
 
 def check_single(model: LocalModel, share: str) -> None:
-    """Raises UserError if a batch norm, to be trained on one image, finds one value a channel.
-
-    Args:
-        model: it stays as it is; a copy without values is tried.
-        share: what has one image, for the sentence.
-    """
-    whose, way = "the network", ""
+    """Raises UserError if a batch norm has only one value per channel when the model is trained on one image. `share`
+    is the subject of the sentence, such as "the training set is". A copy of the model without values is tried."""
+    whose, remedy = "the network", ""
     try:
         with on_fake_tensors(model, 1) as (copied, x, y):
             copied.backbone(x)
-            whose, way = "an auxiliary", ", or a head that has no such norm, as --head 0c1f"
+            whose, remedy = "an auxiliary", ", or a head that has no such norm, as --head 0c1f"
             local_backward(copied, x, y)
-    except ValueError as error:  # PyTorch's, from batch norm
+    except ValueError as error:  # PyTorch's batch norm raises it.
         text = f"{share} 1 image, too few for {whose}, where a batch norm gets 1 value a channel: take 2 images or more"
-        raise UserError(text + way) from error
+        raise UserError(text + remedy) from error
 
 
 def planner_for(recipe: Recipe, machine: Machine, classes: int | None = None) -> Planner:
-    """Plans for the recipe's network and batch, on this device. `image_size` alone means images as of ImageNet.
-    classes: where the data set has no number of its own."""
+    """The planner for the recipe's network and batch on this device.
+
+    If the recipe has an `image_size`, the images have three channels, as those of ImageNet.
+
+    Args:
+        classes: The number of classes of an image folder, 1000 by default.
+    """
     info = DATASETS["image-folder" if recipe.image_size else recipe.data]
     info = replace(info, classes=info.classes or classes or 1000)
     size = recipe.image_size or info.size
@@ -180,13 +184,14 @@ def planner_for(recipe: Recipe, machine: Machine, classes: int | None = None) ->
 
 
 def optimizer_of(recipe: Recipe) -> MakeOptimizer:
-    """What makes the recipe's optimizer from groups of parameters."""
+    """The function that makes the recipe's optimizer from groups of parameters."""
     if recipe.optimizer == "adamw":
         return partial(torch.optim.AdamW, lr=recipe.lr)
     return partial(torch.optim.SGD, lr=recipe.lr, momentum=0.9, nesterov=True)
 
 
 def method_of(recipe: Recipe, info: DataInfo) -> Method:
+    """The recipe's method with its options."""
     options: dict = {} if recipe.method == "bp" else {"head": None if recipe.head == "auto" else recipe.head}
     if recipe.method == "infopro":
         options |= {"mean": info.mean, "std": info.std, "contrast": recipe.contrast}
@@ -196,17 +201,19 @@ def method_of(recipe: Recipe, info: DataInfo) -> Method:
 
 
 def coupling_of(recipe: Recipe) -> MAN | None:
+    """The recipe's coupling with its options."""
     kind = COUPLINGS[recipe.coupling]
     if kind is None:
         return None
     deep = recipe.coupling == "deep-man"
     units: dict[str, Any] = {"depth": recipe.depth} if deep else {"learnable_units": recipe.learnable_units}
     learnable, ema = recipe.branches != "ema", recipe.branches != "learnable"
-    lag = {"lag": recipe.lag, "ema_every": recipe.ema_every}
-    return kind(momentum=recipe.momentum, learnable=learnable, ema=ema, form=recipe.form, **lag, **units)
+    timing = {"lag": recipe.lag, "ema_every": recipe.ema_every}
+    return kind(momentum=recipe.momentum, learnable=learnable, ema=ema, form=recipe.form, **timing, **units)
 
 
 def _fast_bf16(device: torch.device) -> tuple[bool, str]:
+    """Whether bf16 is fast on the device, and the reason."""
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
         return fast, "this GPU has bf16 tensor cores" if fast else "this GPU has no bf16 tensor cores"

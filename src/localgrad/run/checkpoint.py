@@ -1,4 +1,4 @@
-"""Weights and runs on disk: whole or not there, and nothing is read that is not what was written.
+"""Saves and loads weights and checkpoints. Each is complete or not there, and every byte is checked when it is read.
 
 A checkpoint is a folder `step-N`: backbone and auxiliaries as safetensors, the rest of the run's state as JSON and
 safetensors (see `state.py`), and a manifest with each file's size and SHA-256 and a hash of itself. It is written as
@@ -27,25 +27,30 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from localgrad.core.errors import RunError, UserError, is_out_of_memory
-from localgrad.run.files import MODEL, PART, flush, part_of, remove, replacing
+from localgrad.run.files import MODEL, PART, flush, make_folder, part_of, remove, replacing
 from localgrad.run.state import from_json, to_json
 from localgrad.run.weights import fill, read_weights
 
 FORMAT = 3
 AUXILIARIES = "auxiliaries.safetensors"
 STATE, STATE_TENSORS, MANIFEST = "state.json", "state.safetensors", "manifest.json"
-FILES = (MODEL, AUXILIARIES, STATE, STATE_TENSORS)  # What a checkpoint has beside its manifest.
-DAMAGED = ".damaged"  # a checkpoint that was set aside
-_MANIFEST_LIMIT = 2**20  # bytes; ours have about a thousand
+FILES = (MODEL, AUXILIARIES, STATE, STATE_TENSORS)  # The files that the manifest lists.
+DAMAGED = ".damaged"  # The ending of a damaged checkpoint, which is renamed and not read again.
+_MANIFEST_LIMIT = 2**20  # Bytes. A manifest has about a thousand, and a larger file is not read.
 
 
 class Damaged(RunError):
-    """A checkpoint that is not what was written, or holds what no run writes."""
+    """A checkpoint has changed since it was written, or holds something that no run writes."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint as read. state: plain values and tensors. environment: what its bits depend on beside the recipe."""
+    """A checkpoint that was read.
+
+    Attributes:
+        state: The run's state without the weights, as plain values and tensors.
+        environment: The machine and the versions that wrote it.
+    """
 
     path: Path
     model: dict[str, Tensor]
@@ -55,14 +60,14 @@ class Checkpoint:
 
 
 def save_weights(path: Path, state: Mapping[str, Tensor], classes: Sequence[str] = ()) -> None:
-    """Writes tensors as safetensors, contiguous and on the CPU: equal weights give equal bytes. classes: names for the
-    metadata. RunError if the disk does not take them; then nothing is left of them."""
+    """Writes tensors as safetensors, with the names of the classes in the metadata. Equal weights give equal bytes.
+    Raises RunError if the disk does not take the file. Then nothing is left of it."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
     owners = {t.untyped_storage().data_ptr(): name for name, t in tensors.items()}
-    # Of tensors that share memory each is written: the format has no sharing.
-    whole = {n: t if owners[t.untyped_storage().data_ptr()] == n else t.clone() for n, t in tensors.items()}
-    content = memoryview(serialize(whole, metadata={"format": "pt"}))
-    start = 8 + int.from_bytes(content[:8], "little")  # of the tensors, behind a header
+    # The format cannot express that tensors share memory, so each of them is written.
+    separate = {n: t if owners[t.untyped_storage().data_ptr()] == n else t.clone() for n, t in tensors.items()}
+    content = memoryview(serialize(separate, metadata={"format": "pt"}))
+    start = 8 + int.from_bytes(content[:8], "little")  # The tensors begin after the header.
     try:
         with replacing(path) as part, part.open("wb") as file:
             file.write(_header(content[8:start], classes))
@@ -72,7 +77,7 @@ def save_weights(path: Path, state: Mapping[str, Tensor], classes: Sequence[str]
 
 
 def load_backbone(backbone: nn.Module, path: Path, *, resized: Callable[[], nn.Module] | None = None) -> list[str]:
-    """Loads a checkpoint of the backbone as `weights.fill` says, and returns what a person should know of it."""
+    """Loads a file of weights into the backbone by `weights.fill`, and returns its sentences for the user."""
     return fill(backbone, read_weights(path), path, resized)
 
 
@@ -85,14 +90,12 @@ def save_checkpoint(
     state: Mapping[str, Any],
     environment: Mapping[str, str],
 ) -> Path:
-    """Writes `folder/step-N`. RunError if the disk does not take it; then nothing is left of it, and the checkpoints
-    that were there are as they were."""
+    """Writes the checkpoint `folder/step-N` and returns its path. Raises RunError if the disk does not take it. Then
+    nothing is left of it, and older checkpoints stay as they are."""
     path = folder / f"step-{step}"
     part = part_of(path)
     try:
-        if not folder.is_dir():
-            folder.mkdir(parents=True)
-            flush(folder.parent)
+        make_folder(folder)
         remove(part)
         part.mkdir()
         save_weights(part / MODEL, model, state.get("classes", ()))
@@ -117,8 +120,13 @@ def save_checkpoint(
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Reads a checkpoint after comparing every file with its hash. Raises Damaged saying what is wrong with it,
-    UserError if a later version of localgrad wrote it, and RunError if it cannot be read now."""
+    """Reads a checkpoint, and compares every file with its hash before.
+
+    Raises:
+        Damaged: A file has changed, or holds something that no run writes.
+        UserError: Another version of localgrad wrote it.
+        RunError: It cannot be read now.
+    """
     try:
         manifest = _read_manifest(path)
         for name, wanted in manifest["files"].items():
@@ -134,40 +142,40 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EIO):
             raise Damaged(f"{path} is damaged: {_reason(error)}") from error
         raise RunError(f"{path} cannot be read: {_reason(error)}") from error
-    except Exception as error:  # hashes agree, so somebody made this file, and may have made it raise anything
+    except Exception as error:  # The hashes agree, so somebody forged this file. It may raise any error.
         if is_out_of_memory(error):
             raise RunError(f"there is not enough memory to read {path}") from error
         raise Damaged(f"{path} is refused: it holds other than tensors and plain values") from error
 
 
 def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest sound checkpoint, or None. Each damaged one is named through `say` and set aside."""
+    """Reads the newest sound checkpoint. Damaged ones are renamed, and a sentence about each is passed to `say`."""
     for path in reversed(saved(folder)):
         try:
             return read_checkpoint(path)
         except Damaged as error:
-            aside = path.with_name(path.name + DAMAGED)
-            remove(aside)
-            os.replace(path, aside)
-            say(f"{error}; set aside as {aside.name}")
+            renamed = path.with_name(path.name + DAMAGED)
+            remove(renamed)
+            os.replace(path, renamed)
+            say(f"{error}; set aside as {renamed.name}")
     return None
 
 
 def saved(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, oldest first. Those that were set aside or never finished are not among them."""
-    found = {path: path.name.removeprefix("step-") for path in folder.glob("step-*")}
-    whole = [p for p, step in found.items() if step.isdecimal() and p.is_dir() and not p.is_symlink()]
-    return sorted(whole, key=lambda path: int(found[path]))
+    """The checkpoints in a folder, oldest first, without damaged and unfinished ones."""
+    steps = {path: path.name.removeprefix("step-") for path in folder.glob("step-*")}
+    complete = [p for p, step in steps.items() if step.isdecimal() and p.is_dir() and not p.is_symlink()]
+    return sorted(complete, key=lambda path: int(steps[path]))
 
 
 def prune(folder: Path, count: int, best: int | None) -> None:
-    """Removes all but the newest `count` checkpoints and the one of step `best`, to which the link `best` then leads,
-    and what a killed process has left. What cannot be removed stays."""
+    """Removes all but the newest `count` checkpoints and the one of step `best`, to which the link `best` then leads.
+    What a killed process has left is removed too. What cannot be removed stays."""
     target, link = folder / f"step-{best}", folder / "best"
     for rest in folder.glob(f"*{PART}"):
         with contextlib.suppress(OSError):
             remove(rest)
-    with contextlib.suppress(OSError):  # some file systems have no links
+    with contextlib.suppress(OSError):  # Some file systems have no links.
         if target.is_dir() and not (link.is_symlink() and os.readlink(link) == target.name):
             part_of(link).symlink_to(target.name, target_is_directory=True)
             os.replace(part_of(link), link)
@@ -175,19 +183,20 @@ def prune(folder: Path, count: int, best: int | None) -> None:
     for old in saved(folder)[:-count]:
         if old.name not in keep:
             with contextlib.suppress(OSError):
-                os.replace(old, part_of(old))  # first, so that a checkpoint that has its name is whole
+                os.replace(old, part_of(old))  # A folder that is removed in part must not look like a checkpoint.
                 remove(part_of(old))
 
 
 def random_state() -> dict[str, Any]:
-    """The global random generators, as plain values: PyTorch's of every device, numpy's and Python's."""
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002  (it is the global one's state that is meant)
+    """The state of the global random generators: PyTorch's on every device, numpy's and Python's."""
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     numpy = [name, np.asarray(keys).tolist(), *rest]
     return {"torch": torch.get_rng_state(), "cuda": cuda, "numpy": numpy, "python": random.getstate()}
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
+    """Restores what `random_state` gave. CUDA's generators stay as they are on another number of devices."""
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
@@ -196,6 +205,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
+    """Reads and checks the manifest of a checkpoint."""
     file = path / MANIFEST
     size = _size(file)
     try:
@@ -204,9 +214,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         written = file.read_bytes()
         content = json.loads(written)
         del content["sha256"]
-        # Every byte counts: another spelling of the same content is damage too.
         if _rendered(content) != written:
-            raise ValueError("its hash is another")
+            raise ValueError("its bytes have changed")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise Damaged(f"{path} is damaged: {MANIFEST} is not what was written") from error
     if type(content.get("format")) is not int or content["format"] != FORMAT:
@@ -223,7 +232,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _rendered(content: Mapping[str, Any]) -> bytes:
-    """A manifest's bytes: the content with a hash of itself."""
+    """The bytes of a manifest, which has a hash of its content."""
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return (json.dumps({**content, "sha256": digest}, sort_keys=True, indent=1) + "\n").encode()
 
@@ -235,14 +244,16 @@ def _fingerprint(file: Path) -> dict[str, Any]:
 
 
 def _size(file: Path) -> int:
-    """Of a regular file; -1 for a pipe, a link and the like."""
-    found = file.lstat()
-    return found.st_size if stat.S_ISREG(found.st_mode) else -1
+    """The size of a regular file; -1 for anything else, such as a pipe or a link."""
+    status = file.lstat()
+    return status.st_size if stat.S_ISREG(status.st_mode) else -1
 
 
 def _header(written: memoryview, classes: Sequence[str]) -> bytes:
-    """The header of a safetensors file with its length; with names, if there are any. By hand, because safetensors
-    writes several entries of metadata in an order that differs from one time to the next."""
+    """The header of a safetensors file, with its length before it and the names of the classes in its metadata.
+
+    The names are not given to safetensors, because the order in which it writes several entries is not always the same.
+    """
     header = bytes(written)
     if classes:
         content = json.loads(header)
@@ -253,15 +264,15 @@ def _header(written: memoryview, classes: Sequence[str]) -> bytes:
 
 
 def classes_json(classes: Sequence[str]) -> str:
-    """Names of classes as metadata have them: a list in JSON, in the order of the logits."""
+    """The names of the classes for the metadata: a JSON list in the order of the logits."""
     return json.dumps(list(classes))
 
 
 def _reason(error: BaseException) -> str:
-    """The system's words, where it was the system that refused."""
-    link: BaseException | None = error
-    while link is not None:
-        if isinstance(link, OSError) and link.strerror:
-            return link.strerror
-        link = link.__context__
+    """The first line of an error, or the system's words if an error of the system led to it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__context__
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, flushed to the disk, then renamed."""
+"""Writes files so that they are complete or not there: under another name, flushed to the disk, then renamed."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from pathlib import Path
 
 from localgrad.core.errors import UserError
 
-MODEL = "model.safetensors"  # The bare network: a run whose folder has it is finished.
-PART = ".part"  # what is being written; the rest of a killed process, which the next one removes
+MODEL = "model.safetensors"  # The trained backbone. A run whose folder has it is finished.
+PART = ".part"  # The ending of a file that is being written. The next process removes what a killed one has left.
 LOCK = ".lock"
 
 
 def part_of(path: Path) -> Path:
+    """The name of a file or folder while it is being written."""
     return path.with_name(path.name + PART)
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` when the block ends, and goes when the block fails."""
+    """Gives a path to write to. It is renamed to `path` when the context ends, or removed if the context fails."""
     part = part_of(path)
     remove(part)
     try:
@@ -36,14 +37,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a whole file, or leaves what was there."""
+    """Replaces a file by this text. If that fails, the old file stays."""
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 def check_folder(path: Path, *, make: bool = False) -> None:
-    """Raises UserError if `path` is a folder, or the folder that it is in is not there or cannot be written. make: if
-    it is not there."""
+    """Raises UserError unless a file can be written at `path`. With `make`, its folder is made if it is missing."""
     if path.is_dir():
         raise UserError(f"{path} is a folder: name a file with --out")
     try:
@@ -56,7 +56,7 @@ def check_folder(path: Path, *, make: bool = False) -> None:
 
 
 def check_system() -> None:
-    """Raises UserError on a system that has no locks of the kind that a run's folder is kept with."""
+    """Raises UserError on a system that does not have the locks which `locked` uses, such as Windows."""
     try:
         import fcntl  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError:
@@ -64,22 +64,29 @@ def check_system() -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a link or a whole folder, if there is one."""
+    """Removes a file, a link, or a folder with its content. It may be missing."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder if it is missing, and waits until it is on the disk."""
+    if not path.is_dir():
+        path.mkdir(parents=True)
+        flush(path.parent)
+
+
 def flush(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    if os.name == "nt" and path.is_dir():  # Windows opens no folder
+    """Waits until a file, or the list of a folder's files, is on the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open folders.
         return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # which some network file systems say of every folder
+        if error.errno != errno.EINVAL:  # Some network file systems raise this for every folder.
             raise
     finally:
         os.close(handle)
@@ -87,17 +94,15 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps `folder` to this process, which makes it if need be. Raises UserError if another process has it.
+    """Locks a run folder, which is made if it is missing. Raises UserError if another process has locked it.
 
-    The lock is the system's and ends with the process, however that ends; children that fork from it do not hold it.
+    The system removes the lock when the process ends, however it ends. Forked children do not hold it.
     """
     check_system()
     import fcntl
 
     try:
-        if not folder.is_dir():
-            folder.mkdir(parents=True)
-            flush(folder.parent)
+        make_folder(folder)
         file = (folder / LOCK).open("a")
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
@@ -105,7 +110,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):  # others come from file systems that have no locks
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # Other errors mean that the file system has no locks.
                 text = f"another process is training in {folder}: wait for it, or choose another --out"
                 raise UserError(text) from error
         yield

@@ -1,4 +1,4 @@
-"""A run's folder: what it is called in there, what earlier runs have recorded, and whether a new run may use it."""
+"""A run's folder: the names of its files, what earlier runs have recorded there, and whether a new run may use it."""
 
 from __future__ import annotations
 
@@ -28,46 +28,49 @@ BAD_IMAGES = "bad_images.txt"
 
 
 def environment() -> dict[str, str]:
-    """What bits and timings depend on beside the recipe."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    """What the bits and the timings of a run depend on, apart from the recipe."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
         "localgrad": localgrad.__version__, "torch": str(torch.__version__), "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {processor()}", "threads": str(torch.get_num_threads()),
-        "gpu": device, "commit": commit(),
+        "gpu": gpu, "commit": commit(),
     }  # fmt: skip
 
 
 def read_environment(folder: Path) -> dict[str, str]:
-    """What a run recorded of its machine and versions."""
+    """The machine and the versions that a run has recorded."""
     return _section(folder, "environment")
 
 
 def read_sizes(folder: Path) -> dict[str, int]:
-    """What a run recorded of its model: the backbone's `parameters`, and those of the auxiliaries, `added`."""
+    """The numbers of parameters that a run has recorded: `parameters` of the backbone, `added` of the auxiliaries."""
     return _section(folder, "model")
 
 
 def read_classes(folder: Path) -> list[str]:
-    """The names of the classes that a run was trained on, in the order of its logits; none in one of an older version.
-    Raises UserError where somebody's hand has left other things than names."""
-    content = yaml.safe_load((folder / CONFIG).read_text())
-    names = content.get("classes") or [] if isinstance(content, dict) else []
+    """The names of the classes that a run was trained on, in the order of its logits. Older runs have recorded none.
+    Raises UserError if the file was edited and has other things than names."""
+    names = _config(folder).get("classes") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"the classes in {folder / CONFIG} are no list of names: put those in quotes")
     return names
 
 
 def _section(folder: Path, name: str) -> dict[str, Any]:
-    """Of config.yaml; empty where an older version, or somebody's hand, has left none."""
-    content = yaml.safe_load((folder / CONFIG).read_text())
-    found = content.get(name) if isinstance(content, dict) else None
+    """A section of config.yaml. It is empty if an older version has not written it."""
+    found = _config(folder).get(name)
     return found if isinstance(found, dict) else {}
 
 
+def _config(folder: Path) -> dict[str, Any]:
+    content = yaml.safe_load((folder / CONFIG).read_text())
+    return content if isinstance(content, dict) else {}
+
+
 def commit() -> str:
-    """The commit that this package is run from, with -dirty if it was changed since; "" if it was installed."""
+    """The commit that this package runs from, with -dirty if its files have changed since; "" if it is installed."""
     source = Path(localgrad.__file__).parent
-    if not (source.parents[1] / ".git").exists():  # src/localgrad in its repository; a folder or, in a worktree, a file
+    if not (source.parents[1] / ".git").exists():
         return ""
 
     def git(*words: str) -> str:
@@ -81,13 +84,13 @@ def commit() -> str:
 
 
 def processor() -> str:
-    """The processor's name, as far as the system tells."""
+    """The processor's name, if the system knows it."""
     name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name")
     return str(name or platform.processor() or "unknown processor")
 
 
 def summary_rows(folder: Path) -> list[dict[str, float]]:
-    """The rows of a run's summary.csv, one an epoch. Raises RunError if it is not there or damaged."""
+    """The rows of a run's summary.csv, one for each epoch. Raises RunError if it is missing or damaged."""
     path = folder / TABLE
     try:
         with path.open(newline="") as file:
@@ -100,7 +103,7 @@ def summary_rows(folder: Path) -> list[dict[str, float]]:
 
 
 def finished_runs(paths: Sequence[Path]) -> list[Path]:
-    """The folders of finished runs among these and their folders, each once. Raises UserError for a place without."""
+    """The finished runs among these folders and the folders in them. Raises UserError for a path without any."""
     if not paths:
         raise UserError("there is no run to look at: name run folders, or a folder of localgrad compare")
     folders: dict[Path, Path] = {}
@@ -113,7 +116,7 @@ def finished_runs(paths: Sequence[Path]) -> list[Path]:
 
 
 def open_run(run: Path) -> Recipe:
-    """The recipe of a finished run. Raises UserError if `run` is none."""
+    """The recipe of a finished run. Raises UserError if `run` is not the folder of one."""
     if not (run / CONFIG).is_file():
         raise UserError(f"{run} is no run folder: it has no {CONFIG}")
     if not (run / MODEL).is_file():
@@ -122,20 +125,25 @@ def open_run(run: Path) -> Recipe:
 
 
 def claim(folder: Path, recipe: Recipe, *, may_grow: bool = False) -> bool:
-    """Checks that `folder` is free for `recipe`: True if the very same run lies finished in it, False if it can begin
-    or go on there. may_grow: a run of fewer epochs can go on too. Raises UserError for another run, other files, or a
-    place that cannot be written."""
+    """Returns True if a run of the recipe is finished in the folder, and False if it can begin or go on there.
+
+    Args:
+        may_grow: Whether a run of fewer epochs may go on for more.
+
+    Raises:
+        UserError: The folder has another run or other files, or cannot be written.
+    """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: choose another --out")
     config = folder / CONFIG
     if config.exists():
-        there = read_recipe(config)
-        epochs = max(there.epochs, recipe.epochs) if may_grow else there.epochs
-        found = differences(replace(there, epochs=epochs), recipe)
+        earlier = read_recipe(config)
+        epochs = max(earlier.epochs, recipe.epochs) if may_grow else earlier.epochs
+        found = differences(replace(earlier, epochs=epochs), recipe)
         if found:
             raise UserError(f"{folder} holds a different run ({'; '.join(found[:3])}): choose another --out")
-        return there.epochs == recipe.epochs and (folder / MODEL).exists()
-    # A run that was killed at its very first file has left no more than these.
+        return earlier.epochs == recipe.epochs and (folder / MODEL).exists()
+    # A run that was killed while it wrote its first file leaves these two at most.
     if folder.is_dir() and any(p.name not in (LOCK, CONFIG + PART) for p in folder.iterdir()):
         raise UserError(f"{folder} holds files of something else: choose another --out")
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())

@@ -1,5 +1,7 @@
-"""How the processes of a run share its work: alone, as replicas (each a share of every batch) or as a pipeline (each a
-share of the blocks). The three modes have one interface, so that the loop and the step do not ask which one they have.
+"""How the processes of a run share its work: alone, as replicas or as a pipeline.
+
+Each replica trains all blocks on a share of every batch. Each rank of a pipeline trains a share of the blocks on whole
+batches. The three modes have one interface, so that the loop and the step do not ask which one they have.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ from localgrad.scale.pipeline import Stage, least_lag
 from localgrad.scale.replicas import Ranks, Replicas
 from localgrad.scale.shares import block_seconds, shares_of
 
-# The ranks of a pipeline wait for each other where they synchronise. They do so every SYNC_SECONDS or every SYNC_STEPS
-# steps, whichever is later; but SYNC_STEPS steps may not take longer than MOST_SECONDS, because a rank answers signals
-# only there.
+# When the ranks of a pipeline synchronise, all of them wait for the slowest one. They do so every SYNC_SECONDS or every
+# SYNC_STEPS steps, whichever is later. If SYNC_STEPS steps take more than MOST_SECONDS, they do so earlier, because a
+# rank answers signals only then.
 SYNC_SECONDS = 10.0
 SYNC_STEPS = 20
 MOST_SECONDS = 60.0
@@ -33,13 +35,14 @@ class Alone:
     """One process that trains every block on every batch. The other modes override what differs.
 
     Attributes:
-        ranks: the processes of the run.
-        blocks: numbers of the blocks that this rank trains.
-        shard: (i, n): this rank reads part i of n of each batch.
-        replicas: how many ranks train the same blocks.
-        reads_images: whether this rank reads images; targets are read by all.
-        travelling: how many blocks may have gradients on their way while the next block computes.
-        shares_errors: whether every rank finds a loss or gradient that is not finite at the same step.
+        model: The model that is trained.
+        ranks: The processes of the run.
+        blocks: The numbers of the blocks that this rank trains.
+        shard: (i, n) if this rank reads part i of n of each batch.
+        replicas: How many ranks train the same blocks.
+        reads_images: Whether this rank reads the images. Every rank reads the targets.
+        travelling: How many blocks may have gradients on their way while the next block computes.
+        shares_errors: Whether all ranks find a loss or gradient that is not finite at the same step.
     """
 
     reads_images = True
@@ -52,7 +55,7 @@ class Alone:
         self.shard, self.replicas = (0, 1), 1
 
     def notes(self, recipe: Recipe) -> list[str]:
-        """What a person should know of this mode when the run begins."""
+        """Sentences about this mode for the user, shown when the run begins."""
         return []
 
     def block_steps(
@@ -65,21 +68,21 @@ class Alone:
         """Begins to average block k's gradients and its loss over the replicas."""
 
     def finish_average(self, k: int) -> None:
-        """Waits until block k's gradients and its loss are those of all replicas."""
+        """Waits until block k's gradients and its loss are averaged over all replicas."""
 
     def total(self, numbers: Sequence[float], device: torch.device) -> list[float]:
-        """The sums over the replicas of what each has counted."""
+        """The sum of each number over the replicas."""
         return list(numbers)
 
     def gather_model(self) -> None:
-        """Gives every rank the whole model, as one process would have it."""
+        """Makes the model the same on every rank: the one that the run has trained until now."""
 
     def gather_states(self, states: list[Any]) -> list[Any]:
-        """The states of all optimizers, of which `states` holds this rank's, on the first rank."""
+        """The states of all optimizers, on the first rank. In `states`, only those of this rank's blocks are right."""
         return states
 
     def other_optimizers(self, count: int) -> set[int]:
-        """Numbers of the optimizers, of `count`, that other ranks step."""
+        """Which of the `count` optimizers are stepped by other ranks."""
         return set()
 
     def is_sync_due(self, step: int) -> bool:
@@ -89,23 +92,25 @@ class Alone:
     def merge(
         self, records: Sequence[StepRecord], peak: int, step: int, since_save: int
     ) -> tuple[list[StepRecord], int]:
-        """Records of this rank's steps since the last call, and its peak bytes, as those of all ranks.
+        """Merges the records and peaks of all ranks.
 
         Args:
-            step: how many steps are done.
-            since_save: steps since the last save.
+            records: This rank's records of the steps since the last call.
+            peak: This rank's peak bytes.
+            step: How many steps are done.
+            since_save: How many steps were done since the last save.
         """
         return list(records), peak
 
     def resume_at(self, step: int) -> None:
-        """Prepares for the step after `step`, once a checkpoint was loaded on each rank."""
+        """Prepares for the step after `step`, once each rank has loaded a checkpoint."""
 
     def finish(self) -> None:
         """Ends the exchange with other ranks. Every rank calls it after the last step."""
 
 
 class DataParallel(Alone):
-    """Each rank trains every block on its share of each batch, and gradients are averaged, block by block."""
+    """Each rank trains every block on its share of each batch. Gradients are averaged block by block."""
 
     travelling = 1
 
@@ -124,12 +129,12 @@ class DataParallel(Alone):
         return self.ranks.all_reduce_sum(numbers, device)
 
     def gather_model(self) -> None:
-        """Each rank has followed batch-norm statistics of its own. Those of the first rank are those of the run."""
+        """Gives every rank the batch-norm statistics of the first one. The parameters are equal already."""
         self.ranks.broadcast([b for k in self.blocks for b in self.model.statistics(k)])
 
 
 class Pipeline(Alone):
-    """Each rank trains its share of the blocks on every batch, some steps before the rank behind it."""
+    """Each rank trains its share of the blocks on every batch, some steps ahead of the rank with the next blocks."""
 
     shares_errors = False
 
@@ -140,12 +145,12 @@ class Pipeline(Alone):
         self._next_sync, self._last_sync = 1, time.monotonic()
 
     def notes(self, recipe: Recipe) -> list[str]:
-        """How the blocks are dealt out, and whether a larger lag would keep ranks from waiting."""
-        said = [f"pipeline: {' + '.join(map(str, self.stage.shares))} blocks"]
+        """How many blocks each rank has, and whether a larger lag would keep ranks from waiting."""
+        notes = [f"pipeline: {' + '.join(map(str, self.stage.shares))} blocks"]
         lag = least_lag(self.stage.hops)
         if recipe.lag < lag:
-            said.append(f"with --lag {recipe.lag} ranks wait for the EMA's sources; they need not with --lag {lag}")
-        return said
+            notes.append(f"with --lag {recipe.lag} ranks wait for the EMA's sources; they need not with --lag {lag}")
+        return notes
 
     def block_steps(
         self, x: Any, y: Tensor, *, scale: float | Tensor, autocast: torch.dtype | None
@@ -168,19 +173,21 @@ class Pipeline(Alone):
     def merge(
         self, records: Sequence[StepRecord], peak: int, step: int, since_save: int
     ) -> tuple[list[StepRecord], int]:
-        """Puts the losses of all ranks' blocks together. The peak is that of the rank that needs the most. Ranks
-        synchronise seldom, because all wait for the last one, but at each step that is to be saved."""
+        """Joins the losses of all ranks' blocks, takes the largest peak, and agrees on the next step to synchronise.
+        The last rank has the network's output, so it knows the accuracy."""
         now = time.monotonic()
-        each = max((now - self._last_sync) / max(1, len(records)), 1e-6)
-        apart = max(min(SYNC_STEPS, int(MOST_SECONDS / each)), int(SYNC_SECONDS / each), 1)
-        steps = min(apart, self.saving.steps_left(since_save, each))
-        mine = [(r.losses, [{n: float(v) for n, v in p.items()} for p in r.parts], r.top1, r.images) for r in records]
-        by_rank = self.ranks.all_gather_object((mine, peak, step + steps))
+        seconds = max((now - self._last_sync) / max(1, len(records)), 1e-6)
+        interval = max(min(SYNC_STEPS, int(MOST_SECONDS / seconds)), int(SYNC_SECONDS / seconds), 1)
+        next_sync = step + min(interval, self.saving.steps_left(since_save, seconds))
+        own = [(r.losses, [{n: float(v) for n, v in p.items()} for p in r.parts], r.top1, r.images) for r in records]
+        by_rank = self.ranks.all_gather_object((own, peak, next_sync))
         self._next_sync, self._last_sync = by_rank[0][2], now
         merged = []
-        for parts in zip(*(steps for steps, _, _ in by_rank), strict=True):
-            losses, values = ([one for part in parts for one in part[i]] for i in (0, 1))
-            merged.append(StepRecord(losses, values, parts[-1][2], parts[-1][3]))
+        for same_step in zip(*(records for records, _, _ in by_rank), strict=True):
+            losses = [loss for losses, _, _, _ in same_step for loss in losses]
+            parts = [part for _, parts, _, _ in same_step for part in parts]
+            _, _, top1, images = same_step[-1]
+            merged.append(StepRecord(losses, parts, top1, images))
         return merged, max(peak for _, peak, _ in by_rank)
 
     def resume_at(self, step: int) -> None:
@@ -196,12 +203,12 @@ def mode_for(
     """The mode of a run. Every rank calls it with the same model.
 
     Args:
-        pipeline: whether ranks share the blocks, and not the batches.
-        batch: how many images a batch has.
+        pipeline: Whether the ranks share the blocks instead of the batches.
+        batch: The number of images in a batch.
 
     Raises:
-        UserError: the ranks cannot share this recipe's batches or blocks.
-        RunError: memory ran out while the blocks were timed.
+        UserError: The ranks cannot share this recipe's blocks.
+        RunError: Memory ran out while the blocks were timed.
     """
     if ranks.count == 1:
         return Alone(model, ranks)
@@ -211,13 +218,13 @@ def mode_for(
 
 
 def check_batch_share(batch: int, ranks: Ranks, *, pipeline: bool) -> None:
-    """Raises UserError if the replicas cannot share a batch of so many images evenly."""
+    """Raises UserError if the replicas cannot share a batch of this many images evenly."""
     if batch % ranks.count and not pipeline:
         raise UserError(f"{ranks.count} ranks cannot share a batch of {batch} images: take a multiple of {ranks.count}")
 
 
 def check_pipeline(recipe: Recipe) -> None:
-    """Raises UserError for a recipe that no pipeline can follow."""
+    """Raises UserError if no pipeline can follow the recipe."""
     for wrong, text in (
         (recipe.method == "bp" or recipe.cut == 1, "a pipeline needs a block for each process: take another --method"
          " than bp, and more --blocks"),
@@ -229,20 +236,15 @@ def check_pipeline(recipe: Recipe) -> None:
 
 
 def stage_for(recipe: Recipe, model: LocalModel, machine: Machine, ranks: Ranks, batch: int) -> Stage:
-    """This rank's stage of a pipeline. Blocks are dealt out so that the slowest rank is as fast as can be, by the time
-    that each block takes on this machine.
-
-    Raises:
-        UserError: no pipeline can follow the recipe.
-        RunError: memory ran out.
-    """
+    """This rank's stage of a pipeline. Each block is timed here, and the blocks are shared out so that the slowest rank
+    is as fast as possible. Raises UserError if no pipeline can follow the recipe, and RunError if memory runs out."""
     check_pipeline(recipe)
-    shares_of([1.0] * len(model.blocks), ranks.count)  # Refuses too few blocks before the timing takes seconds.
-    noise = torch.Generator().manual_seed(0)  # The run's own generators stay as they are.
+    shares_of([1.0] * len(model.blocks), ranks.count)  # It refuses too few blocks before the timing takes seconds.
+    noise = torch.Generator().manual_seed(0)  # It leaves the run's own random generators as they are.
     x = torch.randn(batch, *model.image, generator=noise).to(machine.device, memory_format=machine.memory_format)
     y = torch.zeros(batch, dtype=torch.int64, device=machine.device)
     try:
-        mine = block_seconds(model, x, y, autocast=machine.autocast)
+        own_seconds = block_seconds(model, x, y, autocast=machine.autocast)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -250,5 +252,5 @@ def stage_for(recipe: Recipe, model: LocalModel, machine: Machine, ranks: Ranks,
             f"out of memory as rank {ranks.rank} timed the blocks: more --blocks or a smaller --batch-size needs less"
         )
         raise RunError(text) from error
-    seconds = ranks.all_reduce_sum(mine, machine.device)
+    seconds = ranks.all_reduce_sum(own_seconds, machine.device)
     return Stage(model, shares_of(seconds, ranks.count), timeout=ranks.timeout)

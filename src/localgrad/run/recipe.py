@@ -1,6 +1,7 @@
-"""A run as a value: the frozen recipe that the command line fills, the run folder keeps and the loop reads.
+"""The recipe: all fields of a run as one frozen value.
 
-No PyTorch here, so that `--help` is quick. Each field changes the run, or `settle` warns that it does not.
+The command line fills it, the run folder keeps it, and the training loop reads it. Each field changes the run, or
+`settle` warns that it does not. This module imports no PyTorch, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Recipe:
     image_size: int | None = None
     """Side of the images in pixels (image-folder only)."""
     limit_train: int | None = None
-    """Train on so many images, balanced over the classes."""
+    """Number of training images to use, balanced over the classes."""
 
     method: str = "dgl"
     """bp, dgl, predsim, infopro or auglocal."""
@@ -53,19 +54,19 @@ class Recipe:
     head: str = "auto"
     """Local classifier: dgl, 0c1f, 1c1f, 1c2f, 1c3f, 2c2f; auto is the method's own (deep MAN: pool + linear)."""
     momentum: float = 0.995
-    """Of the coupling's EMA: 0 copies the source, 1 never moves."""
+    """Momentum of the coupling's EMA: 0 copies the source, 1 never moves."""
     branches: Literal["both", "learnable", "ema"] = "both"
     """Which branches of the coupling exist."""
     form: Literal["branches", "pull"] = "branches"
     """The coupling as published in code, or after the ECCV text."""
     depth: int | None = None
-    """Units that deep MAN or auglocal takes; each has a default."""
+    """How many units deep MAN or auglocal uses; each has a default."""
     learnable_units: int = 1
-    """Units of man's and man++'s learnable branch; those behind the first stand alone."""
+    """How many units man's and man++'s learnable branch has; those after the first stand alone."""
     lag: int = 0
-    """Steps by which the coupling's EMA is behind what it follows: what a pipeline wants."""
+    """Steps by which the coupling's EMA is behind its source, so that a pipeline need not wait."""
     ema_every: int = 1
-    """The coupling's EMA sees what it follows after each so many steps."""
+    """The coupling's EMA reads its source once in this many steps."""
     contrast: bool = False
     """InfoPro: supervised contrastive instead of cross-entropy."""
 
@@ -74,7 +75,7 @@ class Recipe:
     batch_size: int = 128
     """Images of one forward pass."""
     accumulate: int = 1
-    """Gradients of so many batches are averaged for a step."""
+    """Number of batches whose gradients are averaged for a step."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd is with Nesterov momentum 0.9."""
     lr: float = 0.1
@@ -84,18 +85,18 @@ class Recipe:
     warmup: float = 0.05
     """Share of the steps in which lr rises linearly."""
     weight_decay: float = 1e-4
-    """Of blocks and auxiliaries."""
+    """Weight decay of blocks and auxiliaries."""
     decay_norms: bool = True
     """Weight decay on norms, biases and scales too."""
     label_smoothing: float = 0.0
-    """Of the cross-entropies, the auxiliaries' too."""
+    """Label smoothing of all cross-entropies, the auxiliaries' too."""
     clip: float | None = None
     """Largest gradient norm of a block with its auxiliary."""
     step_as_you_go: bool = False
     """Step each block right after its backward pass, so that gradients are freed too."""
 
     recompute: str | None = None
-    """Units whose tensors are made again in the backward pass, or all; and coupling.K for that of block K."""
+    """Units to recompute in the backward pass, or all; coupling.K for the coupling of block K."""
 
     precision: Literal["auto", "bf16", "fp16", "float32"] = "auto"
     """auto is bf16 where the processor is fast at it."""
@@ -104,31 +105,28 @@ class Recipe:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     seed: int = 0
-    """Of the weights, the order, the augmentation and the subset."""
+    """Seed of the weights, the order, the augmentation and the subset."""
     deterministic: bool = False
     """Only deterministic kernels."""
     sync_batch_norm: bool = False
-    """With several processes: batch norm over the images of all."""
+    """With several processes: batch norm over the images of all processes."""
     workers: int = 0
     """Processes that decode images (image-folder only)."""
     on_bad_image: Literal["error", "skip"] = "error"
-    """An unreadable image ends the run, or another takes its place and it is listed (image-folder only)."""
+    """error: an unreadable image ends the run; skip: it is replaced and listed (image-folder only)."""
     skip_nonfinite: bool = False
     """Leave out steps whose losses or gradients are not finite, instead of ending the run."""
     init: str | None = None
     """Checkpoint of the backbone to start from."""
 
     def __post_init__(self) -> None:
-        for kind, name, options in (
-            ("method", self.method, METHODS),
-            ("coupling", self.coupling, COUPLINGS),
-            ("head", self.head, HEADS),
-        ):
+        for kind, options in (("method", METHODS), ("coupling", COUPLINGS), ("head", HEADS)):
+            name = getattr(self, kind)
             if name not in options:
                 raise unknown(kind, name, options)
-        whole = (("epochs", 1), ("batch_size", 2), ("accumulate", 1), ("workers", 0), ("depth", 1), ("seed", 0),
-                 ("learnable_units", 1), ("lag", 0), ("ema_every", 1), ("image_size", 1))  # fmt: skip
-        ranges = [(name, low, 2**63 - 1, f"at least {low}") for name, low in whole]
+        integers = (("epochs", 1), ("batch_size", 2), ("accumulate", 1), ("workers", 0), ("depth", 1), ("seed", 0),
+                    ("learnable_units", 1), ("lag", 0), ("ema_every", 1), ("image_size", 1))  # fmt: skip
+        ranges = [(name, low, 2**63 - 1, f"at least {low}") for name, low in integers]
         ranges += [(name, 0, 1, "between 0 and 1") for name in ("momentum", "warmup", "label_smoothing")]
         ranges += [(name, SMALLEST, LARGEST, "above 0 and finite") for name in ("lr", "clip")]
         ranges += [("weight_decay", 0, LARGEST, "at least 0 and finite")]
@@ -138,8 +136,8 @@ class Recipe:
                 raise UserError(f"{name} must be {allowed}, not {value}")
         if any(not 0 <= factor <= LARGEST for factor in self.block_factors or ()):
             raise UserError(f"block-lr takes factors of at least 0, not '{self.block_lr}'")
-        _ = self.recomputed, self.arguments
-        if self.init is not None:  # the same file by either name, in YAML too
+        _ = self.recomputed, self.arguments  # These properties check their fields.
+        if self.init is not None:  # The same file has the same name, whether a shell or a YAML file names it.
             object.__setattr__(self, "init", os.path.expanduser(self.init))
         if self.step_as_you_go and self.accumulate > 1:
             raise UserError("step-as-you-go frees gradients after each batch, but accumulate keeps them: drop one")
@@ -148,31 +146,30 @@ class Recipe:
 
     @property
     def cut(self) -> int | list[str]:
-        """`blocks` as `localize` takes it."""
+        """The field `blocks` in the form that `localize` takes."""
         if self.blocks.lstrip("-").isdigit():
             return int(self.blocks)
         return [name.strip() for name in self.blocks.split(",")]
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """`model_args` as keywords; values are read as YAML. Raises UserError."""
+        """The field `model_args` as keyword arguments. Values are read as YAML. Raises UserError."""
         try:
-            words = re.sub(r"(\w+)\s*=", r"\1: ", self.model_args or "")
-            found = yaml.safe_load(f"{{{words}}}")
+            mapping = re.sub(r"(\w+)\s*=", r"\1: ", self.model_args or "")
+            found = yaml.safe_load(f"{{{mapping}}}")
         except (yaml.YAMLError, ValueError):
             found = {"": None}
-        if not all(
-            isinstance(name, str) and name.isidentifier() and value is not None for name, value in found.items()
-        ):
+        if not all(isinstance(name, str) and name.isidentifier() for name in found) or None in found.values():
             raise UserError(f"model-args takes NAME=VALUE split by commas, not '{self.model_args}'")
         for name in found.keys() & {"name", "classes", "in_channels", "num_classes", "in_chans"}:
             raise UserError(f"model-args cannot set {name}: the model and the data tell it")
-        tens = re.compile(r"[-+]?\d+e[-+]?\d+")  # 1e-3, which YAML takes for text
-        return {name: float(v) if isinstance(v, str) and tens.fullmatch(v) else v for name, v in found.items()}
+        number = re.compile(r"[-+]?\d+e[-+]?\d+")  # YAML reads 1e-3 as text.
+        return {name: float(v) if isinstance(v, str) and number.fullmatch(v) else v for name, v in found.items()}
 
     @property
     def recomputed(self) -> dict[str, Any]:
-        """`recompute` as the function of that name takes it. Raises UserError for a coupling without a number."""
+        """The field `recompute` as arguments of the function of that name. Raises UserError for a coupling without a
+        number."""
         words = [word.strip() for word in (self.recompute or "").split(",") if word.strip()]
         numbers = [word.removeprefix("coupling.") for word in words if word.startswith("coupling.")]
         if not all(number.isdecimal() for number in numbers):
@@ -182,7 +179,7 @@ class Recipe:
 
     @property
     def block_factors(self) -> list[float] | None:
-        """`block_lr` as numbers."""
+        """The field `block_lr` as numbers. Raises UserError for anything else."""
         if self.block_lr is None:
             return None
         try:
@@ -198,12 +195,12 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Saving:
-    """When a run is saved besides after each epoch, how much of that stays, and whether it goes on where it stopped."""
+    """When a run is saved besides after each epoch, which checkpoints stay, and whether a stopped run goes on."""
 
     save_every: str = "600s"
-    """So many steps, or seconds as 600s, apart from the end of each epoch."""
+    """Steps, or seconds as 600s, from one save to the next, apart from the end of each epoch."""
     keep_last: int = 2
-    """Newest checkpoints to keep, beside the best; at least 2."""
+    """How many of the newest checkpoints to keep besides the best one; at least 2."""
     resume: Literal["auto", "never"] = "auto"
     """auto goes on from the newest sound checkpoint in --out; never removes what is there and begins anew."""
 
@@ -215,33 +212,33 @@ class Saving:
             raise UserError(f"keep-last must be at least 2, in case that one is damaged, not {self.keep_last}")
 
     def steps_left(self, steps: int, each: float) -> int:
-        """About how many more steps until it is due, so many steps after the last time, of so many seconds each."""
+        """About how many steps of `each` seconds are left until a save is due, when `steps` are done since the last."""
         number = int(self.save_every.removesuffix("s"))
         every = max(1, int(number / each)) if self.save_every.endswith("s") else number
         return every - steps % every
 
     def due(self, steps: int, seconds: float) -> bool:
-        """Whether to save, so many steps and seconds after the last time."""
+        """Whether a save is due, by the steps and the seconds since the last one."""
         number = int(self.save_every.removesuffix("s"))
         return (seconds if self.save_every.endswith("s") else steps) >= number
 
 
-# Fields that a plan chooses.
+# A plan chooses these fields.
 PLANNED = ("method", "coupling", "head", "blocks", "recompute", "step_as_you_go")
 
-# Fields that belong to a method or coupling; the others are conditions, under which methods can be compared.
+# These fields belong to a method or coupling. The others are conditions under which methods can be compared.
 OF_METHODS = frozenset({
     "method", "coupling", "blocks", "head", "momentum", "branches", "form", "depth", "learnable_units", "lag",
     "ema_every", "contrast",
 })  # fmt: skip
 
-# Fields that say where things lie, how fast, or what shall not end the run, but not what comes out.
+# These fields do not change the result of a run that reaches its end.
 PLACES = frozenset({"data_dir", "download", "workers", "device", "recompute", "on_bad_image", "skip_nonfinite"})
 
 
 def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
-    """`recipe` with other fields. What the changes imply, unless they say otherwise themselves: `bp` has one block, one
-    block has neither coupling nor head, and deep MAN has its own head."""
+    """The recipe with some fields changed, and with what these imply unless `changes` has it too: `bp` has one block,
+    one block has neither coupling nor head, and deep MAN has its own head."""
     implied: dict[str, Any] = {}
     if changes.get("method") == "bp":
         implied = {"blocks": "1", "coupling": "none", "head": "auto"}
@@ -253,12 +250,12 @@ def override(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
 
 
 def idle(recipe: Recipe) -> dict[str, tuple[Any, str]]:
-    """The fields that have no effect in `recipe`: what they are when nobody sets them, and why."""
+    """The fields that have no effect in this recipe, each with the value that counts as not set, and the reason."""
     single = recipe.method == "bp" or recipe.cut == 1
     uncoupled = single or recipe.coupling == "none"
     deep = recipe.coupling == "deep-man" and not single
     alone = "one block has no boundary"
-    fields_of = [
+    rules = [  # A rule has a field, whether it has no effect, its value when it is not set, and the reason.
         ("blocks", recipe.method == "bp", "1", "bp trains end to end, in 1 block"),
         ("coupling", single, "none", alone),
         ("head", single, "auto", alone),
@@ -276,11 +273,11 @@ def idle(recipe: Recipe) -> dict[str, tuple[Any, str]]:
         ("download", recipe.data == "digits", False, "digits comes with scikit-learn"),
         ("data_dir", recipe.data == "digits", None, "digits comes with scikit-learn"),
     ]
-    return {name: (unset, why) for name, without_effect, unset, why in fields_of if without_effect}
+    return {name: (unset, why) for name, without_effect, unset, why in rules if without_effect}
 
 
 def settle(recipe: Recipe) -> Recipe:
-    """`recipe` without its options that have no effect; each that was set gets a warning."""
+    """The recipe without the options that have no effect. It warns of each of them that was set."""
     changes = {}
     for name, (unset, why) in idle(recipe).items():
         if getattr(recipe, name) != unset:
@@ -290,27 +287,26 @@ def settle(recipe: Recipe) -> Recipe:
 
 
 def shown(recipe: Recipe) -> str:
-    """The fields that are set, on one line."""
+    """The fields of a recipe that are set, on one line."""
     return " ".join(f"{name}={value}" for name, value in as_dict(recipe).items() if value not in (None, False))
 
 
 def as_dict(recipe: Recipe) -> dict[str, Any]:
+    """All fields of a recipe, by name."""
     return dataclasses.asdict(recipe)
 
 
 def differences(a: Recipe, b: Recipe) -> list[str]:
-    """Fields in which two recipes would give another result, as "lr 0.1 against 0.05"."""
+    """The fields that make the results of two recipes differ, each as "lr 0.1 against 0.05"."""
     pairs = ((f.name, getattr(a, f.name), getattr(b, f.name)) for f in fields(Recipe) if f.name not in PLACES)
     return [f"{name} {x} against {y}" for name, x, y in pairs if x != y]
 
 
 def read_recipe(path: Path) -> Recipe:
-    """The recipe in a YAML file: a run's config.yaml, or fields alone. Raises UserError."""
+    """Reads a recipe from a YAML file, which is a run's config.yaml or has fields alone. Raises UserError."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        fields_in = content.get("recipe", content)
-        kinds = typing.get_type_hints(Recipe)
-        return Recipe(**{name: _as_kind(value, kinds[name]) for name, value in fields_in.items()})
+        return Recipe(**_typed(content.get("recipe", content)))
     except FileNotFoundError:
         raise UserError(f"no recipe at {path}") from None
     except KeyError as error:
@@ -320,17 +316,22 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """The fields of a recipe that `localgrad plan` has chosen. Raises UserError."""
+    """Reads the fields of a recipe that `localgrad plan` has chosen. Raises UserError."""
     try:
         chosen = yaml.safe_load(path.read_text(encoding="utf-8"))["plan"]
-        kinds = typing.get_type_hints(Recipe)
-        return {name: _as_kind(chosen[name], kinds[name]) for name in PLANNED}
+        return _typed({name: chosen[name] for name in PLANNED})
     except (OSError, yaml.YAMLError, TypeError, KeyError, ValueError) as error:
         raise UserError(f"{path} holds no plan: let localgrad plan --out write one") from error
 
 
+def _typed(values: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a recipe from YAML values, with the types that the fields have."""
+    kinds = typing.get_type_hints(Recipe)
+    return {name: _as_kind(value, kinds[name]) for name, value in values.items()}
+
+
 def _as_kind(value: Any, kind: Any) -> Any:
-    """A YAML value as the field's type: YAML reads `blocks: 4` as a number and `lr: 1e-1` as text."""
+    """Converts a YAML value to a field's type, because YAML reads `blocks: 4` as a number and `lr: 1e-1` as text."""
     options = typing.get_args(kind)
     if value is None:
         if type(None) in options:

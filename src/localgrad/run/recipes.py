@@ -1,9 +1,9 @@
 """Recipes by name: the papers' runs and the small ones of this repository.
 
 Each docstring gives the command, the published figure and the hardware that it needs. Figures are test errors in
-percent; they are MAN's (ECCV 2024), read through a public summary (github.com/zhaoyang97/Paper-Notes), unless another
-source is named. None of the papers' runs was repeated here: they take data that the package does not bring, and days
-of a GPU.
+percent. Unless another source is named, they are from MAN (ECCV 2024), read in a public summary
+(github.com/zhaoyang97/Paper-Notes). None of the papers' runs was repeated here, because they need data that the package
+does not bring, and days on a GPU.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ def fashion_small() -> Recipe:
 
 
 def fashion_small_k4() -> Recipe:
-    """`localgrad train --recipe fashion_small_k4`: 4 blocks, the nearest to backpropagation that we found in no more
-    memory and time than MAN's four even ones (docs/experiments.md). It departs from the paper: the cuts lie behind the
-    last units, the first stage is recomputed, which is most of what it saves, and of deep MAN's two branches it has the
-    learnable one alone, without an EMA."""
+    """`localgrad train --recipe fashion_small_k4`: 4 blocks with the lowest error that we found in no more memory and
+    time than four even blocks with MAN (docs/experiments.md). It departs from the paper: the cuts lie behind the last
+    units, the first stage is recomputed, which saves most of the memory, and deep MAN has its learnable branch alone,
+    without an EMA."""
     first_stage = "layer1.0,layer1.1,layer1.2,layer1.3,layer1.4"
     return replace(fashion_small_k16(), blocks="layer3.1,layer3.2,layer3.3", recompute=first_stage)
 
 
 def fashion_small_k16() -> Recipe:
-    """`localgrad train --recipe fashion_small_k16`: deep MAN's learnable branch alone, where each unit is a block."""
+    """`localgrad train --recipe fashion_small_k16`: each unit is a block, with deep MAN's learnable branch alone."""
     return replace(fashion_small(), coupling="deep-man", branches="learnable", head="auto")
 
 
@@ -72,7 +72,7 @@ def cifar10_resnet110_k55() -> Recipe:
 
 
 def _imagenet(model: str, blocks: str, batch_size: int) -> Recipe:
-    """lr after the linear scaling rule, 0.1 for 256 images (Goyal et al., 2017), with its 5 epochs of warm-up."""
+    """lr follows the linear scaling rule of Goyal et al. (2017), 0.1 for 256 images, with their 5 epochs of warm-up."""
     return Recipe(
         model=f"torchvision:{model}", data="image-folder", data_dir="data/imagenet", method="infopro", blocks=blocks,
         epochs=90, batch_size=batch_size, lr=0.1 * batch_size / 256, warmup=5 / 90, workers=16,
@@ -130,7 +130,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 
 
 def named_recipe(name: str) -> Recipe:
-    """A recipe by its name, or from a YAML file (a run's config.yaml). Raises UserError."""
+    """A recipe by its name, or read from a YAML file such as a run's config.yaml. Raises UserError."""
     if name.endswith((".yaml", ".yml")):
         return read_recipe(Path(name))
     if name not in RECIPES:

@@ -1,4 +1,4 @@
-"""What a run writes into its folder, and what a person sees meanwhile: live on a terminal, elsewhere some lines."""
+"""The log of a run: the files in its folder, and a progress bar on a terminal or a line of text now and then."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import yaml
@@ -28,13 +27,20 @@ from localgrad.run.folder import BAD_IMAGES, CONFIG, METRICS, SUMMARY, TABLE, TI
 from localgrad.run.recipe import Recipe, as_dict
 from localgrad.scale.memory import PeakBytes
 
-INTERVAL = 10.0  # seconds between two lines without a terminal
+INTERVAL = 10.0  # Seconds between two records of a step, and between two lines without a terminal.
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step: the blocks' losses, mean over its batches; their parts in the last batch; the share of
-    training images that were right, in percent; how many images; and if it was left out, why."""
+    """One optimizer step.
+
+    Attributes:
+        losses: The loss of each block, the mean over the step's batches.
+        parts: The objectives of each block by name, in the last batch.
+        top1: The accuracy on the step's training images, in percent.
+        images: The number of these images.
+        skipped: Why the step was skipped; "" if it was not.
+    """
 
     losses: list[float]
     parts: list[dict[str, Tensor]]
@@ -44,11 +50,16 @@ class StepRecord:
 
 
 class RunLog:
-    """Writes one run's folder. A context: nothing exists before it is entered.
+    """Writes one run's folder. It is a context manager, and writes nothing before it is entered.
 
-    start: the step and the whole epochs that the run goes on from; (0, 0) begins anew. environment, sizes, classes:
-    what config.yaml shall say of machine and versions, of the model, and of the data. Once the run is under way, a disk
-    that takes no more costs lines of the record, not the run.
+    If the disk takes no more later, lines of the record are lost, but the run goes on.
+
+    Args:
+        recipe: The recipe, for config.yaml.
+        total: The number of steps of the whole run.
+        environment, sizes, classes: The other sections of config.yaml.
+        start: The step and the number of finished epochs from which the run goes on; (0, 0) for a new run.
+        tensorboard: Whether to write TensorBoard events too.
     """
 
     def __init__(
@@ -70,14 +81,26 @@ class RunLog:
         self._writer = _tensorboard() if tensorboard else None
         self.tensorboard: Any = None
         self.progress: Progress | None = None
-        self._since, self._images, self._began = 0.0, 0, 0.0
+        self._recorded_at, self._images, self._began = 0.0, 0, 0.0  # The images are those since the last record.
         self._failing: set[str] = set()
 
     def __enter__(self) -> RunLog:
+        self._open_files()
+        if self.console.is_terminal:
+            columns = [BarColumn(24), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn()]
+            columns += [TextColumn("{task.fields[shown]}")]
+            self.progress = Progress(*columns, console=self.console)
+            self.bar = self.progress.add_task("", total=self.total, completed=self.start, shown="")
+            self.progress.start()
+        self._began = self._recorded_at = time.monotonic()
+        return self
+
+    def _open_files(self) -> None:
+        """Removes what a killed process has left and what the run will write again, and opens the record."""
         try:
             for rest in self.folder.glob(f"*{PART}"):
                 rest.unlink()
-            # The weights first: a folder that has them counts as finished.
+            # The weights go first, because a folder that has them counts as finished.
             for old in (MODEL, BAD_IMAGES, *(() if self.start else (METRICS, TABLE, TIMELINE))):
                 (self.folder / old).unlink(missing_ok=True)
             if not self.start:
@@ -91,18 +114,8 @@ class RunLog:
             self.tensorboard = self._writer and self._writer(str(self.folder / "tensorboard"), purge_step=purge)
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror}; choose another --out") from error
-        if self.console.is_terminal:
-            columns = [BarColumn(24), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn()]
-            columns += [TextColumn("{task.fields[shown]}")]
-            self.progress = Progress(*columns, console=self.console)
-            self.bar = self.progress.add_task("", total=self.total, completed=self.start, shown="")
-            self.progress.start()
-        self._began = self._since = time.monotonic()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         if self.progress is not None:
             self.progress.stop()
         with self._tolerating(METRICS):
@@ -111,23 +124,24 @@ class RunLog:
             self.tensorboard.close()
 
     def note(self, text: str) -> None:
-        encoding = self.console.encoding  # which may not have the letters of a class's name
+        """Shows a text. Letters that the terminal's encoding does not have are shown by their numbers."""
+        encoding = self.console.encoding
         text = text.encode(encoding, "backslashreplace").decode(encoding)
-        with contextlib.suppress(OSError):  # nobody reads it any more, or the disk that it goes to is full
+        with contextlib.suppress(OSError):  # The reader has gone, or the output goes to a full disk.
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def step(self, step: int, epoch: int, done: StepRecord, peak: int) -> None:
-        """Shows a step: on a terminal each, elsewhere one an interval, which is also when it is recorded."""
+        """Records a step once in an interval, and shows it then. On a terminal, each step is shown."""
         if done.skipped:
             self.note(f"{done.skipped}: left out")
             self.record({"step": step, "epoch": epoch + 1, "skipped": done.skipped})
             return
         self._images += done.images
         now = time.monotonic()
-        due = now - self._since >= INTERVAL or step == self.total
+        due = now - self._recorded_at >= INTERVAL or step == self.total
         if not due and self.progress is None:
             return
-        speed = self._images / max(now - self._since, 1e-9)
+        speed = self._images / max(now - self._recorded_at, 1e-9)
         text = f"losses {_short(done.losses)}  top1 {done.top1:.1f}%  {speed:.0f} images/s  peak {mib(peak)}"
         if self.progress is not None:
             self.progress.update(self.bar, completed=step, shown=text)
@@ -138,17 +152,17 @@ class RunLog:
             parts = [{name: float(value) for name, value in part.items()} for part in done.parts]
             entry = {"step": step, "epoch": epoch + 1, "losses": done.losses, "parts": parts}
             self.record({**entry, "train_top1": done.top1, "images_per_second": speed})
-            self._since, self._images = now, 0
+            self._recorded_at, self._images = now, 0
             if self.tensorboard is not None:
                 for k, loss in enumerate(done.losses):
                     self.tensorboard.add_scalar(f"loss/block {k}", loss, step)
 
     def epoch(self, rows: list[dict[str, float]], step: int, by_block: dict[str, list[float | None]]) -> None:
-        """Writes summary.csv, whose last row is new. by_block: what is recorded of each block beside it."""
+        """Writes the rows of all epochs to summary.csv, and records the last one with some values of each block."""
         text, row = io.StringIO(), rows[-1]
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(SUMMARY)
-        writer.writerows([_cell(r[name]) for name in SUMMARY] for r in rows)
+        writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in map(r.get, SUMMARY)] for r in rows)
         with self._tolerating(TABLE):
             write_text(self.folder / TABLE, text.getvalue())
         self.record({"step": step, **row, **by_block})
@@ -164,24 +178,25 @@ class RunLog:
         )
 
     def timeline(self, peak: PeakBytes) -> None:
-        """Writes the measured step: bytes live each time that they changed, and during which block."""
+        """Writes the memory of the measured step: the live bytes after each change, and the block that ran."""
         lines = [f"{i},{label or 'block 0'},{live}\n" for i, (label, live) in enumerate(peak.timeline)]
         with self._tolerating(TIMELINE):
             write_text(self.folder / TIMELINE, "".join(["event,during,live_bytes\n", *lines]))
 
     def bad_images(self, found: dict[str, str]) -> None:
-        """Writes which images cannot be used, one a line with the reason."""
+        """Writes the images that cannot be read, each on a line with the reason."""
         with self._tolerating(BAD_IMAGES):
             write_text(self.folder / BAD_IMAGES, "".join(f"{path}\t{why}\n" for path, why in found.items()))
 
     def record(self, entry: dict[str, Any]) -> None:
-        """Adds a line to metrics.jsonl. Each has its `step`, by which a run that goes on drops those it will repeat."""
+        """Adds a line to metrics.jsonl. It has a `step`, so that a continued run can drop the steps that it repeats."""
         with self._tolerating(METRICS):
             self.metrics.write(json.dumps(entry) + "\n")
             self.metrics.flush()
 
     @contextlib.contextmanager
     def _tolerating(self, name: str) -> Iterator[None]:
+        """Turns an error of the disk into a note, which is shown once for each file."""
         try:
             yield
         except OSError as error:
@@ -191,9 +206,7 @@ class RunLog:
 
 
 class NoLog(contextlib.AbstractContextManager):
-    """The log of a rank that is not the first: nothing."""
-
-    def __init__(self, *args: Any, **settings: Any) -> None: ...
+    """The log of a rank that is not the first one. It does nothing."""
 
     def __exit__(self, *exc_info: object) -> None: ...
 
@@ -203,11 +216,12 @@ class NoLog(contextlib.AbstractContextManager):
 
 
 def scores(row: dict[str, float]) -> str:
+    """The scores of an evaluation as words."""
     return f"test loss {row['eval_loss']:.4f}, top1 {row['eval_top1']:.2f}%, top5 {row['eval_top5']:.2f}%"
 
 
 class _Console(Console):
-    """Falls silent when its reader goes away, where rich's own would end the process."""
+    """Falls silent when its reader goes away. The console of rich would end the process."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -215,7 +229,7 @@ class _Console(Console):
 
 
 def _until(step: int, epochs: int, metrics: Path) -> str:
-    """The lines of metrics.jsonl up to `step`, and the rows of so many epochs; one that a kill has torn is none."""
+    """The lines of metrics.jsonl up to a step, with the rows of that many epochs. A torn last line is left out."""
     lines = []
     for line in metrics.read_text(errors="replace").splitlines() if metrics.exists() else ():
         with contextlib.suppress(ValueError, TypeError, KeyError):
@@ -225,17 +239,14 @@ def _until(step: int, epochs: int, metrics: Path) -> str:
     return "".join(lines)
 
 
-def _cell(value: float) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
 def _short(losses: list[float]) -> str:
-    """The blocks' losses, first to last; of many, the ends."""
+    """The blocks' losses in order. If there are many, those in the middle are left out."""
     texts = [f"{loss:.3f}" for loss in losses]
     return " ".join(texts if len(texts) <= 8 else [*texts[:4], "..", *texts[-3:]])
 
 
 def _tensorboard() -> Any:
+    """The class that writes TensorBoard events."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a request that the loop answers between two steps."""
+"""SIGTERM and SIGINT: the training loop answers them between two steps."""
 
 from __future__ import annotations
 
@@ -6,22 +6,27 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from types import FrameType, TracebackType
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from types import FrameType
 
 BOTH = (signal.SIGTERM, signal.SIGINT)
-GRACE = 300  # seconds, more than a step and a save take
+GRACE = 300  # Seconds. A step and a save take less.
 NOTICE = b"localgrad: finishing the step, then saving\n"
 
 
 def rank_here() -> int:
-    """Which of several processes of one run this is (torchrun tells): what all would say is said by the first, 0."""
+    """The rank of this process, which torchrun has set; 0 without torchrun. Rank 0 speaks for all."""
     return int(os.environ.get("RANK", "0"))
 
 
 class Stopped(BaseException):
-    """The process was asked to end by a signal: no error, so nothing that handles errors may take it for one.
-    exit_code: 128 + its number, as shells have it."""
+    """A signal asked the process to end. This is not an error, so code that handles errors must not catch it.
+
+    Attributes:
+        number: The number of the signal.
+        exit_code: 128 + that number, as in shells.
+    """
 
     def __init__(self, number: int, text: str = "stopped") -> None:
         super().__init__(text)
@@ -30,27 +35,23 @@ class Stopped(BaseException):
 
 
 class StopRequest:
-    """A context in which SIGTERM and SIGINT only ask, and `check` answers.
+    """A context in which SIGTERM and SIGINT only set `number`, which `check` looks at.
 
-    More signals change nothing: a scheduler may send both, or one twice, and the save must not suffer. Outside the
-    main thread, which alone can hear signals, nothing is asked.
+    Only the first signal counts: a scheduler may send several, and they must not disturb the save. Only the main thread
+    hears signals, so in another thread this does nothing.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
-        self._before: dict[int, signal._HANDLER] = {}
+        self._handlers = contextlib.ExitStack()
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            heard = [n for n in BOTH if signal.getsignal(n) != signal.SIG_IGN]
-            self._before = {number: signal.signal(number, self._ask) for number in heard}
+        heard = [number for number in BOTH if signal.getsignal(number) != signal.SIG_IGN]
+        self._handlers.enter_context(_handled(self._ask, heard))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def __exit__(self, *exc_info: object) -> None:
+        self._handlers.close()
 
     def check(self) -> None:
         """Raises Stopped if a signal has come."""
@@ -61,13 +62,13 @@ class StopRequest:
         if self.number is None:
             self.number = number
             with contextlib.suppress(OSError):
-                os.write(2, b"" if rank_here() else NOTICE)  # not print, which the signal may have interrupted
+                os.write(2, b"" if rank_here() else NOTICE)  # `print` may be what the signal has interrupted.
 
 
 def outlive_signals(worker: int) -> None:
-    """For processes that decode images: a signal to the whole group is the loop's to answer, which still needs them.
+    """Lets a process that decodes images go on after a signal to all processes, because the loop still needs it.
 
-    After a SIGTERM they end by themselves, late: whoever waits for them to end must not wait for ever.
+    After a SIGTERM it ends by itself some minutes later, so that nobody waits for it for ever.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "pthread_sigmask"):
@@ -78,8 +79,8 @@ def outlive_signals(worker: int) -> None:
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """Signals wait until the end, and in processes that begin meanwhile until `outlive_signals`: before that they would
-    end such a process. Systems that cannot hold signals back (Windows) train no runs."""
+    """Signals wait until the context ends. In processes that start meanwhile they wait until `outlive_signals`, because
+    before that they would end the process. Windows cannot hold signals back, but trains no runs either."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -90,33 +91,30 @@ def held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-@contextlib.contextmanager
-def deaf() -> Iterator[None]:
-    """No thread hears signals: for what a process that is about to end must do before."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in BOTH}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def deaf() -> AbstractContextManager[None]:
+    """A context in which signals are ignored, for what a process must do before it ends."""
+    return _handled(signal.SIG_IGN, BOTH)
 
 
-@contextlib.contextmanager
-def sigterm_raises() -> Iterator[None]:
-    """For the time outside of the loop, when there is nothing to save: SIGTERM raises Stopped, as SIGINT raises
-    KeyboardInterrupt."""
+def sigterm_raises() -> AbstractContextManager[None]:
+    """A context in which SIGTERM raises Stopped, as SIGINT raises KeyboardInterrupt. It is used outside the loop, where
+    there is nothing to save."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(number)
 
+    return _handled(stop, [signal.SIGTERM])
+
+
+@contextlib.contextmanager
+def _handled(handler: Callable[..., None] | signal.Handlers, numbers: Sequence[int]) -> Iterator[None]:
+    """Sets the handler of these signals inside the context. Outside the main thread it does nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, previous in before.items():
+            signal.signal(number, previous)

@@ -1,8 +1,8 @@
-"""A run's state as JSON text and tensors, and back: nested plain values in which each tensor is a number.
+"""Turns a run's state into JSON text and tensors, and back.
 
-JSON knows neither tuples nor keys that are no text, so every container is written as `{"list": [...]}`,
-`{"tuple": [...]}` or `{"dict": [[key, value], ...]}`, and a tensor as `{"tensor": number, "stride": [...]}`. Nothing in
-such a file can name a function, so reading one runs nothing.
+JSON has no tuples, and its keys are text. So every container is written as `{"list": [...]}`, `{"tuple": [...]}` or
+`{"dict": [[key, value], ...]}`, and a tensor as `{"tensor": number, "stride": [...]}`. Nothing in such a file can name
+a function, so reading one runs no code.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ def to_json(state: Any) -> tuple[str, dict[str, Tensor]]:
     """Splits nested dictionaries, lists, tuples, plain values and tensors.
 
     Returns:
-        The JSON text, and the tensors by the number that stands for them in it.
+        The JSON text, and each tensor by the number that stands for it in the text.
 
     Raises:
-        TypeError: `state` holds something else.
+        TypeError: The state holds something else.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -43,10 +43,10 @@ def to_json(state: Any) -> tuple[str, dict[str, Tensor]]:
 
 
 def from_json(text: str | bytes, tensors: dict[str, Tensor]) -> Any:
-    """The state that `to_json` has split, with each tensor in the memory format that it had. Empties `tensors`.
+    """The state that `to_json` has split, with each tensor in its old memory format. `tensors` is emptied.
 
     Raises:
-        ValueError: the text is not what `to_json` writes. KeyError, TypeError and RecursionError are possible too.
+        ValueError: The text is not what `to_json` writes. KeyError, TypeError and RecursionError are possible too.
     """
 
     def read(value: Any) -> Any:
@@ -69,8 +69,8 @@ def from_json(text: str | bytes, tensors: dict[str, Tensor]) -> Any:
 
 
 def with_stride(tensor: Tensor, stride: list[int]) -> Tensor:
-    """`tensor` laid out in memory with `stride`, where that fills its memory without gaps; otherwise as it is."""
-    reach = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, stride, strict=True))
-    if tuple(stride) == tensor.stride() or reach != tensor.numel() or min(stride, default=0) < 0:
+    """The tensor with this stride if the stride leaves no gaps in memory, otherwise the tensor as it is."""
+    extent = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, stride, strict=True))
+    if tuple(stride) == tensor.stride() or extent != tensor.numel() or min(stride, default=0) < 0:
         return tensor
     return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)

@@ -1,4 +1,4 @@
-"""One optimizer step of a run, and what keeps a bad one from doing harm."""
+"""One optimizer step of a run. A step that fails leaves blocks and statistics as they were."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ from localgrad.run.recipe import Recipe
 from localgrad.run.runlog import StepRecord
 from localgrad.scale.memory import MemoryMeter, PeakBytes, optimizers_for, peak_rss
 
-Batch = tuple[Tensor | None, Tensor]  # normalised inputs, where they are read, and targets, on the device
-SKIPS = 10  # steps skipped one after another before a run is given up: no later one will be better
+Batch = tuple[Tensor | None, Tensor]  # Inputs and targets on the device. A rank that reads no images has None.
+SKIPS = 10  # After so many skipped steps in a row a run ends, because later steps would fail too.
 
 
 class NotFinite(RunError):
-    """A loss or gradient that is not finite. block: the first block that has one."""
+    """A loss or gradient is not finite.
 
-    shared = True  # it is found in the mean over the ranks
+    Attributes:
+        block: The number of the first block that has one.
+    """
+
+    shared = True  # All ranks find it at the same step, because they average before they check.
 
     def __init__(self, text: str, block: int) -> None:
         super().__init__(text)
@@ -35,21 +39,22 @@ class NotFinite(RunError):
 
 
 class Stepper:
-    """One optimizer step over `accumulate` batches: after the pass, or block by block as it goes.
+    """Takes the optimizer steps of a run: one for all blocks, or one for each block right after its backward pass.
 
     Attributes:
-        mode: which blocks this rank trains, and what it exchanges with others.
-        total: steps of the whole run.
-        step: how many steps are done.
-        skipped: how many of those changed nothing, because a loss or gradient was not finite.
-        peak: memory of step `measured`, once it is done (on CUDA the most that any step took).
+        mode: Which blocks this rank trains, and what it exchanges with other ranks.
+        total: The number of steps of the whole run.
+        step: How many steps are done.
+        skipped: How many of them changed nothing, because a loss or gradient was not finite.
+        measured: The index of the step whose memory is measured on a CPU.
+        peak: The memory of that step. On CUDA, the most that any step until now took.
     """
 
     def __init__(self, recipe: Recipe, mode: Alone, machine: Machine, total: int) -> None:
-        self.recipe, self.model, self.machine, self.total = recipe, mode.model, machine, total
-        self.mode, model = mode, mode.model
+        self.recipe, self.mode, self.machine, self.total = recipe, mode, machine, total
+        self.model = model = mode.model
         self.step, self.skipped, self.peak = 0, 0, PeakBytes(0)
-        self.measured = min(1, total - 1)  # the second step, because the first makes the optimizer's state
+        self.measured = min(1, total - 1)  # The second step, because the first one makes the optimizer's state.
         factors = recipe.block_factors
         rates = None if factors is None else [recipe.lr * f for f in factors]
         groups = param_groups(model, weight_decay=recipe.weight_decay, no_decay=not recipe.decay_norms, lr=rates)
@@ -62,7 +67,7 @@ class Stepper:
         self._statistics = {k: model.statistics(k) for k in self._blocks}
         self._before = {k: [torch.empty_like(b) for b in buffers] for k, buffers in self._statistics.items()}
         self._consecutive_skips = 0
-        self._where = ""  # What is being computed, for the message when memory runs out.
+        self._where = ""  # The current part of the step, for the message when memory runs out.
 
     @property
     def lr(self) -> float:
@@ -70,14 +75,15 @@ class Stepper:
         return next(self._groups())["lr"]
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next step depends on beside the model, as tensors and plain values. Each rank of a pipeline
-        calls it, and the first one gets the state of all."""
+        """What the next step depends on, apart from the model. Each rank of a pipeline calls it, and the first one gets
+        the state of all."""
         counts = {"step": self.step, "skipped": self.skipped, "in_a_row": self._consecutive_skips}
         peak = {"total": self.peak.total, "reserved": self.peak.reserved}
         optimizers = self.mode.gather_states([o.state_dict() for o in self.optimizers])
         return {**counts, "peak": peak, "optimizers": optimizers, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` gave. ValueError if an optimizer's tensors have other shapes."""
         for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(own)
             for parameter, kept in optimizer.state.items():
@@ -90,15 +96,17 @@ class Stepper:
         self.peak = PeakBytes(**state["peak"])
 
     def __call__(self, batches: Iterator[Batch]) -> StepRecord:
-        """Takes `accumulate` of the batches and steps once.
+        """Reads `accumulate` batches and steps once.
 
-        Where a loss or gradient is not finite, the block that has it, and with a step after the pass every block,
-        stays as it was before: the step is skipped if the recipe says so, or else NotFinite is raised. RunError if
-        memory runs out.
+        If a loss or gradient is not finite, the blocks that have not stepped yet stay as they were.
+
+        Raises:
+            NotFinite: A loss or gradient is not finite, and the recipe does not skip such steps.
+            RunError: Memory ran out.
         """
-        now = rate(self.step, self.total, self.recipe.warmup)
+        factor = rate(self.step, self.total, self.recipe.warmup)
         for group in self._groups():
-            group["lr"] = group["peak_lr"] * now
+            group["lr"] = group["peak_lr"] * factor
         device = self.machine.device
         meter = MemoryMeter() if device.type == "cpu" and self.step == self.measured else None
         if device.type == "cuda":
@@ -107,16 +115,10 @@ class Stepper:
             _copy(self._before[k], self._statistics[k])
         try:
             with meter or contextlib.nullcontext():
-                done = self._pass(batches, meter)
+                record = self._train(batches, meter)
             self._consecutive_skips = 0
         except NotFinite as error:
-            self._undo(error.block if self.recipe.step_as_you_go else 0)
-            error.shared = self.mode.shares_errors
-            self._consecutive_skips += 1
-            if not self.recipe.skip_nonfinite or self._consecutive_skips == SKIPS:
-                raise
-            self.skipped += 1
-            done = StepRecord([], [], 0.0, 0, skipped=str(error).partition(":")[0])
+            record = self._skip(error)
         except (RuntimeError, MemoryError) as error:
             if isinstance(error, RunError) or not is_out_of_memory(error):
                 raise
@@ -126,65 +128,92 @@ class Stepper:
         elif device.type == "cuda" and torch.cuda.max_memory_allocated(device) > self.peak.total:
             self.peak = PeakBytes(torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device))
         self.step += 1
-        return done
+        return record
 
-    def _pass(self, batches: Iterator[Batch], meter: MemoryMeter | None) -> StepRecord:
-        count, go = self.recipe.accumulate, self.recipe.step_as_you_go
-        scale: float | Tensor = 1.0
-        if self.scaler.is_enabled():
-            scale = self.scaler.scale(torch.ones((), device=self.machine.device))
-        if count > 1:
-            scale = scale / count
-        totals: dict[int, Tensor] = {}  # Each block's loss, the mean over the batches.
-        found: list[float] = []
-        waiting: list[int] = []  # Blocks that have their gradients and have yet to step.
-        parts, hits, images, end = [], 0.0, 0, self._blocks[-1]
-        for i in range(count):
-            self._where = "the next batch"
-            with meter.pause() if meter is not None else contextlib.nullcontext():
-                x, y = next(batches)
-            self._where = self._name(self._blocks[0])
+    def _train(self, batches: Iterator[Batch], meter: MemoryMeter | None) -> StepRecord:
+        """Runs the blocks on each batch, and steps. The record has the losses and accuracy before the step."""
+        accumulate, as_you_go = self.recipe.accumulate, self.recipe.step_as_you_go
+        scale = self._loss_scale()
+        losses: dict[int, Tensor] = {}  # Each block's mean loss over the batches.
+        values: list[float] = []  # The same as numbers, of the blocks that have stepped.
+        parts, correct, images = [], 0.0, 0
+        for i in range(accumulate):
+            x, y = self._next_batch(batches, meter)
             parts = []
             for done in self.mode.block_steps(x, y, scale=scale, autocast=self.machine.autocast):
                 k = done.block
-                totals[k] = totals.get(k, 0) + done.loss / count
+                losses[k] = losses.get(k, 0) + done.loss / accumulate
                 parts.append(done.parts)
-                if i == count - 1:
-                    self.mode.start_average(k, totals[k])
-                waiting += [k] if go else []
-                while len(waiting) > (self.mode.travelling if k != end else 0):
-                    block = waiting.pop(0)
-                    found += self._settled([block], totals)
-                    self._update(self.optimizers[block], [block])
+                if i == accumulate - 1:
+                    self.mode.start_average(k, losses[k])
+                for ready in self._ready_after(k) if as_you_go else ():
+                    values += self._step_blocks([ready], losses)
                 if k == len(self.model.blocks) - 1:
-                    hits += float(self.model.task.metrics(done.output, y)["top1"])
-                self._where = "the update" if k == end else self._name(k + 1)
-                if meter is not None:
-                    meter.mark("update" if k == end else f"block {k + 1}")
+                    correct += float(self.model.task.metrics(done.output, y)["top1"])
+                self._enter(k + 1, meter)
             images += len(y)
-        if not go:
-            found = self._settled(self._blocks, totals)
-            self._update(self.optimizers[0], self._blocks)
+        if not as_you_go:
+            values = self._step_blocks(self._blocks, losses)
         for k in self._blocks:
             self.model.move_averages(k, stepped=True)
         if self.scaler.is_enabled():
             self.scaler.update()
-        hits, images = self.mode.total([hits, images], self.machine.device)
-        return StepRecord(found, parts, 100 * hits / images, int(images))
+        correct, images = self.mode.total([correct, images], self.machine.device)
+        return StepRecord(values, parts, 100 * correct / images, int(images))
 
-    def _settled(self, blocks: Sequence[int], losses: Mapping[int, Tensor]) -> list[float]:
-        """The blocks' losses, when their gradients are those of all ranks and have been found finite."""
+    def _loss_scale(self) -> float | Tensor:
+        """The factor on each loss before its backward pass."""
+        scale: float | Tensor = 1.0
+        if self.scaler.is_enabled():
+            scale = self.scaler.scale(torch.ones((), device=self.machine.device))
+        return scale / self.recipe.accumulate if self.recipe.accumulate > 1 else scale
+
+    def _next_batch(self, batches: Iterator[Batch], meter: MemoryMeter | None) -> Batch:
+        self._where = "the next batch"
+        with meter.pause() if meter is not None else contextlib.nullcontext():
+            batch = next(batches)
+        self._where = self._name(self._blocks[0])
+        return batch
+
+    def _enter(self, k: int, meter: MemoryMeter | None) -> None:
+        """Notes that block k is next, or the update if this rank has no block k."""
+        is_update = k > self._blocks[-1]
+        self._where = "the update" if is_update else self._name(k)
+        if meter is not None:
+            meter.mark("update" if is_update else f"block {k}")
+
+    def _ready_after(self, k: int) -> range:
+        """The blocks that step after block k's backward pass, when blocks step as they go. The gradients of the last
+        few blocks may still be on their way between the ranks, but after the last block all blocks step."""
+        first_waiting = k - self.mode.travelling
+        last_ready = k if k == self._blocks[-1] else first_waiting
+        return range(max(self._blocks[0], first_waiting), last_ready + 1)
+
+    def _step_blocks(self, blocks: Sequence[int], losses: Mapping[int, Tensor]) -> list[float]:
+        """Waits for the averaged gradients of these blocks, checks and updates the blocks, and returns their losses."""
         for k in blocks:
             self.mode.finish_average(k)
-        return self._checked({k: losses[k] for k in blocks})
+        values = self._checked({k: losses[k] for k in blocks})
+        self._update(self.optimizers[blocks[0] if self.recipe.step_as_you_go else 0], blocks)
+        return values
+
+    def _skip(self, error: NotFinite) -> StepRecord:
+        """Takes the step back and returns its record, or raises the error again if the run is to end."""
+        self._undo(error.block if self.recipe.step_as_you_go else 0)
+        error.shared = self.mode.shares_errors
+        self._consecutive_skips += 1
+        if not self.recipe.skip_nonfinite or self._consecutive_skips == SKIPS:
+            raise error
+        self.skipped += 1
+        return StepRecord([], [], 0.0, 0, skipped=str(error).partition(":")[0])
 
     def _checked(self, losses: Mapping[int, Tensor]) -> list[float]:
-        """Blocks' losses as numbers, once these and the blocks' gradients are found finite; NotFinite names the first
-        block where they are not. Gradients too large for fp16 are left to the gradient scaler."""
+        """The blocks' losses as numbers. Raises NotFinite if one of them or a block's gradient is not finite. The
+        gradient scaler takes care of gradients that are too large for fp16."""
         norms = [] if self.scaler.is_enabled() else [_norm(self._members[k]) for k in losses]
-        values = torch.stack([*losses.values(), *norms]).tolist()  # one wait for the device
-        found = values[: len(losses)]
-        for k, loss, norm in zip(losses, found, values[len(losses) :] or found, strict=True):
+        numbers = torch.stack([*losses.values(), *norms]).tolist()  # One transfer, because each waits for the device.
+        values = numbers[: len(losses)]
+        for k, loss, norm in zip(losses, values, numbers[len(losses) :] or values, strict=True):
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 what, value = ("loss", loss) if not math.isfinite(loss) else ("gradient's norm", norm)
                 skip = "" if self.recipe.step_as_you_go else "--skip-nonfinite leaves such steps out; "
@@ -193,10 +222,10 @@ class Stepper:
                     "a clip, into another --out, may avoid them",
                     k,
                 )
-        return found
+        return values
 
     def _undo(self, first: int) -> None:
-        """Brings the statistics of block `first` and of those after it back, and drops all gradients."""
+        """Restores the statistics of block `first` and of later blocks, and drops all gradients."""
         for k in self._blocks:
             if k >= first:
                 _copy(self._statistics[k], self._before[k])
@@ -204,7 +233,7 @@ class Stepper:
             optimizer.zero_grad()
 
     def _update(self, optimizer: torch.optim.Optimizer, blocks: Sequence[int]) -> None:
-        """Moves the averages and steps; neither where the gradient scaler finds its scale too large."""
+        """Moves the averages and steps. If the gradient scaler's scale is too large, it does neither."""
         self.scaler.unscale_(optimizer)
         if not self.scaler.is_enabled() or all(math.isfinite(float(_norm(self._members[k]))) for k in blocks):
             for k in blocks:
@@ -220,13 +249,13 @@ class Stepper:
 
     def _memory_sentence(self, error: BaseException) -> str:
         on_cuda = self.machine.device.type == "cuda"
-        held = torch.cuda.max_memory_allocated(self.machine.device) if on_cuda else peak_rss()
+        used = torch.cuda.max_memory_allocated(self.machine.device) if on_cuda else peak_rss()
         asked = re.search(r"tried to allocate ([\d.]+) (\w+)", str(error), re.IGNORECASE)
         size = "" if asked is None else mib(float(asked[1])) if asked[2] == "bytes" else f"{asked[1]} {asked[2]}"
         more = f", {size} more were asked for" if size else ""
         finer = "more --blocks" if len(self.model.blocks) > 1 else "--method dgl with --blocks 4 or more"
         return (
-            f"out of memory in {self._where} at step {self.step + 1}: {mib(held)} were held{more}; "
+            f"out of memory in {self._where} at step {self.step + 1}: {mib(used)} were held{more}; "
             f"{finer}, --recompute all, or a smaller --batch-size with --accumulate, needs less"
         )
 
@@ -236,7 +265,7 @@ class Stepper:
 
 
 def rate(step: int, total: int, warmup: float) -> float:
-    """The factor on lr at `step` of `total`: linear up over the first `warmup` share, then a cosine down to 0.
+    """The factor on lr at `step` of `total`: it rises linearly over the first `warmup` share, then falls as a cosine.
 
     >>> [round(rate(s, 10, 0.2), 3) for s in (0, 1, 2, 9)]
     [0.5, 1.0, 1.0, 0.038]
@@ -248,11 +277,11 @@ def rate(step: int, total: int, warmup: float) -> float:
 
 
 def _norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Of their gradients; nan or infinite if an entry is (or beyond 1e19, where float32 has no square)."""
+    """The norm of the gradients. It is not finite if an entry is not, or if float32 cannot hold an entry's square."""
     return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 @torch.no_grad()
-def _copy(into: Sequence[Tensor], source: Sequence[Tensor]) -> None:
-    for a, b in zip(into, source, strict=True):
-        a.copy_(b)
+def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)

@@ -1,28 +1,27 @@
-"""The loop: a recipe and a folder in, a trained backbone and its record out, in as many starts as it takes."""
+"""The training loop: from a recipe and a folder to a trained backbone and its record, in one or more starts."""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from localgrad.core.errors import RunError, UserError
 from localgrad.core.model import LocalModel
-from localgrad.core.task import Classification
 from localgrad.run import checkpoint as checkpoints
-from localgrad.run import data as data_room
+from localgrad.run import data as datasets
 from localgrad.run.build import Machine, build_model, check_single, machine_for
+from localgrad.run.evaluation import evaluate, to_device
 from localgrad.run.files import locked
 from localgrad.run.folder import SUMMARY, environment, read_environment
 from localgrad.run.image_folder import listed
-from localgrad.run.modes import check_batch_share, mode_for
+from localgrad.run.modes import Alone, check_batch_share, mode_for
 from localgrad.run.recipe import Recipe, Saving, shown
 from localgrad.run.runlog import NoLog, RunLog, StepRecord
 from localgrad.run.signals import Stopped, StopRequest
@@ -40,42 +39,33 @@ def train(
     ranks: Ranks | None = None,
     pipeline: bool = False,
 ) -> dict[str, float]:
-    """Trains after `recipe` into `folder` and returns the last epoch's row of its summary.
+    """Trains by a recipe into a run folder.
 
-    A run of the same recipe that was stopped there goes on, to the very bits that it would have reached without the
-    stop. Nothing is written before data and model are there. ranks: the processes that share each batch, or with
-    `pipeline` the blocks; all of them call this, and the first one writes. Raises UserError and RunError; Stopped when
-    a signal ended it, after a save.
+    If a run of the same recipe was stopped in that folder, it goes on, and ends with the same bits as without the stop.
+    Nothing is written before the data are read and the model is built.
+
+    Args:
+        recipe: What to train, on what, and how.
+        folder: The run folder.
+        saving: When to save besides after each epoch. By default every ten minutes.
+        tensorboard: Whether to write TensorBoard events too.
+        ranks: The processes that share the run. All of them call this function, and the first one writes.
+        pipeline: Whether the ranks share the blocks instead of the batches.
+
+    Returns:
+        The last epoch's row of summary.csv.
+
+    Raises:
+        UserError, RunError: The run cannot begin, or has failed.
+        Stopped: A signal ended the run, after it was saved.
     """
     ranks = ranks or Ranks()
     run = Run(recipe, folder, saving or Saving(), ranks, pipeline=pipeline)
     with StopRequest() as stop, locked(folder) if ranks.first else contextlib.nullcontext():
-        said = run.resume()
-        used = read_environment(folder) if run.stepper.step and ranks.first else run.environment
-        start = (run.stepper.step, len(run.rows))
-        log_of = RunLog if ranks.first else NoLog
-        how = {"classes": run.data.names, "start": start, "tensorboard": tensorboard}
-        with log_of(folder, recipe, run.stepper.total, used, run.sizes, **how) as log:
-            log.note(headline(recipe, run.data, run.model, run.machine))
-            log.note(f"recipe: {shown(recipe)}")
-            log.note(repr(run.model))
-            for sentence in run.mode.notes(recipe):
-                log.note(sentence)
-            for sentence in said:
-                log.note(sentence)
-                log.record({"step": run.stepper.step, "note": sentence})
-            try:
-                while len(run.rows) < recipe.epochs:
-                    run.epoch(log, stop)
-            except Stopped as stopped:
-                raise Stopped(stopped.number, run.farewell(log)) from None
-            except RuntimeError as error:
-                if "DataLoader worker" in str(error):
-                    text = "a process that decodes images was killed: with fewer --workers less memory is needed"
-                    raise RunError(text) from error
-                raise
-            finally:
-                run.tell_bad_images(log)
+        notes = run.resume()
+        with run.open_log(folder, tensorboard=tensorboard) as log:
+            run.announce(log, notes)
+            run.train_epochs(log, stop)
             run.mode.finish()
             if ranks.first:
                 checkpoints.save_weights(folder / checkpoints.MODEL, run.model.backbone.state_dict(), run.data.names)
@@ -83,76 +73,69 @@ def train(
 
 
 class Run:
-    """What a run is made of, and where it is: `stepper.step`, the `rows` of its whole epochs, and sums over the epoch
-    that it is in."""
+    """The parts of a run, and how far it is.
+
+    Attributes:
+        mode: How the ranks share the work. It has the model.
+        stepper: Takes the optimizer steps and counts them.
+        rows: The rows of summary.csv, one for each finished epoch.
+        losses: The sum of each block's loss over the counted steps of the current epoch.
+        counted: How many steps of the current epoch these sums have. Skipped steps do not count.
+        bad_images: The reason why an image cannot be read, by its path.
+    """
 
     def __init__(
         self, recipe: Recipe, folder: Path, saving: Saving, ranks: Ranks | None = None, *, pipeline: bool = False
     ) -> None:
-        self.recipe, self.saving, self.checkpoints = recipe, saving, folder / "checkpoints"
-        self.ranks = ranks = ranks or Ranks()
+        self.recipe, self.saving, self.ranks = recipe, saving, ranks or Ranks()
+        self.checkpoints = folder / "checkpoints"
         self.machine = machine_for(recipe)
-        self.data = data_room.load(
-            recipe.data,
-            data_dir=recipe.data_dir,
-            download=recipe.download,
-            limit_train=recipe.limit_train,
-            seed=recipe.seed,
-            image_size=recipe.image_size,
-        )
-        batch = min(recipe.batch_size, len(self.data.train))
-        check_batch_share(batch, ranks, pipeline=pipeline)
-        self.said: list[str] = []  # Notes of how the run begins, which a run that goes on does not repeat.
-        self.model = build_model(recipe, self.data, self.machine, self.said.append)
-        if batch == (1 if pipeline or recipe.sync_batch_norm else ranks.count):
-            check_single(self.model, "the training set is" if batch == 1 else "a rank's share of a batch is")
-        self.mode = mode_for(recipe, self.model, self.machine, ranks, saving, pipeline=pipeline, batch=batch)
-        if ranks.rank:  # Each rank draws numbers of its own while it trains, such as those of dropout.
-            torch.manual_seed(recipe.seed + ranks.rank)
-        self.per_epoch = data_room.steps_per_epoch(self.data, recipe.batch_size) // recipe.accumulate
-        if self.per_epoch == 0:
+        names = ("data_dir", "download", "limit_train", "seed", "image_size")
+        self.data = datasets.load(recipe.data, **{name: getattr(recipe, name) for name in names})
+        self.build_notes: list[str] = []  # A run that is continued does not repeat them.
+        self.mode = self._build_mode(pipeline=pipeline)
+        self.model = self.mode.model
+        if self.ranks.rank:  # Each rank draws its own random numbers while it trains, for dropout and the like.
+            torch.manual_seed(recipe.seed + self.ranks.rank)
+        self.steps_per_epoch = datasets.steps_per_epoch(self.data, recipe.batch_size) // recipe.accumulate
+        if self.steps_per_epoch == 0:
             raise UserError(f"{recipe.accumulate} batches of {recipe.batch_size} are more than the training set holds")
-        self.stepper = Stepper(recipe, self.mode, self.machine, self.per_epoch * recipe.epochs)
+        self.stepper = Stepper(recipe, self.mode, self.machine, self.steps_per_epoch * recipe.epochs)
         layout = str(self.machine.memory_format).removeprefix("torch.")
         used = {"device": str(self.machine.device), "precision": self.machine.precision, "memory_format": layout}
         self.environment = {**environment(), **used, "replicas": str(self.mode.replicas)}
-        modules = {"parameters": self.model.backbone, "added": self.model.auxiliaries}
-        self.sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
         self.rows: list[dict[str, float]] = []
-        self._begin_epoch()
+        self._reset_losses()
         self.bad_images: dict[str, str] = {}
-        self._told = 0  # of them
-        self._began, self._spent = time.monotonic(), 0.0  # and seconds of earlier starts
-        self._saved: Path | None = None
-        self._tried = (0, self._began)  # the step and time of the last attempt to save
+        self._reported_bad_images = 0
+        self._on_bad_image = self._note_bad_image if recipe.on_bad_image == "skip" else None
+        self._start_time, self._earlier_seconds = time.monotonic(), 0.0
+        self._last_checkpoint: Path | None = None
+        self._last_save = (0, self._start_time)  # The step and the time of the last attempt to save.
+
+    def _build_mode(self, *, pipeline: bool) -> Alone:
+        """Builds the model, and the mode in which the ranks train it."""
+        recipe, count = self.recipe, self.ranks.count
+        batch = min(recipe.batch_size, len(self.data.train))
+        check_batch_share(batch, self.ranks, pipeline=pipeline)
+        model = build_model(recipe, self.data, self.machine, self.build_notes.append)
+        if batch == (1 if pipeline or recipe.sync_batch_norm else count):
+            check_single(model, "the training set is" if batch == 1 else "a rank's share of a batch is")
+        return mode_for(recipe, model, self.machine, self.ranks, self.saving, pipeline=pipeline, batch=batch)
 
     def resume(self) -> list[str]:
-        """Goes to where the newest sound checkpoint is, if there is one. What a person should know of it."""
-        said: list[str] = []
-        found = None
-        if self.ranks.first:
-            if self.saving.resume == "never":
-                shutil.rmtree(self.checkpoints, ignore_errors=True)
-            found = checkpoints.newest_checkpoint(self.checkpoints, said.append)
-        found = self.ranks.broadcast_object(found)
+        """Continues from the newest sound checkpoint, if there is one, and returns sentences about it for the user.
+        Raises UserError if the training set has changed, and RunError if the checkpoint does not fit this run."""
+        notes: list[str] = []
+        found = self._newest_checkpoint(notes.append)
         if found is None:
-            return [*self.said, *said, *(["no checkpoint is sound: beginning anew"] if said else [])]
-        state = found.state
-        names = state.get("classes", [])
+            return [*self.build_notes, *notes, *(["no checkpoint is sound: beginning anew"] if notes else [])]
+        names = found.state.get("classes", [])
         names = [str(name) for name in names] if isinstance(names, list) else [str(names)]
-        unknown = data_room.check_classes(self.data, names, found.path)
+        not_recorded = datasets.check_classes(self.data, names, found.path)
         try:
-            self.model.backbone.load_state_dict(found.model)
-            self.model.auxiliaries.load_state_dict(found.auxiliaries)
-            self.stepper.load_state_dict(state["stepper"])
-            self.rows, self.losses, self.taken = state["rows"], state["losses"], state["taken"]
-            self.bad_images, self._spent, images, epochs = (
-                state[n] for n in ("bad_images", "spent", "images", "epochs")
-            )
-            if self.ranks.rank < max(1, len(state["random"])):
-                checkpoints.set_random_state(state["random"][self.ranks.rank])
-            self._check_position()
-            self.mode.resume_at(self.stepper.step)
+            images, epochs = found.state["images"], found.state["epochs"]
+            self._load(found)
         except (LookupError, ValueError, TypeError, ArithmeticError, AttributeError, RuntimeError) as error:
             raise RunError(f"{found.path} does not fit this run: remove it, or choose another --out") from error
         if images != len(self.data.train):
@@ -160,127 +143,38 @@ class Run:
                 f"the training set has {len(self.data.train)} images, but {found.path} was made with {images}: restore "
                 "the set, or choose another --out"
             )
-        self._saved, self._tried = found.path, (self.stepper.step, self._began)
-        said.append(f"going on from {found.path}, at step {self.stepper.step} of {self.stepper.total}")
-        said += [unknown] if unknown else []
-        if epochs != self.recipe.epochs:
-            said.append(f"{self.recipe.epochs} epochs instead of {epochs}: from here lr follows the longer schedule")
-        now, then = self.environment, found.environment
-        changed = [f"{name} {now.get(name)}, was {then.get(name)}" for name in now if now.get(name) != then.get(name)]
-        if changed:
-            said.append(f"not all is as it was, so the result may differ in its last bits: {'; '.join(changed)}")
-        return said
+        notes.append(f"going on from {found.path}, at step {self.stepper.step} of {self.stepper.total}")
+        notes += [not_recorded] if not_recorded else []
+        return notes + self._changes_since(epochs, found.environment)
 
-    def _begin_epoch(self) -> None:
-        """Each block's loss is summed over the steps of an epoch that are not skipped."""
-        self.losses, self.taken = [0.0] * len(self.model.blocks), 0
+    def _newest_checkpoint(self, note: Callable[[str], None]) -> checkpoints.Checkpoint | None:
+        """The checkpoint that the first rank finds, on every rank. With `--resume never` all are removed first."""
+        found = None
+        if self.ranks.first:
+            if self.saving.resume == "never":
+                shutil.rmtree(self.checkpoints, ignore_errors=True)
+            found = checkpoints.newest_checkpoint(self.checkpoints, note)
+        return self.ranks.broadcast_object(found)
 
-    def epoch(self, log: RunLog, stop: StopRequest) -> None:
-        """What is left of an epoch, its evaluation, and a save."""
-        recipe, stepper, epoch = self.recipe, self.stepper, len(self.rows)
-        first, end = stepper.step - epoch * self.per_epoch, (epoch + 1) * self.per_epoch
-        on_bad = self._on_bad if recipe.on_bad_image == "skip" else None
-        self.model.train()
-        with self._batches(epoch, first * recipe.accumulate, on_bad) as stream:
-            records: list[StepRecord] = []
-            while stepper.step < end:
-                records.append(stepper(stream))
-                if stepper.peak.timeline and stepper.step == stepper.measured + 1:
-                    log.timeline(stepper.peak)
-                if not self.mode.is_sync_due(stepper.step) and stepper.step < end:
-                    continue
-                since_save = stepper.step - self._tried[0]
-                records, peak = self.mode.merge(records, stepper.peak.total, stepper.step, since_save)
-                stepper.peak = replace(stepper.peak, total=peak)
-                for record in records:
-                    if not record.skipped:
-                        self.losses = [total + loss for total, loss in zip(self.losses, record.losses, strict=True)]
-                        self.taken += 1
-                record = replace(records[-1], images=sum(record.images for record in records))
-                log.step(stepper.step, epoch, record, stepper.peak.total)
-                records = []
-                self.tell_bad_images(log)
-                seconds = time.monotonic() - self._tried[1]
-                if self._agree(stop, self.saving.due(since_save, seconds)) and stepper.step < end:
-                    self.save(log)
-        self.mode.gather_model()
-        between = stop.check if self.ranks.count == 1 else lambda: None
-        scores = evaluate(self.model, self.data, recipe, self.machine, on_bad=on_bad, between=between, ranks=self.ranks)
-        self.bad_images = {
-            path: why for found in self.ranks.all_gather_object(self.bad_images) for path, why in found.items()
-        }
-        self.tell_bad_images(log)
-        losses = [total / max(1, self.taken) for total in self.losses]
-        row = {
-            "epoch": epoch + 1,
-            "train_loss": losses[-1],
-            **scores,
-            "lr": stepper.lr,
-            "peak_bytes": stepper.peak.total,
-            "peak_rss_bytes": peak_rss(),
-            "seconds": self._seconds(),
-            "skipped_steps": stepper.skipped,
-            "bad_images": len(self.bad_images),
-        }
-        self.rows.append(row)
-        self._begin_epoch()
-        log.epoch(self.rows, stepper.step, {"losses": losses, "ema_distance": self.model.ema_distances()})
-        self.save(log)
+    def _load(self, found: checkpoints.Checkpoint) -> None:
+        """Puts the run into the state of a checkpoint. For a wrong state it may raise almost any error."""
+        state = found.state
+        self.model.backbone.load_state_dict(found.model)
+        self.model.auxiliaries.load_state_dict(found.auxiliaries)
+        self.stepper.load_state_dict(state["stepper"])
+        self.rows, self.losses, self.counted = state["rows"], state["losses"], state["taken"]
+        self.bad_images, self._earlier_seconds = state["bad_images"], state["spent"]
+        if self.ranks.rank < max(1, len(state["random"])):
+            checkpoints.set_random_state(state["random"][self.ranks.rank])
+        self._check_state()
+        self.mode.resume_at(self.stepper.step)
+        self._last_checkpoint, self._last_save = found.path, (self.stepper.step, self._start_time)
 
-    @contextlib.contextmanager
-    def _batches(self, epoch: int, start: int, on_bad: data_room.OnBad | None) -> Iterator[Iterator[Batch]]:
-        """An epoch's batches from number `start` on, as far as this rank reads them."""
-        recipe = self.recipe
-        which = {"batch_size": recipe.batch_size, "seed": recipe.seed, "epoch": epoch, "start": start}
-        # Where an image that cannot be read is replaced, its label is too: then all ranks read.
-        if not self.mode.reads_images and on_bad is None:
-            yield ((None, y.to(self.machine.device)) for y in data_room.train_labels(self.data, **which))
-            return
-        batches = data_room.train_batches(
-            self.data, **which, shard=self.mode.shard, workers=recipe.workers, on_bad=on_bad
-        )
-        with contextlib.closing(batches):
-            yield (to_device(batch, self.data.info, self.machine) for batch in batches)
-
-    def save(self, log: RunLog) -> bool:
-        """Writes a checkpoint, unless this step has one. A disk that does not take it costs that checkpoint only.
-
-        Every rank calls this at the same step, and the first one writes."""
-        step = self.stepper.step
-        self._tried = (step, time.monotonic())
-        self.mode.gather_model()
-        state = self._state()
-        if not self.ranks.first:
-            return True
-        if self._saved is not None and self._saved.name == f"step-{step}":
-            return True
-        try:
-            self._saved = checkpoints.save_checkpoint(
-                self.checkpoints, step, model=self.model.backbone.state_dict(),
-                auxiliaries=self.model.auxiliaries.state_dict(), state=state,
-                environment=self.environment,
-            )  # fmt: skip
-        except RunError as error:
-            log.note(f"{error}; the last checkpoint is {self._saved or 'none'}")
-            return False
-        best = max(range(len(self.rows)), key=lambda epoch: self.rows[epoch]["eval_top1"], default=None)
-        checkpoints.prune(
-            self.checkpoints, self.saving.keep_last, None if best is None else (best + 1) * self.per_epoch
-        )
-        return True
-
-    def farewell(self, log: RunLog) -> str:
-        """Saves, and says how it went."""
-        saved = self.save(log)
-        where = f"stopped at step {self.stepper.step} of {self.stepper.total}"
-        if saved:
-            return f"{where}, saved as {self._saved}: the same command goes on from there"
-        return f"{where}, which could not be saved: the last checkpoint is {self._saved or 'none'}"
-
-    def _check_position(self) -> None:
+    def _check_state(self) -> None:
         """Raises ValueError or TypeError for a state that no run has been in."""
         step, epochs = self.stepper.step, len(self.rows)
-        if not epochs * self.per_epoch <= step <= min((epochs + 1) * self.per_epoch, self.stepper.total):
+        most = min((epochs + 1) * self.steps_per_epoch, self.stepper.total)
+        if not epochs * self.steps_per_epoch <= step <= most:
             raise ValueError("as many epochs as this are not done at this step")
         for row in self.rows:
             if set(row) != set(SUMMARY) or not all(isinstance(value, int | float) for value in row.values()):
@@ -290,80 +184,184 @@ class Run:
         if len(self.losses) != len(self.model.blocks):
             raise ValueError("there is not a loss for each block")
         self.losses = [float(loss) for loss in self.losses]
-        self.taken, self._spent = int(self.taken), float(self._spent)
+        self.counted, self._earlier_seconds = int(self.counted), float(self._earlier_seconds)
 
-    def _agree(self, stop: StopRequest, due: bool) -> bool:
-        """Whether a rank is due to save. Raises Stopped on every rank if one of them was asked to end."""
-        number, some = self.ranks.all_reduce_max([stop.number or 0, due], self.machine.device)
-        if number:
-            raise Stopped(int(number))
-        return bool(some)
+    def _changes_since(self, epochs: int, then: dict[str, str]) -> list[str]:
+        """Sentences about what has changed since a checkpoint: the number of epochs, and the environment."""
+        notes, now = [], self.environment
+        if epochs != self.recipe.epochs:
+            notes.append(f"{self.recipe.epochs} epochs instead of {epochs}: from here lr follows the longer schedule")
+        changed = [f"{name} {now.get(name)}, was {then.get(name)}" for name in now if now.get(name) != then.get(name)]
+        if changed:
+            notes.append(f"not all is as it was, so the result may differ in its last bits: {'; '.join(changed)}")
+        return notes
+
+    def open_log(self, folder: Path, *, tensorboard: bool) -> RunLog | NoLog:
+        """The log of this run, which goes on where the run does. Only the first rank writes one."""
+        if not self.ranks.first:
+            return NoLog()
+        modules = {"parameters": self.model.backbone, "added": self.model.auxiliaries}
+        sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
+        used = read_environment(folder) if self.stepper.step else self.environment
+        start = (self.stepper.step, len(self.rows))
+        how = {"classes": self.data.names, "start": start, "tensorboard": tensorboard}
+        return RunLog(folder, self.recipe, self.stepper.total, used, sizes, **how)
+
+    def announce(self, log: RunLog | NoLog, notes: Sequence[str]) -> None:
+        """Shows what is about to be trained, and the notes of `resume`."""
+        first = headline(self.recipe, self.data, self.model, self.machine)
+        for text in (first, f"recipe: {shown(self.recipe)}", repr(self.model), *self.mode.notes(self.recipe), *notes):
+            log.note(text)
+        for sentence in notes:
+            log.record({"step": self.stepper.step, "note": sentence})
+
+    def train_epochs(self, log: RunLog | NoLog, stop: StopRequest) -> None:
+        """Trains until all epochs are done. When a signal stops the run, it is saved and Stopped is raised."""
+        try:
+            while len(self.rows) < self.recipe.epochs:
+                self._train_epoch(log, stop)
+                self._end_epoch(log, stop)
+        except Stopped as stopped:
+            raise Stopped(stopped.number, self._save_and_tell(log)) from None
+        except RuntimeError as error:
+            if "DataLoader worker" in str(error):
+                text = "a process that decodes images was killed: with fewer --workers less memory is needed"
+                raise RunError(text) from error
+            raise
+        finally:
+            self._report_bad_images(log)
+
+    def _train_epoch(self, log: RunLog | NoLog, stop: StopRequest) -> None:
+        """Takes the steps that are left of the current epoch."""
+        stepper, epoch = self.stepper, len(self.rows)
+        done, end = stepper.step - epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch
+        self.model.train()
+        with self._batches(epoch, done * self.recipe.accumulate) as batches:
+            records: list[StepRecord] = []
+            while stepper.step < end:
+                records.append(stepper(batches))
+                if stepper.peak.timeline and stepper.step == stepper.measured + 1:
+                    log.timeline(stepper.peak)
+                if self.mode.is_sync_due(stepper.step) or stepper.step == end:
+                    if self._synchronise(records, log, stop) and stepper.step < end:
+                        self.save(log)
+                    records = []
+
+    @contextlib.contextmanager
+    def _batches(self, epoch: int, start: int) -> Iterator[Iterator[Batch]]:
+        """The batches of an epoch from number `start` on. A rank that does not read images gets None instead."""
+        recipe, on_bad = self.recipe, self._on_bad_image
+        which = {"batch_size": recipe.batch_size, "seed": recipe.seed, "epoch": epoch, "start": start}
+        # When an image is replaced, its label changes too. Then every rank has to read the images.
+        if not self.mode.reads_images and on_bad is None:
+            yield ((None, y.to(self.machine.device)) for y in datasets.train_labels(self.data, **which))
+            return
+        how = {"shard": self.mode.shard, "workers": recipe.workers, "on_bad": on_bad}
+        batches = datasets.train_batches(self.data, **which, **how)
+        with contextlib.closing(batches):
+            yield (to_device(batch, self.data.info, self.machine) for batch in batches)
+
+    def _synchronise(self, records: list[StepRecord], log: RunLog | NoLog, stop: StopRequest) -> bool:
+        """Merges and logs the ranks' records since the last call, and returns whether a save is due. Raises Stopped on
+        all ranks if one of them was asked to end."""
+        stepper, (saved_step, saved_time) = self.stepper, self._last_save
+        since_save = stepper.step - saved_step
+        records, peak = self.mode.merge(records, stepper.peak.total, stepper.step, since_save)
+        stepper.peak = replace(stepper.peak, total=peak)
+        for record in records:
+            if not record.skipped:
+                self.losses = [total + loss for total, loss in zip(self.losses, record.losses, strict=True)]
+                self.counted += 1
+        last = replace(records[-1], images=sum(record.images for record in records))
+        log.step(stepper.step, len(self.rows), last, stepper.peak.total)
+        self._report_bad_images(log)
+        due = self.saving.due(since_save, time.monotonic() - saved_time)
+        # All ranks have to stop and to save at the same step.
+        signal, any_due = self.ranks.all_reduce_max([stop.number or 0, due], self.machine.device)
+        if signal:
+            raise Stopped(int(signal))
+        return bool(any_due)
+
+    def _end_epoch(self, log: RunLog | NoLog, stop: StopRequest) -> None:
+        """Evaluates, adds a row to the summary, and saves."""
+        self.mode.gather_model()
+        between = stop.check if self.ranks.count == 1 else lambda: None
+        how = {"on_bad": self._on_bad_image, "between": between, "ranks": self.ranks}
+        scores = evaluate(self.model, self.data, self.recipe, self.machine, **how)
+        by_rank = self.ranks.all_gather_object(self.bad_images)
+        self.bad_images = {path: reason for found in by_rank for path, reason in found.items()}
+        self._report_bad_images(log)
+        losses = [total / max(1, self.counted) for total in self.losses]
+        self.rows.append({
+            "epoch": len(self.rows) + 1, "train_loss": losses[-1], **scores, "lr": self.stepper.lr,
+            "peak_bytes": self.stepper.peak.total, "peak_rss_bytes": peak_rss(), "seconds": self._seconds(),
+            "skipped_steps": self.stepper.skipped, "bad_images": len(self.bad_images),
+        })  # fmt: skip
+        self._reset_losses()
+        log.epoch(self.rows, self.stepper.step, {"losses": losses, "ema_distance": self.model.ema_distances()})
+        self.save(log)
+
+    def save(self, log: RunLog | NoLog) -> bool:
+        """Writes a checkpoint, unless this step has one. Every rank calls this at the same step; the first one writes.
+
+        Returns:
+            False if the disk does not take the checkpoint. The run can go on without it.
+        """
+        step = self.stepper.step
+        self._last_save = (step, time.monotonic())
+        self.mode.gather_model()
+        state = self._state()
+        if not self.ranks.first or (self._last_checkpoint and self._last_checkpoint.name == f"step-{step}"):
+            return True
+        try:
+            self._last_checkpoint = checkpoints.save_checkpoint(
+                self.checkpoints, step, model=self.model.backbone.state_dict(),
+                auxiliaries=self.model.auxiliaries.state_dict(), state=state, environment=self.environment,
+            )  # fmt: skip
+        except RunError as error:
+            log.note(f"{error}; the last checkpoint is {self._last_checkpoint or 'none'}")
+            return False
+        best = max(range(len(self.rows)), key=lambda epoch: self.rows[epoch]["eval_top1"], default=None)
+        best_step = None if best is None else (best + 1) * self.steps_per_epoch
+        checkpoints.prune(self.checkpoints, self.saving.keep_last, best_step)
+        return True
+
+    def _save_and_tell(self, log: RunLog | NoLog) -> str:
+        """Saves, and returns a sentence about the run that stops here."""
+        saved = self.save(log)
+        where = f"stopped at step {self.stepper.step} of {self.stepper.total}"
+        if saved:
+            return f"{where}, saved as {self._last_checkpoint}: the same command goes on from there"
+        return f"{where}, which could not be saved: the last checkpoint is {self._last_checkpoint or 'none'}"
 
     def _state(self) -> dict[str, Any]:
-        """All that a run depends on beside the model, as tensors and plain values; every rank calls it. The position in
-        the data is the step: order and augmentation are functions of seed, epoch and index."""
+        """What the rest of the run depends on, apart from the model. Every rank calls it. The position in the data is
+        not kept, because order and augmentation follow from seed, epoch and step."""
         return {
             "stepper": self.stepper.state_dict(), "random": self.ranks.all_gather_object(checkpoints.random_state()),
-            "rows": self.rows,
-            "losses": self.losses, "taken": self.taken, "bad_images": self.bad_images, "spent": self._seconds(),
+            "rows": self.rows, "losses": self.losses, "taken": self.counted, "bad_images": self.bad_images,
+            "spent": self._seconds(),
             "images": len(self.data.train), "epochs": self.recipe.epochs, "classes": list(self.data.names),
         }  # fmt: skip
 
-    def _seconds(self) -> float:
-        return self._spent + time.monotonic() - self._began
+    def _reset_losses(self) -> None:
+        self.losses, self.counted = [0.0] * len(self.model.blocks), 0
 
-    def _on_bad(self, path: str, reason: str) -> None:
+    def _seconds(self) -> float:
+        """The seconds that the run has taken, those before it was stopped included."""
+        return self._earlier_seconds + time.monotonic() - self._start_time
+
+    def _note_bad_image(self, path: str, reason: str) -> None:
         self.bad_images.setdefault(path, reason)
 
-    def tell_bad_images(self, log: RunLog) -> None:
-        if len(self.bad_images) > self._told:
-            self._told = len(self.bad_images)
+    def _report_bad_images(self, log: RunLog | NoLog) -> None:
+        if len(self.bad_images) > self._reported_bad_images:
+            self._reported_bad_images = len(self.bad_images)
             log.bad_images(self.bad_images)
 
 
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    data: data_room.Data,
-    recipe: Recipe,
-    machine: Machine,
-    *,
-    on_bad: data_room.OnBad | None = None,
-    between: Callable[[], None] = lambda: None,
-    ranks: Ranks | None = None,
-) -> dict[str, float]:
-    """Loss and accuracies, in percent, of a backbone or local model on the test images.
-
-    on_bad: is told of an image that cannot be read, which is left out; without it, RunError names it. between: is
-    called after each batch. ranks: those that share the test images; each has the scores of all, and no image counts
-    twice.
-    """
-    ranks = ranks or Ranks()
-    was_training = model.training
-    model.eval()
-    task = Classification(data.info.classes)
-    sums: dict[str, float] = dict.fromkeys(("loss", "top1", "top5"), 0.0)
-    count = 0
-    size, shard = max(recipe.batch_size, 256), (ranks.rank, ranks.count)
-    batches = data_room.eval_batches(data, batch_size=size, shard=shard, workers=recipe.workers, on_bad=on_bad)
-    with contextlib.closing(batches):
-        for batch in batches:
-            x, y = to_device(batch, data.info, machine)
-            with machine.cast():
-                logits = model(x)
-            for name, value in task.metrics(logits, y).items():
-                sums[name] += float(value)
-            count += len(y)
-            between()
-    model.train(was_training)
-    loss, top1, top5, images = ranks.all_reduce_sum([*sums.values(), count], machine.device)
-    if not images:
-        raise RunError("no image of the test set can be read")
-    return {"eval_loss": loss / images, "eval_top1": 100 * top1 / images, "eval_top5": 100 * top5 / images}
-
-
-def headline(recipe: Recipe, data: data_room.Data, model: LocalModel, machine: Machine) -> str:
-    """The first lines of a run: what trains on what, where, and in which precision and why; and the classes."""
+def headline(recipe: Recipe, data: datasets.Data, model: LocalModel, machine: Machine) -> str:
+    """The first lines of a run: the network, the data, the method, the device, the precision and why, the classes."""
     info, device = data.info, str(machine.device)
     if machine.device.type == "cpu":
         threads = torch.get_num_threads()
@@ -373,9 +371,3 @@ def headline(recipe: Recipe, data: data_room.Data, model: LocalModel, machine: M
         f"{recipe.model} on {recipe.data} ({images}): {recipe.label}, {len(model.blocks)} blocks, seed {recipe.seed}; "
         f"{device}, {machine.precision} ({machine.why})\n{info.classes} classes: {listed(data.names)}"
     )
-
-
-def to_device(batch: tuple[Tensor, Tensor], info: data_room.DataInfo, machine: Machine) -> tuple[Tensor, Tensor]:
-    images, targets = (t.to(machine.device, non_blocking=True) for t in batch)
-    x = data_room.normalize(images, info)
-    return x.contiguous(memory_format=machine.memory_format), targets
