@@ -31,6 +31,9 @@ from localgrad.run.tables import write_csv
 from localgrad.run.train import evaluate, train
 from localgrad.scale import plan as plans
 
+MOST_PARTS = 8  # The most parts of a batch that the table of plans shows.
+SHOWN = 6  # The table of plans shows about this many of each kind.
+
 
 def run_train(args: Train) -> int:
     check_system()
@@ -61,10 +64,7 @@ def run_plan(args: Plan) -> int:
     if args.out is not None:
         check_folder(args.out)
     planner = planner_for(recipe, machine_for(recipe))
-    chosen, frontier = planner.fastest(budget, as_you_go=may_step_as_it_goes(recipe)), planner.frontier()
-    rows = [("BP", planner.bp), ("checkpointing", planner.checkpointing)]
-    rows += [("", plan) for plan in frontier[:: max(1, len(frontier) // 10)] if len(plan.blocks) > 1]
-    rows.append((f"fits {args.budget}", chosen))
+    rows, chosen = planned_rows(planner, recipe, budget, args.budget)
     if args.json:
         print(json.dumps([{"name": name, **asdict(plan)} for name, plan in rows]))
     else:
@@ -77,6 +77,30 @@ def run_plan(args: Plan) -> int:
     return 0
 
 
+def planned_rows(
+    planner: plans.Planner, recipe: Recipe, budget: int, text: str
+) -> tuple[list[tuple[str, plans.Plan]], plans.Plan]:
+    """The rows of the table of plans, exact ones beside local ones, and the fastest plan within the budget."""
+    go = may_step_as_it_goes(recipe)
+    rows = [("BP", planner.bp)]
+    parts = (n for n in plans.SPLITS if recipe.batch_size % n == 0 and recipe.batch_size // n > 1)
+    rows += [(f"BP in {n} parts", planner.accumulation(n)) for n in parts if n <= MOST_PARTS]
+    rows.append(("checkpointing", planner.checkpointing))
+    fitting: list[plans.Plan] = []
+    kinds: list[tuple[str, dict[str, Any]]] = [("exact", {"blocks": 1})]
+    kinds += [("local", {"several": True})] if recipe.method != "bp" else []
+    for kind, how in kinds:
+        frontier = planner.frontier(**how, as_you_go=go)
+        rows += [(kind, plan) for plan in frontier[:: max(1, len(frontier) // SHOWN)]]
+        plan = planner.within(budget, how.get("blocks"), several="several" in how, as_you_go=go)
+        if plan is not None:
+            rows.append((f"{kind}, fits {text}", plan))
+            fitting.append(plan)
+    if not fitting:
+        return rows, planner.fastest(budget, as_you_go=go)  # It says what would do.
+    return rows, min(fitting, key=lambda plan: (plan.seconds, plan.peak))
+
+
 def planned_fields(recipe: Recipe, chosen: plans.Plan) -> dict[str, Any]:
     """Returns the values of the fields in `PLANNED` that make a recipe follow a plan."""
     single = {"method": "bp", "coupling": "none", "head": "auto", "blocks": "1"}
@@ -85,6 +109,8 @@ def planned_fields(recipe: Recipe, chosen: plans.Plan) -> dict[str, Any]:
         **(single if len(chosen.blocks) == 1 else {**several, "blocks": ",".join(chosen.blocks)}),
         "recompute": ",".join([*chosen.units, *(f"coupling.{k}" for k in chosen.couplings)]) or None,
         "step_as_you_go": chosen.step_as_you_go,
+        "batch_size": recipe.batch_size // chosen.accumulate,
+        "accumulate": recipe.accumulate * chosen.accumulate,
     }
 
 
@@ -118,7 +144,7 @@ def _fitted(args: Train) -> Recipe:
 def show_plans(rows: list[tuple[str, plans.Plan]], bp: float) -> None:
     table = Table("", "blocks", "peak memory", "time", "recomputed", "cut after")
     for name, plan in rows:
-        recomputed = [f"{len(plan.units)} units"] if plan.units else []
+        recomputed = [f"{len(plan.units)} ranges"] if plan.units else []
         recomputed += [f"{len(plan.couplings)} couplings"] if plan.couplings else []
         cuts = " ".join(plan.blocks[:-1])
         as_you_go = " (step as you go)" if plan.step_as_you_go else ""
@@ -126,7 +152,9 @@ def show_plans(rows: list[tuple[str, plans.Plan]], bp: float) -> None:
         table.add_row(name, count, mib(plan.peak), times, ", ".join(recomputed), cuts)
     console = Console()
     console.print(table)
-    console.print("peaks and times are predicted, nothing was trained", highlight=False)
+    console.print("Peaks and times are predicted, nothing was trained.", highlight=False)
+    if any(plan.accumulate > 1 for _, plan in rows):
+        console.print("A batch in parts trains as the whole batch does, but for batch norm.", highlight=False)
 
 
 def run_eval(args: Eval) -> int:

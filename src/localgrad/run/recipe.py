@@ -96,7 +96,8 @@ class Recipe:
     """Step each block right after its backward pass, so that gradients are freed too."""
 
     recompute: str | None = None
-    """Units to recompute in the backward pass, or all; coupling.K for the coupling of block K."""
+    """Units to recompute in the backward pass, or all. FIRST:LAST are recomputed together, and may lie within another
+    such range. coupling.K is the coupling of block K."""
 
     precision: Literal["auto", "bf16", "fp16", "float32"] = "auto"
     """auto is bf16 where the processor is fast at it."""
@@ -224,7 +225,7 @@ class Saving:
 
 
 # A plan chooses these fields.
-PLANNED = ("method", "coupling", "head", "blocks", "recompute", "step_as_you_go")
+PLANNED = ("method", "coupling", "head", "blocks", "recompute", "step_as_you_go", "batch_size", "accumulate")
 
 # These fields belong to a method or coupling. The others are conditions under which methods can be compared.
 OF_METHODS = frozenset({
