@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, cast
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -120,6 +121,14 @@ def chain(model: lg.LocalModel, x: Tensor) -> Tensor:
     for block in model.blocks:
         x = block(x)
     return x
+
+
+def said(call: Callable[..., object], *args: Any, **kwargs: Any) -> str:
+    """The one sentence with which a call is refused."""
+    with pytest.raises(lg.UserError) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small import batch, resnet
+from small import batch, resnet, said
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -114,10 +114,7 @@ def test_a_depth_that_is_no_cifar_resnet_is_refused(depth: int) -> None:
     ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest(name: str, message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        lg.build(name, classes=3)
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert message in said(lg.build, name, classes=3)
 
 
 def test_further_arguments_go_to_the_networks_constructor() -> None:
@@ -137,33 +134,20 @@ def test_further_arguments_go_to_the_networks_constructor() -> None:
     ],
 )
 def test_arguments_that_the_constructor_does_not_take_are_refused(name: str, arguments: dict, message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        lg.build(name, classes=3, **arguments)
-    assert str(caught.value).startswith(message)
-    assert "\n" not in str(caught.value)
+    assert said(lg.build, name, classes=3, **arguments).startswith(message)
 
 
 @pytest.mark.parametrize("name", ["resnet20", "timm:resnet18", "torchvision:resnet18"])
-@pytest.mark.parametrize("arguments", [{"pretrained": True}, {"weights": "DEFAULT"}, {"pretrained": 1, "depth": 3}])
-def test_trained_weights_are_not_fetched(name: str, arguments: dict) -> None:
-    with pytest.raises(UserError) as caught:
-        lg.build(name, classes=3, **arguments)
-    asked = next(iter(arguments))
-    assert str(caught.value).startswith(f"'{name}' is built untrained, so {asked} cannot be set: ")
-    assert "weights come from --init FILE" in str(caught.value)
-
-
-@pytest.mark.parametrize("arguments", [{"pretrained": False}, {"weights": None}])
-def test_no_trained_weights_may_be_said(arguments: dict) -> None:
-    for name in ("resnet20", "timm:resnet18", "torchvision:resnet18"):
+def test_networks_of_all_libraries_are_built_untrained_and_with_the_same_names(name: str) -> None:
+    for arguments in ({"pretrained": True}, {"weights": "DEFAULT"}, {"pretrained": 1, "depth": 3}):
+        text = said(lg.build, name, classes=3, **arguments)
+        assert text.startswith(f"'{name}' is built untrained, so {next(iter(arguments))} cannot be set: ")
+        assert "weights come from --init FILE" in text
+    for arguments in ({"pretrained": False}, {"weights": None}):
         assert lg.build(name, classes=3, **arguments)(torch.randn(2, 3, 32, 32)).shape == (2, 3)
-
-
-@pytest.mark.parametrize(("taken", "ours"), [("num_classes", "classes"), ("in_chans", "in_channels")])
-def test_what_all_networks_share_has_one_name(taken: str, ours: str) -> None:
-    for name in ("resnet20", "timm:resnet18", "torchvision:resnet18"):
-        with pytest.raises(UserError, match=f"'{name}' cannot be built with {taken}: say {ours} instead"):
-            lg.build(name, classes=3, **{taken: 3})
+    for taken, ours in (("num_classes", "classes"), ("in_chans", "in_channels")):
+        text = said(lg.build, name, classes=3, **{taken: 3})
+        assert text.startswith(f"'{name}' cannot be built with {taken}: say {ours} instead")
 
 
 def test_two_builds_of_one_seed_are_one_network() -> None:

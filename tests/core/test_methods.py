@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from small import auxiliaries, batch, chain, coupling_of, gradients, resnet, vgg
+from small import auxiliaries, batch, chain, coupling_of, gradients, resnet, said, vgg
 from torch import Tensor, nn
 
 import localgrad as lg
@@ -58,27 +59,17 @@ def check(backbone: nn.Module, model: lg.LocalModel, x: Tensor, y: Tensor, silen
             assert bool(p.grad.any()) == (trained[p] != silent), name
 
 
-@pytest.mark.parametrize("blocks", [2, 4, 16])
+@pytest.mark.parametrize(("blocks", "build"), [(2, resnet), (10, resnet), (4, vgg)])
 @pytest.mark.parametrize("coupling", COUPLINGS)
 @pytest.mark.parametrize("method", LOCAL)
-def test_every_method_with_every_coupling(method: str, coupling: str, blocks: int) -> None:
+def test_every_method_with_every_coupling(method: str, coupling: str, blocks: int, build: Any) -> None:
     x, y = batch()
-    y[1] = y[0]  # a positive pair for the contrastive loss
-    backbone = resnet(32)
+    y[1] = y[0]  # A positive pair for the contrastive loss.
+    backbone = build()
     model = lg.localize(backbone, blocks=blocks, method=LOCAL[method](), coupling=COUPLINGS[coupling], example=x)
     assert len(model.blocks) == blocks
     silent = blocks - 2 if method.startswith("infopro") and blocks > 2 else None
     check(backbone, model, x, y, silent)
-
-
-@pytest.mark.parametrize("coupling", COUPLINGS)
-@pytest.mark.parametrize("method", LOCAL)
-def test_every_method_on_plain_layers(method: str, coupling: str) -> None:
-    x, y = batch()
-    y[1] = y[0]
-    backbone = vgg()
-    model = lg.localize(backbone, blocks=4, method=LOCAL[method](), coupling=COUPLINGS[coupling], example=x)
-    check(backbone, model, x, y, 2 if method.startswith("infopro") else None)
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
@@ -124,12 +115,6 @@ def test_bp_is_one_block_without_auxiliaries() -> None:
 # DGL and the heads that go with any method
 
 
-def test_greedy_learning_is_pool_and_linear() -> None:
-    model = lg.localize(resnet(20), blocks=2, method=lg.dgl("0c1f"), example=batch()[0])
-    head = auxiliaries(model)[0].heads["classifier"]
-    assert [type(m).__name__ for m in head.children()] == ["AvgPool2d", "Flatten", "Linear"]
-
-
 def kinds(head: nn.Module) -> tuple[int, int]:
     return tuple(sum(isinstance(m, kind) for m in head.modules()) for kind in (nn.Conv2d, nn.Linear))  # pyright: ignore[reportReturnType]
 
@@ -152,6 +137,8 @@ def test_deep_man_prefers_pool_and_linear_and_man_the_methods_own() -> None:
     for coupling, wanted in ((lg.MAN(), (3, 4)), (lg.DeepMAN(), (0, 1))):
         model = lg.localize(resnet(20), blocks=2, method=lg.dgl(), coupling=coupling, example=x)
         assert kinds(auxiliaries(model)[0].heads["classifier"]) == wanted
+    head = auxiliaries(model)[0].heads["classifier"]  # The same as greedy learning's.
+    assert [type(m).__name__ for m in head.children()] == ["AvgPool2d", "Flatten", "Linear"]
 
 
 def test_label_smoothing_reaches_the_auxiliaries() -> None:
@@ -206,15 +193,8 @@ def test_infopros_weights_are_ramped_by_block_or_given() -> None:
         lg.localize(resnet(20), blocks=4, method=lg.infopro(weights=own), example=x)
 
 
-def test_infopro_contrasts_features_of_the_asked_number() -> None:
-    model = lg.localize(resnet(20), blocks=2, method=lg.infopro(contrast=True, features=24), example=batch()[0])
-    linear = list(auxiliaries(model)[0].heads["classifier"].children())[-1]
-    assert isinstance(linear, nn.Linear)
-    assert linear.out_features == 24
-
-
-@pytest.mark.parametrize("head", ["dgl", "0c1f", "2c2f"])
-def test_infopro_contrasts_the_components_of_any_head(head: str) -> None:
+@pytest.mark.parametrize("head", [None, "dgl", "0c1f", "2c2f"])
+def test_infopro_contrasts_the_components_of_any_head(head: str | None) -> None:
     x, y = batch()
     model = lg.localize(resnet(20), blocks=2, method=lg.infopro(head, contrast=True, features=24), example=x)
     (auxiliary,) = auxiliaries(model)
@@ -226,6 +206,20 @@ def test_infopro_contrasts_the_components_of_any_head(head: str) -> None:
 def test_an_unknown_head_is_refused_when_it_is_built(method: lg.Method) -> None:
     with pytest.raises(UserError, match="unknown head '1c2g': did you mean '1c2f'"):
         lg.localize(resnet(20), blocks=2, method=method, example=batch()[0])
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "message"),
+    [
+        (lg.predsim, {"beta": 2}, "beta must lie between 0 and 1, not 2"),
+        (lg.infopro, {"temperature": 0}, "temperature must be above 0, not 0"),
+        (lg.auglocal, {"depth": 0}, "at least 1 unit and a shrink from 0 to 1, not 0 and 0.5"),
+        (lg.Classification, {"classes": 10, "label_smoothing": 2.0}, "from 0 to below 1, not 2.0"),
+        (lg.Classification, {"classes": 0}, "at least 2 classes, not 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(make: Any, settings: dict[str, Any], message: str) -> None:
+    assert message in said(make, **settings)
 
 
 def test_infopro_recovers_images_from_the_normalisation() -> None:
@@ -268,13 +262,13 @@ def copied(auxiliary: lg.Auxiliary) -> int:
 
 def test_auglocals_depth_shrinks_towards_the_end() -> None:
     x = batch()[0]
-    model = lg.localize(resnet(110), blocks=55, method=lg.auglocal(depth=6), example=x)
+    model = lg.localize(resnet(56), blocks=28, method=lg.auglocal(depth=6), example=x)
     depths = [copied(a) for a in auxiliaries(model)]
     assert depths[0] == 6
-    assert depths[51:] == [3, 2, 1]  # as many as are left
+    assert depths[24:] == [3, 2, 1]  # As many as are left.
     assert depths == sorted(depths, reverse=True)
-    assert depths[30] == round(6 - 3 * 30 / 53)
-    steady = lg.localize(resnet(110), blocks=10, method=lg.auglocal(depth=5, shrink=0), example=x)
+    assert depths[15] == round(6 - 3 * 15 / 26)
+    steady = lg.localize(resnet(56), blocks=5, method=lg.auglocal(depth=5, shrink=0), example=x)
     assert {copied(a) for a in auxiliaries(steady)} == {5}
 
 
@@ -286,11 +280,6 @@ def test_auglocal_always_takes_the_units_that_change_the_shape() -> None:
         head = auxiliary.heads["classifier"]
         last = [m for m in head.modules() if isinstance(m, nn.Linear)][-1]
         assert last.in_features == 64
-
-
-def test_auglocal_takes_at_least_one_unit() -> None:
-    with pytest.raises(UserError, match=r"at least 1 unit .* not 0 and 0\.5"):
-        lg.auglocal(depth=0)
 
 
 def test_auglocal_draws_its_units_anew() -> None:
