@@ -107,6 +107,12 @@ def branches_of(link: Link) -> tuple[nn.Module, nn.Module]:
     return link.learnable, link.ema
 
 
+def averages_of(auxiliary: lg.Auxiliary) -> list[tuple[nn.Module, nn.Module]]:
+    """Each EMA branch with its source."""
+    pairs = zip(links_of(auxiliary), coupling_of(auxiliary).sources, strict=True)
+    return [(branches_of(link)[1], source.module) for link, source in pairs]
+
+
 def assert_chained(model: lg.LocalModel, x: Tensor) -> None:
     """The blocks, one after the other, are the backbone, bit for bit, in evaluation and in training."""
     for training in (False, True):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from small import batch, resnet, said
+from small import resnet, said
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -55,10 +57,6 @@ def test_one_channel_changes_the_first_convolution_only() -> None:
     assert grey.keys() == colour.keys()
     assert [k for k in grey if grey[k].shape != colour[k].shape] == ["conv1.weight"]
     assert grey["conv1.weight"].shape == (64, 1, 7, 7)
-
-
-def test_cifar_resnets_run_rectangles() -> None:
-    assert resnet(20, in_channels=2, classes=3)(torch.randn(2, 2, 9, 14)).shape == (2, 3)
 
 
 @pytest.mark.parametrize(("channels", "out", "stride"), [(4, 4, 1), (4, 6, 2), (4, 6, 1)])
@@ -143,17 +141,9 @@ def test_networks_of_all_libraries_are_built_untrained_and_with_the_same_names(n
         text = said(lg.build, name, classes=3, **arguments)
         assert text.startswith(f"'{name}' is built untrained, so {next(iter(arguments))} cannot be set: ")
         assert "weights come from --init FILE" in text
-    for arguments in ({"pretrained": False}, {"weights": None}):
+    allowed: list[dict[str, Any]] = [{"pretrained": False}, {"weights": None}]
+    for arguments in allowed:
         assert lg.build(name, classes=3, **arguments)(torch.randn(2, 3, 32, 32)).shape == (2, 3)
     for taken, ours in (("num_classes", "classes"), ("in_chans", "in_channels")):
         text = said(lg.build, name, classes=3, **{taken: 3})
         assert text.startswith(f"'{name}' cannot be built with {taken}: say {ours} instead")
-
-
-def test_two_builds_of_one_seed_are_one_network() -> None:
-    built = []
-    for _ in range(2):
-        torch.manual_seed(3)
-        built.append(resnet(20))
-    x, _ = batch()
-    assert torch.equal(built[0](x), built[1](x))

@@ -124,15 +124,15 @@ def test_impossible_cuts_are_refused_in_one_sentence(blocks: int | list[str], me
 
 
 class Skipping(nn.Module):
-    """The output of `a` goes past `b` and `c`."""
+    """The output of `a` goes past `b`, `c` and `d`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.c, self.d = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(4))
+        self.a, self.b, self.c, self.d, self.e = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(5))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.a(x)
-        return self.d(h + self.c(self.b(h))).mean((2, 3))
+        return self.e(h + self.d(self.c(self.b(h)))).mean((2, 3))
 
 
 class Branching(nn.Module):
@@ -157,9 +157,10 @@ def test_networks_that_are_no_chains_are_refused_in_one_sentence(network: nn.Mod
 
 def test_a_cut_that_a_tensor_skips_over_is_refused_and_the_nearest_offered() -> None:
     x = torch.zeros(1, 3, 8, 8)
-    assert lg.units(Skipping(), x) == ["a", "c"]
-    text = "no cut behind 'b': the tensor of 'a' skips over it to 'add'; the nearest is behind 'a'"
-    assert said(cut, Skipping(), ["b"], x) == text
+    assert lg.units(Skipping(), x) == ["a", "d"]
+    for name, nearest in (("b", "a"), ("c", "d")):
+        text = f"no cut behind '{name}': the tensor of 'a' skips over it to 'add'; the nearest is behind '{nearest}'"
+        assert said(cut, Skipping(), [name], x) == text
     assert "has 2 units, so 1 to 2 (behind 'b', the tensor of 'a' skips" in said(cut, Skipping(), 3, x)
 
 

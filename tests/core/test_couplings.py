@@ -12,6 +12,7 @@ from small import (
     MOMENTUM,
     assert_same,
     auxiliaries,
+    averages_of,
     batch,
     branches_of,
     build,
@@ -137,12 +138,6 @@ def test_an_integer_depth_takes_that_many_units(depth: int, names: list[str]) ->
 # How the average moves
 
 
-def averages_of(auxiliary: lg.Auxiliary) -> list[tuple[nn.Module, nn.Module]]:
-    """Each EMA branch with its source."""
-    pairs = zip(links_of(auxiliary), coupling_of(auxiliary).sources, strict=True)
-    return [(branches_of(link)[1], source.module) for link, source in pairs]
-
-
 def naive_average(average: list[Tensor], source: list[Tensor], momentum: float) -> None:
     for e, s in zip(average, source, strict=True):
         for i in range(e.numel()):
@@ -195,10 +190,11 @@ def test_the_average_starts_at_its_source_and_the_learnable_copy_does_not(make: 
         backbone.load_state_dict(other)
     model = lg.localize(backbone, blocks=4, method=lg.dgl("0c1f"), coupling=make(), example=batch()[0])
     for auxiliary in auxiliaries(model):
+        for ema, source in averages_of(auxiliary):
+            assert_same(ema.state_dict(), source.state_dict())
         for link, source in zip(links_of(auxiliary), coupling_of(auxiliary).sources, strict=True):
-            learnable, ema = branches_of(link)
-            assert_same(ema.state_dict(), source.module.state_dict())
-            assert not torch.equal(learnable.get_parameter("conv1.weight"), source.module.get_parameter("conv1.weight"))
+            drawn, first = (m.get_parameter("conv1.weight") for m in (branches_of(link)[0], source.module))
+            assert not torch.equal(drawn, first)
 
 
 @pytest.mark.parametrize("buffers", [False, True])

@@ -104,14 +104,6 @@ def grads_of(block: lg.Block) -> list[Tensor]:
     return [p.grad for p in block.parameters() if p.grad is not None]
 
 
-def test_bp_is_one_block_without_auxiliaries() -> None:
-    x, y = batch()
-    backbone = resnet(20)
-    model = lg.localize(backbone, blocks=1, method=lg.bp(), example=x)
-    assert (len(model.blocks), len(model.auxiliaries)) == (1, 0)
-    check(backbone, model, x, y, None)
-
-
 # DGL and the heads that go with any method
 
 

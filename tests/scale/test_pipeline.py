@@ -18,21 +18,19 @@ from localgrad.core.errors import UserError
 GREEDY, LAG = partial(lg.dgl, "0c1f"), 2
 CASES: dict[str, tuple[int, Any, Any]] = {  # blocks, method, coupling
     "infopro": (4, lg.infopro, None),
-    "man": (4, GREEDY, partial(lg.MAN, 0.9, lag=LAG)),
     "man++": (4, GREEDY, partial(lg.MANPlusPlus, 0.9, lag=LAG)),
     "man++ without lag": (4, GREEDY, partial(lg.MANPlusPlus, 0.9)),
     "man of two units": (4, GREEDY, partial(lg.MAN, 0.9, learnable_units=2, buffers=True, lag=1)),
     "man every 3": (4, GREEDY, partial(lg.MAN, 0.9, lag=LAG, ema_every=3)),
-    "man every 2 without lag": (4, GREEDY, partial(lg.MAN, 0.9, ema_every=2)),
-    "deep-man": (4, lg.dgl, partial(lg.DeepMAN, 0.9, lag=3)),
     "deep-man every 2": (4, lg.dgl, partial(lg.DeepMAN, 0.9, lag=5, ema_every=2)),
 }
 LONG: dict[str, tuple[int, Any, Any]] = {
     "dgl, long": (4, lg.dgl, None),
     "dgl 8, long": (8, lg.dgl, None),
     "predsim, long": (4, lg.predsim, None),
-    "man, long": (4, GREEDY, partial(lg.MAN, 0.9, lag=LAG)),
     "man 8, long": (8, GREEDY, partial(lg.MAN, 0.9, lag=LAG)),
+    "man every 2 without lag, long": (4, GREEDY, partial(lg.MAN, 0.9, ema_every=2)),
+    "deep-man 8, long": (8, lg.dgl, partial(lg.DeepMAN, 0.9, lag=3)),
 }
 SHARES = {4: (2, 1, 1), 8: (3, 2, 3)}
 MOVED, STOPS = ("man++", "man++ without lag", "deep-man every 2"), (1, 7)  # Runs that move after so many steps.
@@ -193,7 +191,7 @@ def there_and_back(file: Path) -> dict[str, Any]:
 
 def refused() -> list[str]:
     x, said = torch.zeros(2, 3, 8, 8), []
-    pull = lg.localize(network("man"), blocks=4, method=GREEDY(), coupling=lg.MAN(form="pull"), example=x)
+    pull = lg.localize(network("man++"), blocks=4, method=GREEDY(), coupling=lg.MAN(form="pull"), example=x)
     shared = lg.localize(Shares(), blocks=4, method=GREEDY(), example=torch.zeros(2, 12))
     plain = model_of("follows")
     for model, shares in ((plain, (2, 1)), (plain, (2, 2, 0)), (pull, (2, 1, 1)), (shared, (2, 1, 1))):

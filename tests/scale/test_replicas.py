@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import re
+import runpy
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -104,7 +106,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def all_of_it() -> dict[str, Any]:
-    calls = (together, at_the_door, with_units_left_out, with_models_that_differ)
+    calls = (together, at_the_door, with_units_left_out, with_models_that_differ, the_example)
     return {call.__name__: call() for call in calls}
 
 
@@ -121,6 +123,26 @@ def test_two_ranks_are_one_process_with_both_halves_and_agree_to_the_bit(
     assert all(torch.equal(a, b) for a, b in zip(first["losses"], second["losses"], strict=True))
     assert any(".ema." in name for name in state) == ("man" in case and "pull" not in case)
     assert set(METHODS) <= {case.split()[0] for case in CASES}
+
+
+def the_example() -> list[float]:
+    """How far the weights of replicas and of a pipeline in examples/two_processes.py are from those of one process."""
+    example, states = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "two_processes.py")), []
+    for train in ("alone", "replicas", "pipeline"):
+        model = example["build"]()
+        for norm in (m for m in model.modules() if isinstance(m, SyncBatchNorm)):
+            norm.alone = train == "alone"
+        example[train](model, 2)
+        states.append(model.backbone.state_dict())
+    torch.set_default_dtype(torch.float32)
+    return [max(float((found[name] - states[0][name]).abs().max()) for name in found) for found in states[1:]]
+
+
+def test_the_example_of_two_processes_trains_what_one_does(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        replicas, pipeline = rank["the_example"]
+        assert replicas < 1e-12
+        assert pipeline == 0
 
 
 def test_a_synchronised_layer_has_the_weights_of_the_plain_one() -> None:

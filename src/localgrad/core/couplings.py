@@ -1,4 +1,4 @@
-"""Couplings: copies of later units, by which a block learns about units that no gradient reaches it from.
+"""Couplings: copies of later units in the auxiliary of a block, because no gradient of those units reaches it.
 
 MAN: "Momentum Auxiliary Network for Supervised Local Learning" (ECCV 2024). MAN++: arXiv 2507.16279. Where the
 published code differs from the ECCV text, this module follows the code; `form="pull"` follows the text. Deep MAN is

@@ -244,8 +244,10 @@ def _warn_of_hooks(traced: Traced) -> None:
             stacklevel=3,
         )
     if silent := traced.cut.watch.silent():
-        told = f"local_backward does not call the hooks of {', '.join(silent)}"
-        warnings.warn(f"{told}: it calls the units within, so hook those", stacklevel=3)
+        names = ", ".join(silent)
+        warnings.warn(
+            f"local_backward does not call the hooks of {names}: it calls the units within, so hook those", stacklevel=3
+        )
 
 
 def _to_training(backbone: nn.Module) -> None:
