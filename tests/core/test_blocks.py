@@ -34,9 +34,6 @@ def cut(backbone: nn.Module, blocks: int | list[str], x: Tensor) -> lg.LocalMode
     return lg.localize(backbone, blocks=blocks, method=QUICK, example=x)
 
 
-# Units
-
-
 def stages(*lengths: int) -> list[str]:
     return ["stem", *(f"layer{s}.{i}" for s, length in enumerate(lengths, 1) for i in range(length))]
 
@@ -72,9 +69,6 @@ def test_boundaries_say_shape_layout_and_stage() -> None:
     vectors = trace_units(mlp(), torch.zeros(2, 3, 4, 4)).units
     assert [(u.output.shape, u.output.layout) for u in vectors] == [((20,), "NC"), ((20,), "NC"), ((9,), "NC")]
     assert vectors[0].output.size == (1, 1)
-
-
-# Cuts
 
 
 @pytest.mark.parametrize(("depth", "count"), [(32, 16), (110, 55)])
@@ -128,11 +122,11 @@ class Skipping(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.c, self.d, self.e = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(5))
+        self.a, self.b, self.c, self.d, self.e, self.f = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(6))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.a(x)
-        return self.e(h + self.d(self.c(self.b(h)))).mean((2, 3))
+        return self.f(self.e(h + self.d(self.c(self.b(h))))).mean((2, 3))
 
 
 class Branching(nn.Module):
@@ -157,20 +151,17 @@ def test_networks_that_are_no_chains_are_refused_in_one_sentence(network: nn.Mod
 
 def test_a_cut_that_a_tensor_skips_over_is_refused_and_the_nearest_offered() -> None:
     x = torch.zeros(1, 3, 8, 8)
-    assert lg.units(Skipping(), x) == ["a", "d"]
+    assert lg.units(Skipping(), x) == ["a", "d", "e"]
     for name, nearest in (("b", "a"), ("c", "d")):
         text = f"no cut behind '{name}': the tensor of 'a' skips over it to 'add'; the nearest is behind '{nearest}'"
         assert said(cut, Skipping(), [name], x) == text
-    assert "has 2 units, so 1 to 2 (behind 'b', the tensor of 'a' skips" in said(cut, Skipping(), 3, x)
+    assert "has 3 units, so 1 to 3 (behind 'b', the tensor of 'a' skips" in said(cut, Skipping(), 4, x)
 
 
 def test_a_boundary_that_is_neither_map_nor_vector_is_refused() -> None:
     network = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 2))
     text = "behind '0', (1, 4, 5, 6) crosses: neither a map, nor tokens, nor a vector"
     assert text in said(lg.units, network, torch.zeros(1, 1, 4, 5, 5))
-
-
-# Blocks are the backbone
 
 
 @pytest.mark.parametrize(("name", "blocks"), [("resnet20", 1), ("resnet20", 10), ("torchvision:resnet18", 5)])
@@ -222,9 +213,6 @@ def test_functional_dropout_follows_train_and_eval_however_it_was_traced(trainin
     model = cut(FunctionalDropout().train(training), 2, x)
     assert_chained(model, x)
     assert not torch.equal(chain(model.train(), x), chain(model.eval(), x))
-
-
-# Copies
 
 
 def test_copies_have_storage_of_their_own_and_fresh_ones_are_drawn_anew() -> None:

@@ -34,9 +34,6 @@ def crossing(model: lg.LocalModel) -> list[Tensor]:
     return [torch.randn(4, *block.boundary.shape, dtype=torch.float64) for block in model.blocks[:-1]]
 
 
-# What they compute
-
-
 @pytest.mark.parametrize("coupling", [lg.MAN(), lg.MAN(ema=False), lg.MAN(learnable=False)])
 def test_man_is_the_sum_of_its_branches(coupling: lg.MAN) -> None:
     model = build(coupling)
@@ -135,9 +132,6 @@ def test_an_integer_depth_takes_that_many_units(depth: int, names: list[str]) ->
     assert [u.name for u in lg.DeepMAN(depth=depth).select(downstream)] == names
 
 
-# How the average moves
-
-
 def naive_average(average: list[Tensor], source: list[Tensor], momentum: float) -> None:
     for e, s in zip(average, source, strict=True):
         for i in range(e.numel()):
@@ -215,9 +209,6 @@ def test_buffers_are_averaged_when_asked(buffers: bool) -> None:
     assert bool((moved == 7).all()) == buffers
 
 
-# Who is trained
-
-
 @pytest.mark.parametrize("make", ALL)
 def test_averages_are_never_trained_and_share_nothing_with_the_backbone(make: type[lg.MAN]) -> None:
     model = build(make(), double=False)
@@ -242,9 +233,6 @@ def test_a_switched_off_branch_costs_no_parameters() -> None:
 
     assert count(lg.MAN(ema=False)) == count(lg.MAN(learnable=False)) < count(lg.MAN())
     assert count(lg.MAN(form="pull")) == count(lg.MAN(ema=False))
-
-
-# form="pull"
 
 
 def naive_pull(model: lg.LocalModel, batches: list[tuple[Tensor, Tensor]], lr: float, momentum: float) -> None:

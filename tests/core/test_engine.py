@@ -14,8 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import localgrad as lg
 
-# One block
-
 
 @pytest.mark.parametrize("method", [lg.bp(), lg.dgl(), lg.infopro()], ids=lambda m: m.name)
 def test_one_block_is_plain_backpropagation_bit_for_bit(method: lg.Method) -> None:
@@ -36,9 +34,6 @@ def test_one_block_is_plain_backpropagation_bit_for_bit(method: lg.Method) -> No
             optimizer.zero_grad()
         assert_same(backbone.state_dict(), plain.state_dict())
     assert len(out.losses) == len(out.parts) == 1
-
-
-# Losses
 
 
 def test_losses_are_those_of_each_block_and_detached() -> None:
@@ -69,9 +64,6 @@ def test_scale_multiplies_every_gradient_and_no_loss() -> None:
     grads, scaled, by_tensor = (gradients(m) for m in models)
     assert_same({k: 4 * g for k, g in grads.items()}, scaled)  # Powers of two are exact.
     assert_same(scaled, by_tensor)
-
-
-# Accumulation
 
 
 @pytest.mark.parametrize("coupling", ALL_COUPLINGS, ids=str)
@@ -122,9 +114,6 @@ def test_halves_without_batch_statistics_are_the_whole_batch() -> None:
     wanted = gradients(whole)
     for name, got in gradients(model).items():
         torch.testing.assert_close(got, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
-
-
-# Step after the pass, or as you go
 
 
 def test_blocks_come_in_order_with_their_gradients() -> None:
@@ -220,9 +209,6 @@ def test_a_loop_that_ends_early_leaves_later_blocks_and_their_averages(coupling:
     assert moved == {"0"}
 
 
-# What lives on
-
-
 def test_a_blocks_tensors_are_gone_before_the_next_block_runs() -> None:
     x, y = batch()
     model = lg.localize(resnet(20), blocks=4, method=lg.infopro(), coupling=lg.MAN(), example=x)
@@ -232,9 +218,6 @@ def test_a_blocks_tensors_are_gone_before_the_next_block_runs() -> None:
     alive = [sum(tensor() is not None for tensor in made) for _ in lg.block_steps(model, x, y)]
     assert len(made) > 40
     assert alive == [0, 0, 0, 0]
-
-
-# Autocast
 
 
 class Halves(TorchDispatchMode):

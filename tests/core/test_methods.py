@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import auxiliaries, batch, chain, coupling_of, gradients, resnet, said, vgg
+from small import ALL_COUPLINGS, auxiliaries, batch, chain, coupling_of, gradients, resnet, said, vgg
 from torch import Tensor, nn
 
 import localgrad as lg
@@ -18,13 +18,6 @@ from localgrad.core.methods import METHODS
 LOCAL: dict[str, Callable[[], lg.Method]] = {name: make for name, make in METHODS.items() if name != "bp"}
 LOCAL["infopro contrast"] = lambda: lg.infopro(contrast=True)
 LOCAL["greedy"] = lambda: lg.dgl("0c1f")
-COUPLINGS: dict[str, lg.MAN | None] = {
-    "none": None,
-    "man": lg.MAN(),
-    "man++": lg.MANPlusPlus(),
-    "deep-man": lg.DeepMAN(),
-    "pull": lg.MAN(form="pull"),
-}
 
 
 def bp_gradients(backbone: nn.Module, x: Tensor, y: Tensor) -> set[str]:
@@ -60,27 +53,27 @@ def check(backbone: nn.Module, model: lg.LocalModel, x: Tensor, y: Tensor, silen
 
 
 @pytest.mark.parametrize(("blocks", "build"), [(2, resnet), (10, resnet), (4, vgg)])
-@pytest.mark.parametrize("coupling", COUPLINGS)
+@pytest.mark.parametrize("coupling", ALL_COUPLINGS, ids=str)
 @pytest.mark.parametrize("method", LOCAL)
-def test_every_method_with_every_coupling(method: str, coupling: str, blocks: int, build: Any) -> None:
+def test_every_method_with_every_coupling(method: str, coupling: lg.MAN | None, blocks: int, build: Any) -> None:
     x, y = batch()
     y[1] = y[0]  # A positive pair for the contrastive loss.
     backbone = build()
-    model = lg.localize(backbone, blocks=blocks, method=LOCAL[method](), coupling=COUPLINGS[coupling], example=x)
+    model = lg.localize(backbone, blocks=blocks, method=LOCAL[method](), coupling=coupling, example=x)
     assert len(model.blocks) == blocks
     silent = blocks - 2 if method.startswith("infopro") and blocks > 2 else None
     check(backbone, model, x, y, silent)
 
 
-@pytest.mark.parametrize("coupling", COUPLINGS)
+@pytest.mark.parametrize("coupling", ALL_COUPLINGS, ids=str)
 @pytest.mark.parametrize("method", ["dgl", "predsim", "infopro"])
-def test_vectors_cross_as_well_as_maps(method: str, coupling: str) -> None:
+def test_vectors_cross_as_well_as_maps(method: str, coupling: lg.MAN | None) -> None:
     x, y = torch.randn(4, 6), torch.arange(4) % 3
     layers = [module for _ in range(3) for module in (nn.Linear(6, 6), nn.Tanh())]
     backbone = nn.Sequential(*layers, nn.Linear(6, 3))
     if method == "infopro":  # which reconstructs images
         x, backbone = x.view(4, 6, 1, 1), nn.Sequential(nn.Flatten(), *backbone)
-    model = lg.localize(backbone, blocks=3, method=LOCAL[method](), coupling=COUPLINGS[coupling], example=x)
+    model = lg.localize(backbone, blocks=3, method=LOCAL[method](), coupling=coupling, example=x)
     check(backbone, model, x, y, 1 if method == "infopro" else None)
 
 
@@ -102,9 +95,6 @@ def test_a_blocks_own_auxiliary_alone_decides_its_gradient(method: str) -> None:
 
 def grads_of(block: lg.Block) -> list[Tensor]:
     return [p.grad for p in block.parameters() if p.grad is not None]
-
-
-# DGL and the heads that go with any method
 
 
 def kinds(head: nn.Module) -> tuple[int, int]:
@@ -147,9 +137,6 @@ def test_label_smoothing_reaches_the_auxiliaries() -> None:
     assert all(float(a) != pytest.approx(float(b), rel=1e-3) for a, b in zip(plain.losses, out.losses, strict=True))
 
 
-# PredSim
-
-
 @pytest.mark.parametrize("beta", [0.99, 0.25])
 def test_predsim_weighs_matching_by_beta(beta: float) -> None:
     x, y = batch()
@@ -158,9 +145,6 @@ def test_predsim_weighs_matching_by_beta(beta: float) -> None:
     for loss, parts in zip(out.losses[:-1], out.parts, strict=False):
         wanted = (1 - beta) * float(parts["classifier"]) + beta * float(parts["similarity"])
         assert float(loss) == pytest.approx(wanted, rel=1e-5)
-
-
-# InfoPro
 
 
 def weights_of(model: lg.LocalModel) -> list[tuple[float, float]]:
@@ -242,9 +226,6 @@ def test_infopro_on_large_images_has_the_imagenet_auxiliaries() -> None:
     out = lg.local_backward(model, x, y)
     assert all(bool(loss.isfinite()) for loss in out.losses)
     assert all(p.grad is not None and bool(p.grad.any()) for p in model.members(0) if p.ndim > 1)
-
-
-# AugLocal
 
 
 def copied(auxiliary: lg.Auxiliary) -> int:

@@ -34,8 +34,6 @@ import localgrad as lg
 from localgrad.core.errors import UserError
 from localgrad.scale.memory import optimizers_for, training_step
 
-# Optimizer groups
-
 
 @pytest.mark.parametrize("coupling", ALL_COUPLINGS, ids=str)
 @pytest.mark.parametrize("no_decay", [False, True])
@@ -79,9 +77,6 @@ def test_a_frozen_last_block_has_an_empty_group_and_steps_with_the_others(no_dec
     for as_you_go in (False, True):
         training_step(model, optimizers_for(groups, sgd, as_you_go=as_you_go), *batch(), step_as_you_go=as_you_go)
     assert_same(before, dict(model.blocks[3].named_parameters()))
-
-
-# The model
 
 
 def test_evaluation_needs_no_labels_and_no_auxiliaries() -> None:
@@ -140,9 +135,6 @@ def test_the_task_is_the_backbones_or_ones_own() -> None:
     own.load_state_dict(plain.state_dict())
     for a, b in zip(lg.local_backward(plain, x, y).losses, lg.local_backward(own, x, y).losses, strict=True):
         torch.testing.assert_close(2 * a, b)
-
-
-# Modes
 
 
 class Frozen(nn.Module):
@@ -205,9 +197,6 @@ def test_a_plan_counts_frozen_units_apart_from_those_that_look_alike() -> None:
     kept = dict(zip(units.names, (cost.gradients for cost in units.units[0]), strict=True))
     assert kept["layer1.1"] < kept["layer1.0"] == kept["layer1.2"]
     assert kept["layer2.2"] == 0 < kept["layer2.1"]
-
-
-# What warns, what is refused
 
 
 def test_options_without_effect_warn() -> None:
