@@ -32,7 +32,7 @@ def batches() -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def train(model: lg.LocalModel, plan: lg.Plan, steps: int) -> lg.PeakBytes:
-    """Trains for some steps in the way of `plan`. Returns the bytes that were measured in the last step."""
+    """Trains for some steps as `plan` says, and measures the memory of one more step."""
     groups = lg.param_groups(model)
     if plan.step_as_you_go:  # Each block has an optimizer of its own.
         optimizers = [SGD([g for g in groups if g["block"] == k]) for k in range(len(model.blocks))]
@@ -73,12 +73,12 @@ def main() -> None:
     budget = planner.bp.peak * 3 // 10 if args.budget_mib is None else int(args.budget_mib * MIB)
     try:
         plan = planner.fastest(budget)
-    except lg.UserError as error:  # The sentence says the least that would do.
+    except lg.UserError as error:  # The sentence names the smallest budget that is enough.
         parser.error(str(error))
-    ways = {"backpropagation": planner.bp, "activation checkpointing": planner.checkpointing, "the plan": plan}
+    plans = {"backpropagation": planner.bp, "activation checkpointing": planner.checkpointing, "the plan": plan}
     print(f"Predicted before anything runs. The budget is {budget / MIB:.1f} MiB.")
-    for name, way in ways.items():
-        print(f"  {name}: {way.peak / MIB:.1f} MiB, {way.seconds / planner.bp.seconds:.2f} times the time of BP")
+    for name, p in plans.items():
+        print(f"  {name}: {p.peak / MIB:.1f} MiB, {p.seconds / planner.bp.seconds:.2f} times the time of BP")
     print(f"Blocks of the plan: {len(plan.blocks)}. Their last units: {', '.join(plan.blocks)}.")
     print(f"Units to recompute: {len(plan.units)}. Step as you go: {'yes' if plan.step_as_you_go else 'no'}.")
     coupling = COUPLING if len(plan.blocks) > 1 else None

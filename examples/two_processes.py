@@ -51,7 +51,7 @@ def replicas(model: lg.LocalModel, steps: int) -> None:
     averaging = lg.Replicas(model)
     optimizer = torch.optim.SGD(lg.param_groups(model), lr=0.05, momentum=0.9)
     for x, y in batches(steps):
-        x, y = (whole.chunk(2)[dist.get_rank()] for whole in (x, y))
+        x, y = (tensor.chunk(2)[dist.get_rank()] for tensor in (x, y))
         for done in lg.block_steps(model, x, y):
             averaging.start(done.block, done.loss)  # These gradients travel while the next block computes.
         averaging.finish()
@@ -74,15 +74,15 @@ def pipeline(model: lg.LocalModel, steps: int) -> None:
 
 
 def compare(rank: int, steps: int, expected: dict[str, Tensor], folder: str) -> None:
-    """What each of the two processes does. The first one prints."""
+    """Trains in both ways as one of two processes. The first process prints how far the weights are from `expected`."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    for way in (replicas, pipeline):
+    for train in (replicas, pipeline):
         model = build()
-        way(model, steps)
+        train(model, steps)
         found = model.backbone.state_dict()
         apart = max(float((found[name] - expected[name]).abs().max()) for name in expected)
         if rank == 0:
-            print(f"{way.__name__}: the weights are at most {apart:.1e} away from those of one process")
+            print(f"{train.__name__}: the weights are at most {apart:.1e} away from those of one process")
     dist.destroy_process_group()
 
 

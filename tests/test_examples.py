@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,16 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def here(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """What a script prints. It runs in this process, which has already loaded PyTorch."""
-    monkeypatch.setattr(sys, "argv", [name, *arguments])
-    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-    return capsys.readouterr().out
+
+    def run(name: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
 def number(pattern: str, text: str) -> float:
@@ -25,27 +31,26 @@ def number(pattern: str, text: str) -> float:
     return float(found)
 
 
-def test_own_loop_learns_both_ways(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    out = here("own_loop.py", "--epochs", "1", monkeypatch=monkeypatch, capsys=capsys)
+def test_own_loop_learns_both_ways(run: Callable[..., str]) -> None:
+    out = run("own_loop.py", "--epochs", "1")
     assert "dgl, blocks: 4" in out
     assert number(r"Backpropagation reached ([\d.]+)%", out) > 40  # 10 would be chance
     assert number(r"between them ([\d.]+)%", out) > 40
 
 
-@pytest.mark.parametrize(("arguments", "conclusion"), [((), "cutting is"), (("--budget-mib", "90"), "recomputing is")])
-def test_into_a_budget_stays_within_it(
-    arguments: tuple[str, ...],
-    conclusion: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    out = here("into_a_budget.py", "--steps", "1", *arguments, monkeypatch=monkeypatch, capsys=capsys)
+SMALL = pytest.param((), "cutting is", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("arguments", "conclusion"), [(("--budget-mib", "90"), "recomputing is"), SMALL])
+def test_into_a_budget_stays_within_it(arguments: tuple[str, ...], conclusion: str, run: Callable[..., str]) -> None:
+    out = run("into_a_budget.py", "--steps", "1", *arguments)
     measured, budget = number(r"Measured: ([\d.]+) MiB", out), number(r"The budget is ([\d.]+) MiB", out)
     assert 0.9 * budget < measured <= budget
     assert measured == number(r"the plan: ([\d.]+) MiB", out)
     assert f"What to conclude: {conclusion}" in out
 
 
+@pytest.mark.slow  # tests/scale/test_replicas.py runs its functions in the default run.
 def test_two_processes_train_what_one_does() -> None:
     command = [sys.executable, "-W", "error", str(EXAMPLES / "two_processes.py"), "--steps", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)

@@ -4,7 +4,7 @@
     model = lg.localize(backbone, blocks=4, method=lg.dgl(), coupling=lg.MAN(), example=x)
     out = lg.local_backward(model, x, y)
 
-Names are imported from their rooms when first used, so that `import localgrad` alone does not load PyTorch.
+A name is imported from its module when it is first used, so `import localgrad` alone does not load PyTorch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from localgrad.scale.shares import block_seconds, shares_of
     from localgrad.scale.speed import Speed, calibrate
 
-_HOME = {
+_NAMES_OF = {
     "core.auxiliary": ("Auxiliary", "Method", "Site", "Term"),
     "core.backbones": ("CifarResNet", "build"),
     "core.blocks": ("Block", "Unit", "units"),
@@ -54,9 +54,9 @@ _HOME = {
     "scale.shares": ("block_seconds", "shares_of"),
     "scale.speed": ("Speed", "calibrate"),
 }
-_ROOM_OF = {name: room for room, names in _HOME.items() for name in names}
+_MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
 
-__all__ = [  # noqa: RUF022 (in the order of the rooms)
+__all__ = [  # noqa: RUF022 (in the order of the modules)
     "Auxiliary", "Method", "Site", "Term", "CifarResNet", "build", "Block", "Boundary", "Unit", "units",
     "DeepMAN", "MAN", "MANPlusPlus", "update_ema", "BlockResult", "LocalModel", "StepResult", "block_steps",
     "local_backward", "localize", "param_groups", "RunError", "UserError", "auglocal", "bp", "dgl", "infopro",
@@ -67,9 +67,9 @@ __all__ = [  # noqa: RUF022 (in the order of the rooms)
 
 
 def __getattr__(name: str) -> object:
-    if name not in _ROOM_OF:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'localgrad' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"localgrad.{_ROOM_OF[name]}"), name)
+    return getattr(importlib.import_module(f"localgrad.{_MODULE_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, cast
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -151,6 +152,12 @@ def branches_of(link: Link) -> tuple[nn.Module, nn.Module]:
     return link.learnable, link.ema
 
 
+def averages_of(auxiliary: lg.Auxiliary) -> list[tuple[nn.Module, nn.Module]]:
+    """Each EMA branch with its source."""
+    pairs = zip(links_of(auxiliary), coupling_of(auxiliary).sources, strict=True)
+    return [(branches_of(link)[1], source.module) for link, source in pairs]
+
+
 def assert_chained(model: lg.LocalModel, x: Tensor) -> None:
     """The blocks, one after the other, are the backbone, bit for bit, in evaluation and in training."""
     for training in (False, True):
@@ -165,6 +172,14 @@ def chain(model: lg.LocalModel, x: Tensor) -> Tensor:
     for block in model.blocks:
         x = block(x)
     return x
+
+
+def said(call: Callable[..., object], *args: Any, **kwargs: Any) -> str:
+    """The one sentence with which a call is refused."""
+    with pytest.raises(lg.UserError) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small import ALL, MOMENTUM, auxiliaries, batch, branches_of, build, coupling_of, links_of, resnet
+from small import ALL, MOMENTUM, auxiliaries, averages_of, batch, build, coupling_of, resnet
 
 import localgrad as lg
 
@@ -27,7 +27,7 @@ def test_a_lagging_average_follows_the_source_of_so_many_steps_ago(make: type[lg
         coupling_of(auxiliary).update()
         old = history[max(0, n - lag) // every * every]
         naive = [MOMENTUM * a + (1 - MOMENTUM) * s for a, s in zip(naive, old, strict=True)]
-        averaged = branches_of(links_of(auxiliary)[0])[1]
+        averaged = averages_of(auxiliary)[0][0]
         torch.testing.assert_close([p.detach() for p in averaged.parameters()], naive, rtol=1e-12, atol=1e-14)
         with torch.no_grad():
             for p in source.parameters():
@@ -47,9 +47,8 @@ def test_the_distance_is_that_of_all_averaged_parameters(make: type[lg.MAN]) -> 
         for p in model.backbone.parameters():
             p.mul_(3).add_(0.1)
     for auxiliary, found in zip(auxiliaries(model), model.ema_distances(), strict=True):
-        averages = [branches_of(link)[1] for link in links_of(auxiliary)]
-        sources = [unit.module for unit in coupling_of(auxiliary).sources]
-        a, s = (torch.cat([p.flatten() for m in side for p in m.parameters()]) for side in (averages, sources))
+        sides = zip(*averages_of(auxiliary), strict=True)
+        a, s = (torch.cat([p.flatten() for m in side for p in m.parameters()]) for side in sides)
         assert found == pytest.approx(float(((a - s).norm() / s.norm()).detach()), rel=1e-5)
 
 

@@ -16,7 +16,6 @@ from localgrad.core.task import Classification
 
 TASK = Classification(7)
 SIZES = (32, 16, 8, 7, 4, 2, 1)
-NAMED = tuple(name for name in heads.HEADS if name != "auto")
 
 
 def square(channels: int, side: int) -> Boundary:
@@ -33,7 +32,7 @@ def crossing(boundary: Boundary, count: int = 3) -> torch.Tensor:
 @pytest.mark.parametrize("boundary", BOUNDARIES, ids=lambda b: "x".join(map(str, b.shape)))
 def test_every_classifier_gives_one_logit_a_class_at_every_boundary(boundary: Boundary) -> None:
     h = crossing(boundary)
-    for name in NAMED:
+    for name in heads.HEADS:
         head = heads.classifier(name, boundary, TASK, width=24)
         assert head(h).shape == (3, 7), name
     assert heads.predsim_classifier(boundary, TASK)(h).shape == (3, 7)
@@ -53,16 +52,12 @@ def of(head: nn.Module, kind: type[nn.Module]) -> list:
 def test_convolutional_heads_follow_the_rule(name: str, channels: int, side: int) -> None:
     convolutions, linears = int(name[0]), int(name[2])
     head = heads.classifier(name, square(channels, side), TASK, width=64)
-    found = of(head, nn.Conv2d)
-    assert len(found) == convolutions
-    before, size = channels, side
-    for convolution in found:
-        stride = 2 if size > 8 else 1
-        assert convolution.kernel_size == (3, 3)
-        assert convolution.stride == (stride, stride)
-        assert convolution.in_channels == before
-        assert convolution.out_channels == max(before, min(2 * before, 64))  # never beyond the last stage's width
-        before, size = convolution.out_channels, -(-size // stride)
+    wanted, before, size = [], channels, side
+    for _ in range(convolutions):
+        after, stride = max(before, min(2 * before, 64)), 2 if size > 8 else 1  # Never beyond the last stage's width.
+        wanted.append((before, after, (3, 3), (stride, stride)))
+        before, size = after, -(-size // stride)
+    assert [(c.in_channels, c.out_channels, c.kernel_size, c.stride) for c in of(head, nn.Conv2d)] == wanted
     layers = [(m.in_features, m.out_features) for m in of(head, nn.Linear)]
     widths = [before, *[128] * (linears - 1), 7]
     assert layers == list(pairwise(widths))
@@ -91,17 +86,10 @@ def test_pooling_is_the_adaptive_average(size: tuple[int, int]) -> None:
     torch.testing.assert_close(pooled, nn.functional.adaptive_avg_pool2d(h, target))
 
 
-@pytest.mark.parametrize(
-    ("channels", "side", "features"), [(16, 32, 4096), (32, 16, 2048), (64, 2, 256), (5000, 3, 5000)]
-)
-def test_predsims_classifier_reads_at_most_4096_features_unless_one_pixel_has_more(
-    channels: int, side: int, features: int
-) -> None:
-    (linear,) = of(heads.predsim_classifier(square(channels, side), TASK), nn.Linear)
-    assert linear.in_features == features
-
-
-def test_the_similarity_projection_is_one_convolution_of_the_same_width() -> None:
+def test_predsims_classifier_reads_at_most_4096_features_unless_one_pixel_has_more() -> None:
+    for channels, side, features in ((16, 32, 4096), (32, 16, 2048), (64, 2, 256), (5000, 3, 5000)):
+        (linear,) = of(heads.predsim_classifier(square(channels, side), TASK), nn.Linear)
+        assert linear.in_features == features
     (convolution,) = of(heads.similarity(square(6, 4)), nn.Conv2d)
     assert (convolution.in_channels, convolution.out_channels, convolution.kernel_size) == (6, 6, (3, 3))
 

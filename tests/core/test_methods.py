@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from small import auxiliaries, batch, chain, coupling_of, gradients, resnet, vgg
+from small import ALL_COUPLINGS, auxiliaries, batch, chain, coupling_of, gradients, resnet, said, vgg
 from torch import Tensor, nn
 
 import localgrad as lg
@@ -17,13 +18,6 @@ from localgrad.core.methods import METHODS
 LOCAL: dict[str, Callable[[], lg.Method]] = {name: make for name, make in METHODS.items() if name != "bp"}
 LOCAL["infopro contrast"] = lambda: lg.infopro(contrast=True)
 LOCAL["greedy"] = lambda: lg.dgl("0c1f")
-COUPLINGS: dict[str, lg.MAN | None] = {
-    "none": None,
-    "man": lg.MAN(),
-    "man++": lg.MANPlusPlus(),
-    "deep-man": lg.DeepMAN(),
-    "pull": lg.MAN(form="pull"),
-}
 
 
 def bp_gradients(backbone: nn.Module, x: Tensor, y: Tensor) -> set[str]:
@@ -58,38 +52,28 @@ def check(backbone: nn.Module, model: lg.LocalModel, x: Tensor, y: Tensor, silen
             assert bool(p.grad.any()) == (trained[p] != silent), name
 
 
-@pytest.mark.parametrize("blocks", [2, 4, 16])
-@pytest.mark.parametrize("coupling", COUPLINGS)
+@pytest.mark.parametrize(("blocks", "build"), [(2, resnet), (10, resnet), (4, vgg)])
+@pytest.mark.parametrize("coupling", ALL_COUPLINGS, ids=str)
 @pytest.mark.parametrize("method", LOCAL)
-def test_every_method_with_every_coupling(method: str, coupling: str, blocks: int) -> None:
+def test_every_method_with_every_coupling(method: str, coupling: lg.MAN | None, blocks: int, build: Any) -> None:
     x, y = batch()
-    y[1] = y[0]  # a positive pair for the contrastive loss
-    backbone = resnet(32)
-    model = lg.localize(backbone, blocks=blocks, method=LOCAL[method](), coupling=COUPLINGS[coupling], example=x)
+    y[1] = y[0]  # A positive pair for the contrastive loss.
+    backbone = build()
+    model = lg.localize(backbone, blocks=blocks, method=LOCAL[method](), coupling=coupling, example=x)
     assert len(model.blocks) == blocks
     silent = blocks - 2 if method.startswith("infopro") and blocks > 2 else None
     check(backbone, model, x, y, silent)
 
 
-@pytest.mark.parametrize("coupling", COUPLINGS)
-@pytest.mark.parametrize("method", LOCAL)
-def test_every_method_on_plain_layers(method: str, coupling: str) -> None:
-    x, y = batch()
-    y[1] = y[0]
-    backbone = vgg()
-    model = lg.localize(backbone, blocks=4, method=LOCAL[method](), coupling=COUPLINGS[coupling], example=x)
-    check(backbone, model, x, y, 2 if method.startswith("infopro") else None)
-
-
-@pytest.mark.parametrize("coupling", COUPLINGS)
+@pytest.mark.parametrize("coupling", ALL_COUPLINGS, ids=str)
 @pytest.mark.parametrize("method", ["dgl", "predsim", "infopro"])
-def test_vectors_cross_as_well_as_maps(method: str, coupling: str) -> None:
+def test_vectors_cross_as_well_as_maps(method: str, coupling: lg.MAN | None) -> None:
     x, y = torch.randn(4, 6), torch.arange(4) % 3
     layers = [module for _ in range(3) for module in (nn.Linear(6, 6), nn.Tanh())]
     backbone = nn.Sequential(*layers, nn.Linear(6, 3))
     if method == "infopro":  # which reconstructs images
         x, backbone = x.view(4, 6, 1, 1), nn.Sequential(nn.Flatten(), *backbone)
-    model = lg.localize(backbone, blocks=3, method=LOCAL[method](), coupling=COUPLINGS[coupling], example=x)
+    model = lg.localize(backbone, blocks=3, method=LOCAL[method](), coupling=coupling, example=x)
     check(backbone, model, x, y, 1 if method == "infopro" else None)
 
 
@@ -111,23 +95,6 @@ def test_a_blocks_own_auxiliary_alone_decides_its_gradient(method: str) -> None:
 
 def grads_of(block: lg.Block) -> list[Tensor]:
     return [p.grad for p in block.parameters() if p.grad is not None]
-
-
-def test_bp_is_one_block_without_auxiliaries() -> None:
-    x, y = batch()
-    backbone = resnet(20)
-    model = lg.localize(backbone, blocks=1, method=lg.bp(), example=x)
-    assert (len(model.blocks), len(model.auxiliaries)) == (1, 0)
-    check(backbone, model, x, y, None)
-
-
-# DGL and the heads that go with any method
-
-
-def test_greedy_learning_is_pool_and_linear() -> None:
-    model = lg.localize(resnet(20), blocks=2, method=lg.dgl("0c1f"), example=batch()[0])
-    head = auxiliaries(model)[0].heads["classifier"]
-    assert [type(m).__name__ for m in head.children()] == ["AvgPool2d", "Flatten", "Linear"]
 
 
 def kinds(head: nn.Module) -> tuple[int, int]:
@@ -152,6 +119,8 @@ def test_deep_man_prefers_pool_and_linear_and_man_the_methods_own() -> None:
     for coupling, wanted in ((lg.MAN(), (3, 4)), (lg.DeepMAN(), (0, 1))):
         model = lg.localize(resnet(20), blocks=2, method=lg.dgl(), coupling=coupling, example=x)
         assert kinds(auxiliaries(model)[0].heads["classifier"]) == wanted
+    head = auxiliaries(model)[0].heads["classifier"]  # The same as greedy learning's.
+    assert [type(m).__name__ for m in head.children()] == ["AvgPool2d", "Flatten", "Linear"]
 
 
 def test_label_smoothing_reaches_the_auxiliaries() -> None:
@@ -168,9 +137,6 @@ def test_label_smoothing_reaches_the_auxiliaries() -> None:
     assert all(float(a) != pytest.approx(float(b), rel=1e-3) for a, b in zip(plain.losses, out.losses, strict=True))
 
 
-# PredSim
-
-
 @pytest.mark.parametrize("beta", [0.99, 0.25])
 def test_predsim_weighs_matching_by_beta(beta: float) -> None:
     x, y = batch()
@@ -179,9 +145,6 @@ def test_predsim_weighs_matching_by_beta(beta: float) -> None:
     for loss, parts in zip(out.losses[:-1], out.parts, strict=False):
         wanted = (1 - beta) * float(parts["classifier"]) + beta * float(parts["similarity"])
         assert float(loss) == pytest.approx(wanted, rel=1e-5)
-
-
-# InfoPro
 
 
 def weights_of(model: lg.LocalModel) -> list[tuple[float, float]]:
@@ -206,15 +169,8 @@ def test_infopros_weights_are_ramped_by_block_or_given() -> None:
         lg.localize(resnet(20), blocks=4, method=lg.infopro(weights=own), example=x)
 
 
-def test_infopro_contrasts_features_of_the_asked_number() -> None:
-    model = lg.localize(resnet(20), blocks=2, method=lg.infopro(contrast=True, features=24), example=batch()[0])
-    linear = list(auxiliaries(model)[0].heads["classifier"].children())[-1]
-    assert isinstance(linear, nn.Linear)
-    assert linear.out_features == 24
-
-
-@pytest.mark.parametrize("head", ["dgl", "0c1f", "2c2f"])
-def test_infopro_contrasts_the_components_of_any_head(head: str) -> None:
+@pytest.mark.parametrize("head", [None, "dgl", "0c1f", "2c2f"])
+def test_infopro_contrasts_the_components_of_any_head(head: str | None) -> None:
     x, y = batch()
     model = lg.localize(resnet(20), blocks=2, method=lg.infopro(head, contrast=True, features=24), example=x)
     (auxiliary,) = auxiliaries(model)
@@ -226,6 +182,20 @@ def test_infopro_contrasts_the_components_of_any_head(head: str) -> None:
 def test_an_unknown_head_is_refused_when_it_is_built(method: lg.Method) -> None:
     with pytest.raises(UserError, match="unknown head '1c2g': did you mean '1c2f'"):
         lg.localize(resnet(20), blocks=2, method=method, example=batch()[0])
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "message"),
+    [
+        (lg.predsim, {"beta": 2}, "beta must lie between 0 and 1, not 2"),
+        (lg.infopro, {"temperature": 0}, "temperature must be above 0, not 0"),
+        (lg.auglocal, {"depth": 0}, "at least 1 unit and a shrink from 0 to 1, not 0 and 0.5"),
+        (lg.Classification, {"classes": 10, "label_smoothing": 2.0}, "from 0 to below 1, not 2.0"),
+        (lg.Classification, {"classes": 0}, "at least 2 classes, not 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(make: Any, settings: dict[str, Any], message: str) -> None:
+    assert message in said(make, **settings)
 
 
 def test_infopro_recovers_images_from_the_normalisation() -> None:
@@ -258,9 +228,6 @@ def test_infopro_on_large_images_has_the_imagenet_auxiliaries() -> None:
     assert all(p.grad is not None and bool(p.grad.any()) for p in model.members(0) if p.ndim > 1)
 
 
-# AugLocal
-
-
 def copied(auxiliary: lg.Auxiliary) -> int:
     """Units in the head, besides its own end."""
     return len(list(auxiliary.heads["classifier"].children())) - 1
@@ -268,13 +235,13 @@ def copied(auxiliary: lg.Auxiliary) -> int:
 
 def test_auglocals_depth_shrinks_towards_the_end() -> None:
     x = batch()[0]
-    model = lg.localize(resnet(110), blocks=55, method=lg.auglocal(depth=6), example=x)
+    model = lg.localize(resnet(56), blocks=28, method=lg.auglocal(depth=6), example=x)
     depths = [copied(a) for a in auxiliaries(model)]
     assert depths[0] == 6
-    assert depths[51:] == [3, 2, 1]  # as many as are left
+    assert depths[24:] == [3, 2, 1]  # As many as are left.
     assert depths == sorted(depths, reverse=True)
-    assert depths[30] == round(6 - 3 * 30 / 53)
-    steady = lg.localize(resnet(110), blocks=10, method=lg.auglocal(depth=5, shrink=0), example=x)
+    assert depths[15] == round(6 - 3 * 15 / 26)
+    steady = lg.localize(resnet(56), blocks=5, method=lg.auglocal(depth=5, shrink=0), example=x)
     assert {copied(a) for a in auxiliaries(steady)} == {5}
 
 
@@ -286,11 +253,6 @@ def test_auglocal_always_takes_the_units_that_change_the_shape() -> None:
         head = auxiliary.heads["classifier"]
         last = [m for m in head.modules() if isinstance(m, nn.Linear)][-1]
         assert last.in_features == 64
-
-
-def test_auglocal_takes_at_least_one_unit() -> None:
-    with pytest.raises(UserError, match=r"at least 1 unit .* not 0 and 0\.5"):
-        lg.auglocal(depth=0)
 
 
 def test_auglocal_draws_its_units_anew() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from small import (
     local,
     mlp,
     resnet,
+    said,
     sgd,
     state,
     vgg,
@@ -30,8 +33,6 @@ from torch import Tensor, nn
 import localgrad as lg
 from localgrad.core.errors import UserError
 from localgrad.scale.memory import optimizers_for, training_step
-
-# Optimizer groups
 
 
 @pytest.mark.parametrize("coupling", ALL_COUPLINGS, ids=str)
@@ -61,6 +62,9 @@ def test_learning_rates_are_one_or_one_for_each_block() -> None:
     assert torch.optim.SGD(groups, lr=1.0).param_groups[-1]["lr"] == 0.4
     with pytest.raises(UserError, match="lr lists 2 learning rates for 4 blocks"):
         lg.param_groups(model, lr=[0.1, 0.2])
+    for given, wanted in ((None, 0.3), (0.1, 0.1)):  # The decay is the optimizer's unless it is given.
+        optimizer = torch.optim.SGD(lg.param_groups(model, weight_decay=given, no_decay=True), lr=0.1, weight_decay=0.3)
+        assert {g["weight_decay"] for g in optimizer.param_groups} == {wanted, 0.0}
 
 
 @pytest.mark.parametrize("no_decay", [False, True])
@@ -73,9 +77,6 @@ def test_a_frozen_last_block_has_an_empty_group_and_steps_with_the_others(no_dec
     for as_you_go in (False, True):
         training_step(model, optimizers_for(groups, sgd, as_you_go=as_you_go), *batch(), step_as_you_go=as_you_go)
     assert_same(before, dict(model.blocks[3].named_parameters()))
-
-
-# The model
 
 
 def test_evaluation_needs_no_labels_and_no_auxiliaries() -> None:
@@ -95,15 +96,13 @@ def test_the_table_shows_each_block() -> None:
     title, header, *rows = str(model).splitlines()
     assert title == "CifarResNet, infopro, 4 blocks"
     assert header.split() == ["block", "units", "hands", "on", "auxiliary", "parameters", "auxiliary's", "MiB"]
-    assert len(rows) == 4
-    for k, row in enumerate(rows):
-        own = sum(p.numel() for p in model.blocks[k].parameters())
+    for k, (row, block) in enumerate(zip(rows, model.blocks, strict=True)):
+        own = sum(p.numel() for p in block.parameters())
         extra = sum(p.numel() for p in model.auxiliaries[k].parameters()) if k < 3 else 0
         assert row.split()[0] == str(k)
         assert row.split()[-3:] == [f"{own:,}", f"{extra:,}", f"{4 * (own + extra) / 2**20:.2f}"]
-    assert "stem .. layer1.2 (4)" in rows[0]
-    assert "16x8x8" in rows[0]
-    assert "DeepMAN(layer1.3, layer2.0, layer3.0) -> 0.5 classifier + 5 decoder" in rows[0]
+    path = "DeepMAN(layer1.3, layer2.0, layer3.0) -> 0.5 classifier + 5 decoder"
+    assert all(text in rows[0] for text in ("stem .. layer1.2 (4)", "16x8x8", path))
     assert "logits" in rows[3]
 
 
@@ -118,53 +117,24 @@ def test_a_deep_copy_is_a_model_of_its_own() -> None:
         lg.local_backward(twin, x, y)
         optimizer.step()
     assert_same(model.state_dict(), kept)
-    assert coupling_of(auxiliaries(twin)[0]).sources[0].module is twin.blocks[1][0]  # which follows the copy
-    assert coupling_of(auxiliaries(model)[0]).sources[0].module is model.blocks[1][0]
+    for each in (model, twin):
+        assert coupling_of(auxiliaries(each)[0]).sources[0].module is each.blocks[1][0]
 
 
-def test_a_state_goes_to_another_model_and_on_from_there() -> None:
-    model, other = local(lg.MANPlusPlus()), local(lg.MANPlusPlus())
-    lg.local_backward(model, *batch())
-    other.load_state_dict(model.state_dict())
-    x, y = batch()
-    for a, b in zip(lg.local_backward(model, x, y).losses, lg.local_backward(other, x, y).losses, strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("build", [resnet, vgg, composite])
-def test_the_default_task_has_the_backbones_classes(build: Callable[[], nn.Module]) -> None:
-    assert lg.localize(build(), blocks=2, method=lg.dgl(), example=batch()[0]).task.classes == 10
+def test_the_task_is_the_backbones_or_ones_own() -> None:
     assert lg.localize(mlp(), blocks=2, method=lg.dgl(), example=batch(size=4)[0]).task.classes == 5
 
-
-def test_a_task_of_ones_own_is_used() -> None:
     class Doubled(lg.Classification):
         def criterion(self, logits: Tensor, targets: Tensor) -> Tensor:
             return 2 * super().criterion(logits, targets)
 
     x, y = batch()
     plain = local()
+    assert plain.task.classes == 10
     own = lg.localize(plain.backbone, blocks=4, method=lg.dgl("1c1f"), example=x, task=Doubled(10))
     own.load_state_dict(plain.state_dict())
     for a, b in zip(lg.local_backward(plain, x, y).losses, lg.local_backward(own, x, y).losses, strict=True):
         torch.testing.assert_close(2 * a, b)
-
-
-def test_everything_follows_the_backbones_dtype() -> None:
-    x, y = batch()
-    model = lg.localize(resnet(20).double(), blocks=4, method=lg.infopro(), coupling=lg.MANPlusPlus(), example=x)
-    assert {p.dtype for p in model.parameters()} == {torch.float64}
-    out = lg.local_backward(model, x.double(), y)
-    assert {loss.dtype for loss in out.losses} == {torch.float64}
-
-
-def test_one_sample_more_or_less_is_no_matter_of_the_example() -> None:
-    x, y = batch(6)
-    model = lg.localize(resnet(20), blocks=3, method=lg.dgl("0c1f"), example=x[:1])
-    assert lg.local_backward(model, x, y).logits.shape == (6, 10)
-
-
-# Modes
 
 
 class Frozen(nn.Module):
@@ -229,14 +199,14 @@ def test_a_plan_counts_frozen_units_apart_from_those_that_look_alike() -> None:
     assert kept["layer2.2"] == 0 < kept["layer2.1"]
 
 
-# What warns, what is refused
-
-
 def test_options_without_effect_warn() -> None:
     x = batch()[0]
-    with pytest.warns(UserWarning, match="bp trains end to end: blocks=4 has no effect, there is 1"):
+    assert len(lg.localize(vgg(), method=lg.dgl("0c1f"), example=x).blocks) == 4
+    assert len(lg.localize(vgg(), method=lg.bp(), example=x).blocks) == 1
+    with pytest.warns(UserWarning, match="bp trains end to end: blocks=4 has no effect, there is 1") as seen:
         model = lg.localize(resnet(20), blocks=4, method=lg.bp(), example=x)
     assert len(model.blocks) == 1
+    assert seen[0].filename == __file__
     with pytest.warns(UserWarning, match="a coupling has no effect on a single block"):
         model = lg.localize(resnet(20), blocks=1, method=lg.dgl(), coupling=lg.MAN(), example=x)
     assert len(model.auxiliaries) == 0
@@ -255,37 +225,37 @@ def test_options_without_effect_warn() -> None:
 def test_what_does_not_fit_is_refused_before_anything_moves(x: Tensor, y: Tensor, message: str) -> None:
     model = local(lg.MAN(0.0))
     kept = state(model)
-    with pytest.raises(UserError, match=message):
-        lg.local_backward(model, x, y)
+    for step in (lg.local_backward, lg.block_steps):
+        assert re.search(message, said(step, model, x, y))
     assert_same(model.state_dict(), kept)
     assert not gradients(model)
 
 
-def test_a_backbone_without_a_vector_of_logits_needs_a_task_of_its_own() -> None:
-    class Maps(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.units = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1)), nn.Sequential(nn.Conv2d(4, 4, 1)))
-            self.last = nn.Conv2d(4, 2, 1)
+class Named(nn.Sequential):
+    """Gives a dictionary, as torchvision's segmentation networks do."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.last(self.units(x))
-
-    with pytest.raises(UserError, match=r"gives \(2, 8, 8\), not one vector of logits a sample"):
-        lg.localize(Maps(), blocks=2, method=lg.dgl(), example=batch()[0])
+    def forward(self, x: Tensor) -> Any:
+        return {"out": super().forward(x)}
 
 
-def test_weight_decay_is_the_optimizers_unless_given() -> None:
-    model = lg.localize(vgg(), blocks=2, method=lg.dgl("0c1f"), example=batch()[0])
-    for given, wanted in ((None, 0.3), (0.1, 0.1)):
-        optimizer = torch.optim.SGD(lg.param_groups(model, weight_decay=given, no_decay=True), lr=0.1, weight_decay=0.3)
-        assert {g["weight_decay"] for g in optimizer.param_groups} == {wanted, 0.0}
+@pytest.mark.parametrize("make", [nn.Sequential, Named])
+@pytest.mark.parametrize("task", [None, lg.Classification(2)])
+def test_a_network_without_a_vector_of_logits_needs_a_task_of_its_own(
+    make: Any, task: lg.Classification | None
+) -> None:
+    maps, x = make(*(nn.Conv2d(c, 2, 1) for c in (3, 2, 2))), batch()[0]
+    text = said(lg.localize, maps, blocks=2, method=lg.dgl(), example=x, task=task)
+    assert re.fullmatch(r"the backbone gives .*\(2, 8, 8\).*, not one vector of logits a sample: pass a .*", text)
+
+    class Maps(lg.Classification):
+        """A task of one's own may read them."""
+
+    assert lg.localize(maps, blocks=2, method=lg.dgl(), example=x, task=Maps(2)).task.classes == 2
 
 
-def test_blocks_are_four_or_bps_one_unless_said() -> None:
-    x = batch()[0]
-    assert len(lg.localize(vgg(), method=lg.dgl("0c1f"), example=x).blocks) == 4
-    assert len(lg.localize(vgg(), method=lg.bp(), example=x).blocks) == 1
+def test_a_network_has_as_many_logits_as_its_task_has_classes() -> None:
+    text = said(lg.localize, vgg(), method=lg.bp(), example=batch()[0], task=lg.Classification(4))
+    assert text == "the backbone gives 10 logits a sample for a task of 4 classes: make it with 4 outputs"
 
 
 def test_a_copy_of_frozen_units_learns() -> None:
@@ -294,18 +264,3 @@ def test_a_copy_of_frozen_units_learns() -> None:
     learnable, ema = branches_of(links_of(auxiliaries(model)[0])[0])
     assert all(p.requires_grad for p in learnable.parameters())
     assert not any(p.requires_grad for p in ema.parameters())
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        lambda: lg.predsim(beta=2),
-        lambda: lg.infopro(temperature=0),
-        lambda: lg.Classification(10, label_smoothing=2.0),
-        lambda: lg.Classification(0),
-        lambda: lg.auglocal(depth=0),
-    ],
-)
-def test_settings_out_of_range_are_refused(wrong: Callable[[], object]) -> None:
-    with pytest.raises(UserError):
-        wrong()

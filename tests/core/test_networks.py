@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from small import assert_chained, chain
+from small import assert_chained, chain, said
 from timm.models.beit import Beit
 from timm.models.mlp_mixer import MlpMixer
 from timm.models.swin_transformer import SwinTransformer
@@ -22,7 +22,6 @@ from torchvision.models.segmentation.fcn import FCN, FCNHead
 
 import localgrad as lg
 from localgrad.core.blocks import trace_units
-from localgrad.core.errors import UserError
 
 TINY: dict[str, Any] = {"img_size": 16, "num_classes": 5, "embed_dim": 16}
 LAYERS: dict[str, Any] = {**TINY, "patch_size": 4, "depth": 4, "num_heads": 2}
@@ -100,7 +99,7 @@ def test_chained_blocks_are_the_network_bit_for_bit(network: nn.Module, count: i
     assert_chained(model, x)
 
 
-@pytest.mark.parametrize("coupling", [None, lg.MAN(), lg.DeepMAN(depth=2)], ids=str)
+@pytest.mark.parametrize("coupling", [None, lg.DeepMAN(depth=2)], ids=str)
 @pytest.mark.parametrize("method", [lg.dgl("0c1f"), lg.infopro(), lg.predsim(), lg.auglocal()], ids=lambda m: m.name)
 def test_every_parameter_that_learns_under_bp_learns(
     network: nn.Module, method: lg.Method, coupling: lg.MAN | None
@@ -149,32 +148,10 @@ def test_a_table_beside_the_chain_is_trained_by_the_first_block_that_reads_it() 
     network = shared_table()
     model = lg.localize(network, blocks=4, method=lg.dgl("0c1f"), coupling=lg.MAN(), example=torch.zeros(1, 3, 16, 16))
     table = network.get_parameter("rel_pos_bias.relative_position_bias_table")
-    assert [any(p is table for p in model.members(k)) for k in range(4)] == [
-        False,
-        True,
-        False,
-        False,
-    ]  # the first is the stem alone
+    assert [k for k in range(4) if any(p is table for p in model.members(k))] == [1]  # Block 0 is the stem alone.
     moved = copy.deepcopy(model).double()
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     assert torch.equal(chain(moved.eval(), x), moved.backbone(x))
-
-
-class UNet(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.down = nn.ModuleList(nn.Sequential(nn.Conv2d(c, 8, 3, padding=1), nn.Conv2d(8, 8, 1)) for c in (3, 8, 8))
-        self.up = nn.ModuleList(nn.Sequential(nn.Conv2d(16, 8, 3, padding=1), nn.Conv2d(8, 8, 1)) for _ in range(2))
-        self.head = nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        kept = []
-        for down in self.down:
-            x = F.relu(down(x))
-            kept.append(x)
-        for up, skip in zip(self.up, reversed(kept[:-1]), strict=True):
-            x = up(torch.cat([x, skip], 1))
-        return self.head(x.mean((2, 3)))
 
 
 class Stage(nn.Module):
@@ -209,22 +186,19 @@ def test_a_stage_of_any_class_is_opened() -> None:
     network = nn.Sequential(nn.Flatten(), Stage(12, 3), nn.Linear(12, 12), Stage(12, 2), nn.Linear(12, 5))
     names = ["1.b0", "1.b1", "1.b2", "3.b0", "3.b1"]
     assert lg.units(network, torch.zeros(1, 3, 2, 2)) == names
-    named = nn.Sequential(nn.Flatten(), nn.ModuleDict({"b": Stage(12, 3)})["b"], nn.Linear(12, 5))
-    assert lg.units(named, torch.zeros(1, 3, 2, 2)) == ["1.b0", "1.b1", "1.b2"]
 
 
 def test_a_module_that_cannot_be_followed_is_named_where_it_leaves_too_few_units() -> None:
-    network = nn.Sequential(nn.Flatten(), Strict(12, 3), nn.Linear(12, 5))
-    with pytest.raises(UserError) as caught:
-        lg.localize(network, blocks=3, method=lg.dgl("0c1f"), example=torch.zeros(1, 3, 2, 2))
-    assert str(caught.value) == (
+    network, x = nn.Sequential(nn.Flatten(), Strict(12, 3), nn.Linear(12, 5)), torch.zeros(1, 3, 2, 2)
+    assert said(lg.localize, network, blocks=3, method=lg.dgl("0c1f"), example=x) == (
         "blocks=3 is out of range: this network has 1 unit, so 1 to 1 ('1' cannot be followed: tensors only; give its "
         "parts by hand, as nn.Sequential(part, part, ...))"
     )
-    with pytest.raises(
-        UserError, match=r"Sequential cannot be cut: '1' asks for the values of a tensor, and a network"
-    ):
-        lg.units(nn.Sequential(nn.Flatten(), Curious(12, 3), nn.Linear(12, 5)), torch.zeros(1, 3, 2, 2))
+    text = said(lg.units, nn.Sequential(nn.Flatten(), Curious(12, 3), nn.Linear(12, 5)), x)
+    assert text.startswith("Sequential cannot be cut: '1' asks for the values of a tensor, and a network")
+    text = said(lg.units, TwoInputs(), torch.zeros(1, 3, 8, 8))
+    assert text.startswith("TwoInputs cannot be cut: its forward cannot be followed (")
+    assert "nn.Sequential(part" in text[text.index("other") :]
 
 
 @pytest.mark.parametrize("auxiliary", [False, True])
@@ -257,17 +231,6 @@ class TwoInputs(nn.Module):
         return x + other
 
 
-def test_a_cut_that_a_skip_passes_over_names_it_and_the_nearest() -> None:
-    x = torch.zeros(1, 3, 8, 8)
-    assert lg.units(UNet(), x) == ["down.0", "up.0", "up.1"]
-    for place, nearest in (("down.1", "down.0"), ("down.2", "up.0")):
-        with pytest.raises(UserError) as caught:
-            lg.localize(UNet(), blocks=[place], method=lg.dgl("0c1f"), example=x)
-        said = str(caught.value)
-        assert said.startswith(f"no cut behind '{place}': the tensor of 'down.0' skips over it to 'cat")
-        assert said.endswith(f"the nearest is behind '{nearest}'")
-
-
 @pytest.mark.parametrize(("name", "count"), [("torchvision:resnet152", 51), ("timm:vit_large_patch16_224", 25)])
 def test_deep_networks_are_cut_within_seconds(name: str, count: int) -> None:
     with torch.device("meta"):
@@ -275,10 +238,3 @@ def test_deep_networks_are_cut_within_seconds(name: str, count: int) -> None:
     began = time.process_time()
     assert len(lg.units(network, torch.zeros(1, 3, 224, 224))) == count
     assert time.process_time() - began < 5
-
-
-def test_what_cannot_be_followed_says_so_and_what_to_do() -> None:
-    with pytest.raises(
-        UserError, match=r"TwoInputs cannot be cut: its forward cannot be followed \(.*other.*nn.Sequential\(part"
-    ):
-        lg.units(TwoInputs(), torch.zeros(1, 3, 8, 8))

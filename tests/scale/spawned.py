@@ -1,7 +1,8 @@
-"""Runs a function in several processes of one gloo group, and gives what each has returned."""
+"""Runs a function in several processes of one gloo group, and returns the result of each."""
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -11,11 +12,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-LIMIT = timedelta(seconds=120)  # for a collective: a rank that fails must not leave the others waiting for ever
+LIMIT = timedelta(seconds=120)  # A rank that fails must not leave the others waiting in a collective for ever.
+# The server of forks imports these once, so that the processes need not.
+multiprocessing.set_forkserver_preload(["localgrad.run.modes", "timm", "torchvision", "hypothesis", "pytest"])
 
 
 def on_ranks(function: Callable[..., Any], place: Path, *args: Any, count: int = 2) -> list[Any]:
-    """`function(*args)` on each of `count` ranks. function: of a module's top level."""
+    """Calls `function(*args)`, a function of a module's top level, on each of `count` ranks."""
     mp.start_processes(_rank, (count, str(place), function, args), nprocs=count, start_method="forkserver")  # pyright: ignore[reportPrivateImportUsage]
     return [torch.load(place / f"rank{r}.pt", weights_only=True) for r in range(count)]
 

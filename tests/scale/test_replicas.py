@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import runpy
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,29 +36,25 @@ CASES: dict[str, tuple[Any, Any]] = {
 
 
 def network(*, synced: bool) -> nn.Module:
-    """A ResNet-20 in float64, always the same; of its batch norms either all are synchronised or none."""
+    """A ResNet-8 in float64, always the same, with or without synchronised batch norms."""
     torch.manual_seed(0)
-    backbone = lg.build("resnet20", classes=10).double()
+    backbone = lg.CifarResNet(8).double()
     return sync_batch_norm(backbone) if synced else backbone
 
 
 def model_of(case: str, *, synced: bool) -> lg.LocalModel:
     method, coupling = CASES[case]
-    backbone, x = network(synced=synced), torch.zeros(2, 3, 16, 16, dtype=torch.float64)
-    blocks = None if case == "bp" else 4
-    torch.manual_seed(1)  # fresh copies draw their weights
-    model = lg.localize(backbone, blocks=blocks, method=method(), coupling=coupling and coupling(), example=x)
-    # The heads and decoders have batch norms too.
-    if synced:
+    backbone, x = network(synced=synced), torch.zeros(2, 3, 8, 8, dtype=torch.float64)
+    torch.manual_seed(1)  # Fresh copies draw their weights.
+    model = lg.localize(backbone, method=method(), coupling=coupling and coupling(), example=x)
+    if synced:  # The heads and decoders have batch norms too.
         sync_batch_norm(model.auxiliaries)
     return model
 
 
 def batches() -> list[tuple[Tensor, Tensor]]:
     torch.manual_seed(2)
-    return [
-        (torch.randn(2 * HALF, 3, 16, 16, dtype=torch.float64), torch.randint(10, (2 * HALF,))) for _ in range(STEPS)
-    ]
+    return [(torch.randn(2 * HALF, 3, 8, 8, dtype=torch.float64), torch.randint(10, (2 * HALF,))) for _ in range(STEPS)]
 
 
 def optimizer_of(model: lg.LocalModel) -> torch.optim.Optimizer:
@@ -104,29 +101,48 @@ def together() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return on_ranks(together, tmp_path_factory.mktemp("ranks"))
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return on_ranks(all_of_it, tmp_path_factory.mktemp("ranks"))
+
+
+def all_of_it() -> dict[str, Any]:
+    calls = (together, at_the_door, with_units_left_out, with_models_that_differ, the_example)
+    return {call.__name__: call() for call in calls}
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_ranks_are_one_process_with_both_halves(case: str, trained: list[dict[str, Any]]) -> None:
+def test_two_ranks_are_one_process_with_both_halves_and_agree_to_the_bit(
+    case: str, ranks: list[dict[str, Any]]
+) -> None:
     state, losses = alone(case)
-    for rank in trained:
-        torch.testing.assert_close(rank[case]["losses"], losses, rtol=1e-9, atol=1e-9)
-        assert rank[case]["state"].keys() == state.keys()
-        torch.testing.assert_close(rank[case]["state"], state, rtol=1e-6, atol=1e-6)
+    first, second = (rank["together"][case] for rank in ranks)
+    torch.testing.assert_close(first["losses"], losses, rtol=1e-9, atol=1e-9)
+    assert first["state"].keys() == state.keys() == second["state"].keys()
+    torch.testing.assert_close(first["state"], state, rtol=1e-6, atol=1e-6)
+    assert all(torch.equal(first["state"][name], second["state"][name]) for name in state)
+    assert all(torch.equal(a, b) for a, b in zip(first["losses"], second["losses"], strict=True))
+    assert any(".ema." in name for name in state) == ("man" in case and "pull" not in case)
+    assert set(METHODS) <= {case.split()[0] for case in CASES}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_ranks_agree_to_the_bit_averages_too(case: str, trained: list[dict[str, Any]]) -> None:
-    first, second = (rank[case]["state"] for rank in trained)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    if "man" in case and "pull" not in case:
-        assert any(".ema." in name for name in first)
+def the_example() -> list[float]:
+    """How far the weights of replicas and of a pipeline in examples/two_processes.py are from those of one process."""
+    example, states = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "two_processes.py")), []
+    for train in ("alone", "replicas", "pipeline"):
+        model = example["build"]()
+        for norm in (m for m in model.modules() if isinstance(m, SyncBatchNorm)):
+            norm.alone = train == "alone"
+        example[train](model, 2)
+        states.append(model.backbone.state_dict())
+    torch.set_default_dtype(torch.float32)
+    return [max(float((found[name] - states[0][name]).abs().max()) for name in found) for found in states[1:]]
 
 
-def test_every_method_is_among_the_cases() -> None:
-    assert set(METHODS) <= {case.split()[0] for case in CASES} | {"dgl"}
+def test_the_example_of_two_processes_trains_what_one_does(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        replicas, pipeline = rank["the_example"]
+        assert replicas < 1e-12
+        assert pipeline == 0
 
 
 def test_a_synchronised_layer_has_the_weights_of_the_plain_one() -> None:
@@ -137,11 +153,11 @@ def test_a_synchronised_layer_has_the_weights_of_the_plain_one() -> None:
     assert not any(type(m) is nn.BatchNorm2d for m in synced.modules())
     assert synced.state_dict().keys() == state.keys()
     synced.load_state_dict(state)
-    x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
     wanted = network(synced=False)
-    for mode in (True, False):  # without a process group it is the plain layer
+    for mode in (True, False):  # Without a process group it is the plain layer.
         assert torch.equal(synced.train(mode)(x), wanted.train(mode)(x))
-    assert sum(isinstance(m, SyncBatchNorm) for m in synced.modules()) == 19 + 2  # a layer each, and two shortcuts
+    assert sum(isinstance(m, SyncBatchNorm) for m in synced.modules()) == 7 + 2  # One a layer, and two in shortcuts.
 
 
 def test_buckets_keep_order_and_size_and_dtype() -> None:
@@ -162,8 +178,8 @@ def test_one_rank_needs_no_group() -> None:
 def at_the_door() -> list[torch.Tensor]:
     """Another model is named; a batch of one on each rank is a batch of two to a norm over the ranks; what `Replicas`
     has changed in a model can be pickled."""
-    x, y = torch.randn(1, 3, 4, 4), torch.tensor([dist.get_rank()])  # maps of one pixel at the end
-    backbone = lg.sync_batch_norm(lg.build("resnet20", classes=10))
+    x, y = torch.randn(1, 3, 4, 4), torch.tensor([dist.get_rank()])  # Its last maps have one pixel.
+    backbone = lg.sync_batch_norm(lg.CifarResNet(8))
     model = lg.localize(backbone, blocks=2, method=lg.predsim("1c2f"), example=x)
     lg.sync_batch_norm(model.auxiliaries)
     wrapped: Any = DistributedDataParallel(model)
@@ -184,8 +200,8 @@ def at_the_door() -> list[torch.Tensor]:
     return [cast(Tensor, p.grad) for p in model.parameters() if p.grad is not None]
 
 
-def test_the_door_stands_on_every_rank(tmp_path: Path) -> None:
-    one, other = on_ranks(at_the_door, tmp_path)
+def test_the_door_stands_on_every_rank(ranks: list[dict[str, Any]]) -> None:
+    one, other = (rank["at_the_door"] for rank in ranks)
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
@@ -254,22 +270,17 @@ def with_units_left_out() -> dict[str, Any]:
     return found
 
 
-@pytest.fixture(scope="module")
-def left_out(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return on_ranks(with_units_left_out, tmp_path_factory.mktemp("ranks"))
-
-
 @pytest.mark.parametrize("case", LEFT_OUT)
 @pytest.mark.parametrize("cut", CUTS)
 def test_a_parameter_that_a_rank_leaves_out_counts_as_zero_there(
-    cut: str, case: str, left_out: list[dict[str, Any]]
+    cut: str, case: str, ranks: list[dict[str, Any]]
 ) -> None:
-    ranks = [rank[f"{cut}, {case}"] for rank in left_out]
+    found = [rank["with_units_left_out"][f"{cut}, {case}"] for rank in ranks]
     nowhere = 0
-    for name, first in ranks[0]["own"].items():
-        both = [g for g in (first, ranks[1]["own"][name]) if g is not None]
+    for name, first in found[0]["own"].items():
+        both = [g for g in (first, found[1]["own"][name]) if g is not None]
         nowhere += not both
-        for rank in ranks:
+        for rank in found:
             averaged = rank["averaged"][name]
             assert (averaged is None) == (not both), name
             if both:
@@ -279,13 +290,13 @@ def test_a_parameter_that_a_rank_leaves_out_counts_as_zero_there(
 
 
 def with_models_that_differ() -> dict[str, Any]:
-    rank, x, said = dist.get_rank(), torch.zeros(2, 3, 16, 16), {}
+    rank, x, said = dist.get_rank(), torch.zeros(2, 3, 8, 8), {}
     networks = {
-        "width": lambda: lg.build("resnet20", classes=10 + rank),
-        "depth": lambda: lg.build("resnet32" if rank else "resnet20", classes=10),
-        "frozen": lambda: lg.build("resnet20", classes=10).requires_grad_(not rank),
-        "dtype": lambda: lg.build("resnet20", classes=10).to(torch.float64 if rank else torch.float32),
-        "cut": lambda: lg.build("resnet20", classes=10),
+        "width": lambda: lg.CifarResNet(20, 10 + rank),
+        "depth": lambda: lg.CifarResNet(32 if rank else 20),
+        "frozen": lambda: lg.CifarResNet(20).requires_grad_(not rank),
+        "dtype": lambda: lg.CifarResNet(20).to(torch.float64 if rank else torch.float32),
+        "cut": lambda: lg.CifarResNet(20),
     }
     for case, build in networks.items():
         network = build()
@@ -302,8 +313,8 @@ def with_models_that_differ() -> dict[str, Any]:
     return said
 
 
-def test_models_that_differ_are_refused_on_every_rank(tmp_path: Any) -> None:
-    first, second = on_ranks(with_models_that_differ, tmp_path)
+def test_models_that_differ_are_refused_on_every_rank(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["with_models_that_differ"] for rank in ranks)
     assert first == second
     for case, where in {
         "width": r"backbone.fc.weight \(10, 64\) .* rank 1 has backbone.fc.weight \(11, 64\)",

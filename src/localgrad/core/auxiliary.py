@@ -1,4 +1,4 @@
-"""What sits on a block's output during training only: an optional coupling, then heads, each with its objective."""
+"""What sits on a block's output during training: an optional coupling, then heads, each with its objective."""
 
 from __future__ import annotations
 
@@ -17,11 +17,17 @@ from localgrad.core.task import Task
 
 @dataclass(frozen=True)
 class Site:
-    """Where an auxiliary is built.
+    """The position in the network for which an auxiliary is built.
 
-    boundary: what its heads read (beyond the coupling). downstream: the backbone's units beyond that. index, count:
-    which of the network's auxiliaries it is. image: [C, H, W] of the network's input. width: channels of the
-    backbone's last unit. head: the name of the classifier, or None for the method's own.
+    Attributes:
+        boundary: The input of the heads. With a coupling it is the coupling's output.
+        downstream: The units of the backbone behind that boundary.
+        index: The number of the auxiliary, from 0.
+        count: The number of auxiliaries in the network.
+        image: The shape of one input of the network, [C, H, W].
+        width: The channels of the backbone's last unit.
+        task: The task of the network.
+        head: The name of the classifier, one of `heads.HEADS`. Default: the method's own classifier.
     """
 
     boundary: Boundary
@@ -36,9 +42,16 @@ class Site:
 
 @dataclass(frozen=True)
 class Term:
-    """One head of an auxiliary with the objective on its output. against: what the objective compares with,
-    "targets" or "images" (in [0, 1]). pairs: whether it compares images of the batch with each other, so that its value
-    is not the mean of its values on parts of the batch."""
+    """One head of an auxiliary with the objective on its output.
+
+    Attributes:
+        head: The layers of the head, [B, *boundary.shape] -> the first argument of the objective.
+        objective: Called as `objective(output, targets)` or `objective(output, images)`. It returns a scalar.
+        weight: The factor of the objective in the block's loss. Default: 1.
+        against: The second argument of the objective: "targets" (default) or "images", which lie in [0, 1].
+        pairs: Whether the objective compares images of a batch with each other, so that its value is not the mean of
+            its values on parts of the batch. Default: False.
+    """
 
     head: nn.Module
     objective: Callable[[Tensor, Tensor], Tensor]
@@ -49,10 +62,18 @@ class Term:
 
 @dataclass(frozen=True)
 class Method:
-    """A paper's choice of heads, objectives and depth weights.
+    """A paper's choice of heads, objectives and their weights over depth.
 
-    terms: builds those of one site, by name; None trains end to end. head: the classifier to use whatever the
-    coupling prefers. mean, std: of the input's normalisation, by which images are recovered from it.
+    Attributes:
+        name: The name of the method, for messages.
+        terms: A function that builds the terms of a site, by name. With None the network is trained end to end.
+        head: The name of a classifier that replaces the method's or coupling's own. Default: none.
+        mean: The mean of the input's normalisation, one value a channel, to recover images. Default: the input is the
+            image.
+        std: The standard deviation of that normalisation. It is given together with `mean`.
+
+    Raises:
+        UserError: Only one of `mean` and `std` was given.
     """
 
     name: str
@@ -66,8 +87,7 @@ class Method:
             raise UserError(f"{self.name} recovers images from mean and std: give both or neither")
 
     def images(self, x: Tensor) -> Tensor:
-        """The image in [0, 1] of a normalised input, both [B, C, H, W] or [B, C, L]; without mean and std the input is
-        taken for the image itself."""
+        """Recovers images in [0, 1] from normalised inputs, both [B, C, H, W] or [B, C, L]."""
         if self.mean is None or self.std is None:
             return x.clamp(0, 1)
         like = [-1, *[1] * (x.ndim - 2)]
@@ -76,7 +96,13 @@ class Method:
 
 
 class Auxiliary(nn.Module):
-    """A coupling and the heads of one boundary."""
+    """A coupling and the heads of one boundary: [B, *boundary.shape] -> the output of each head by name.
+
+    Attributes:
+        coupling: The coupling, or None.
+        heads: The heads by name.
+        terms: The terms of the method by name, each with its head and objective.
+    """
 
     def __init__(self, coupling: Momentum | None, terms: dict[str, Term]) -> None:
         super().__init__()
@@ -89,21 +115,24 @@ class Auxiliary(nn.Module):
         return any(term.against == "images" for term in self.terms.values())
 
     def forward(self, h: Tensor) -> dict[str, Tensor]:
-        """h [B, *boundary.shape] -> each head's output by name."""
         if self.coupling is not None:
             h = self.coupling(h)
         return {name: head(h) for name, head in self.heads.items()}
 
     def losses(self, outputs: dict[str, Tensor], targets: Tensor, images: Tensor | None) -> dict[str, Tensor]:
-        """Each objective's value, unweighted, in float32 or wider."""
-        with_what = {"targets": targets, "images": images}
+        """The value of each objective by name, unweighted, in float32 or wider."""
+        references = {"targets": targets, "images": images}
         return {
-            name: self.terms[name].objective(full_precision(output), with_what[self.terms[name].against])  # pyright: ignore[reportArgumentType]
+            name: self.terms[name].objective(full_precision(output), references[self.terms[name].against])  # pyright: ignore[reportArgumentType]
             for name, output in outputs.items()
         }
 
     def move(self, *, stepped: bool) -> None:
-        """Moves the coupling's averages once, if this is when they move: before or after the optimizer has stepped."""
+        """Moves the coupling's averages once.
+
+        Args:
+            stepped: Whether the optimizer has stepped already. Averages that move at the other time are left alone.
+        """
         if self.coupling is not None and self.coupling.spec.moves_after_step == stepped:
             self.coupling.update()
 
@@ -115,18 +144,20 @@ class Auxiliary(nn.Module):
         return f"{type(self.coupling.spec).__name__}({copied}) -> {terms}"
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
-        """The block's loss: the objectives' weighted sum."""
+        """The block's loss: the weighted sum of its objectives."""
         return torch.stack([self.terms[name].weight * loss for name, loss in losses.items()]).sum()
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """x, in float32 if autocast has left it in half precision."""
+    """Converts half precision, which autocast may leave, to float32."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def cast_head(module: nn.Module, dtype: torch.dtype) -> torch.dtype:
-    """Casts what a method has made to the dtype that reaches it, and returns that which it hands on. Copies of units
-    keep the dtypes of their sources."""
+    """Casts a head to the dtype of its input, and returns the dtype of its output.
+
+    Copies of units in it keep the dtypes of their sources. `Unit.copy` marks them with `gives`, their output's dtype.
+    """
     copied = [m for m in module.modules() if hasattr(m, "gives")]
     if not copied:
         module.to(dtype)

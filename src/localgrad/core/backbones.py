@@ -37,9 +37,19 @@ class ResidualUnit(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """The ResNets of "Deep residual learning" (CVPR 2016), section 4.2, for small images: 3x3 stem, three stages of
-    16, 32 and 64 channels, 6n + 2 layers. As in the published local-learning code, a unit that changes the shape has
-    a 1x1 projection shortcut. [B, in_channels, H, W] -> [B, classes]."""
+    """A ResNet for small images: 3x3 stem, then three stages of 16, 32 and 64 channels.
+
+    [B, in_channels, H, W] -> [B, classes]. Source: "Deep residual learning" (CVPR 2016), section 4.2. As in the
+    published code for local learning, a unit that changes the shape has a 1x1 convolution as its shortcut.
+
+    Args:
+        depth: The number of layers, 6n + 2.
+        classes: The number of logits. Default: 10.
+        in_channels: The channels of the images. Default: 3.
+
+    Raises:
+        UserError: No ResNet of this kind has so many layers.
+    """
 
     def __init__(self, depth: int, classes: int = 10, in_channels: int = 3) -> None:
         super().__init__()
@@ -70,11 +80,17 @@ class CifarResNet(nn.Module):
 
 
 def build(name: str, *, classes: int, in_channels: int = 3, **arguments: Any) -> nn.Module:
-    """A backbone by name, untrained: "resnet32" and its kin, "torchvision:resnet50", "timm:resnet101".
+    """Makes an untrained backbone by its name.
 
-    arguments: of the network's own constructor in its library, such as `img_size=28, patch_size=7` of timm's vision
-    transformers. Raises UserError for an unknown name, with the nearest one that exists, and for arguments that the
-    constructor does not take, or that ask for trained weights.
+    Args:
+        name: A CIFAR ResNet, such as "resnet32", or a network of a library: "torchvision:resnet50", "timm:resnet101".
+        classes: The number of logits.
+        in_channels: The channels of the images. Default: 3.
+        **arguments: Arguments of the network's own constructor in its library, such as `img_size=28, patch_size=7` for
+            timm's vision transformers.
+
+    Raises:
+        UserError: The name is unknown, or the arguments are wrong or ask for trained weights.
     """
     for asked in ("pretrained", "weights"):
         if arguments.pop(asked, None):
@@ -89,7 +105,7 @@ def build(name: str, *, classes: int, in_channels: int = 3, **arguments: Any) ->
         return _build(name, classes, in_channels, arguments)
     except UserError:
         raise
-    except Exception as error:  # constructors refuse what they do not take in many ways
+    except Exception as error:  # Constructors raise many kinds of errors for wrong arguments.
         if not arguments:
             raise
         given = ", ".join(f"{key}={value}" for key, value in arguments.items())
@@ -114,7 +130,7 @@ def _torchvision(name: str, model: str, classes: int, in_channels: int, argument
     names = torchvision.models.list_models(module=torchvision.models)
     if model not in names:
         raise _no_such(name, "torchvision", model, names)
-    # They offer no argument for init_weights that all share, and two warn unless told not to build auxiliary logits.
+    # These two networks build auxiliary logits and warn about their initialisation, unless these arguments are given.
     extra = {"aux_logits": False, "init_weights": True} if model in ("googlenet", "inception_v3") else {}
     backbone = torchvision.models.get_model(model, weights=None, num_classes=classes, **extra, **arguments)
     if in_channels != 3:
@@ -137,7 +153,7 @@ def _no_such(name: str, source: str, model: str, names: list[str]) -> UserError:
 
 
 def _change_input(backbone: nn.Module, in_channels: int) -> None:
-    """Replaces the first convolution by one that reads `in_channels`; torchvision's constructors fix 3."""
+    """Replaces the first convolution by one for `in_channels`, because torchvision's constructors only take 3."""
     for name, module in backbone.named_modules():
         if isinstance(module, nn.Conv2d):
             new = nn.Conv2d(

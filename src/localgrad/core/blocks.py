@@ -1,6 +1,6 @@
-"""Backbone -> units -> K blocks and the boundaries between them, by the names of the backbone's own modules.
+"""Divides a backbone into units and groups them into K blocks, by the names of the backbone's own modules.
 
-A unit or block references the modules that it runs, never copies or renames them.
+Units and blocks reference the modules that they run. They never copy or rename them.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ from localgrad.core.segments import Segment, Segments, segments
 
 
 class Clone(nn.Module):
-    """Keeps its input from a unit that begins in place."""
+    """Copies its input, because the unit behind it begins with an operation in place."""
 
     def forward(self, h: Tensor) -> Tensor:
         return h.clone()
 
 
 class RequiresGrad(nn.Module):
-    """Has its output ask for a gradient, which is dropped: behind an input that asks for none, as that of a block, a
-    reentrant checkpoint would give its parameters none."""
+    """Gives its output `requires_grad` and drops the gradient that arrives.
+
+    The input of a block requires no gradient. Behind such an input a reentrant checkpoint gives its parameters none.
+    """
 
     def forward(self, h: Tensor) -> Tensor:
         if h.requires_grad or not torch.is_grad_enabled():
@@ -43,7 +45,7 @@ class RequiresGrad(nn.Module):
 
 class _Drop(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, asking: Tensor) -> Tensor:
+    def forward(ctx: Any, h: Tensor, with_gradient: Tensor) -> Tensor:
         return h.view_as(h)
 
     @staticmethod
@@ -53,8 +55,14 @@ class _Drop(torch.autograd.Function):
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """The smallest piece that a cut may not split. `module` runs it and references the backbone's own modules.
-    checkpoint: which of the backbone's own checkpoints it runs in, by number.
+    """The smallest piece of a network, which a cut may not split.
+
+    Attributes:
+        name: The name of the backbone's module at its end.
+        module: What runs it, [B, *input.shape] -> [B, *output.shape]. It references the backbone's own modules.
+        input: The boundary before it.
+        output: The boundary behind it.
+        checkpoint: The number of the checkpoint in which the backbone itself runs it, or None.
     """
 
     name: str
@@ -68,8 +76,7 @@ class Unit:
         return self.input.shape != self.output.shape
 
     def copy(self, *, fresh: bool) -> nn.Module:
-        """A copy with parameters of its own; `fresh` draws them anew (`draw_anew`). Its `gives` is the dtype that
-        it hands on."""
+        """Copies the module, with newly drawn parameters if `fresh`. Its attribute `gives` is its output's dtype."""
         module = duplicate(self.module)
         if fresh:
             draw_anew(module)
@@ -87,14 +94,14 @@ def plain_call(module: nn.Module, h: Tensor) -> Tensor:
 
 
 class Block(nn.Sequential):
-    """Consecutive units that share one loss; the last block also runs the network's own head.
+    """Consecutive units that share one loss. The last block also runs the network's own head.
 
     Attributes:
-        names: those of its units.
-        entering: what it reads.
-        boundary: what it hands on.
-        ranges: which of its modules are recomputed together in the backward pass, nested ranges included. At first they
-            are those that the backbone itself runs in an activation checkpoint.
+        names: The names of its units.
+        entering: The boundary before it.
+        boundary: The boundary behind it.
+        ranges: The modules that are recomputed together in the backward pass, by number. A range may lie within another
+            one. At first they are those that the backbone itself runs in an activation checkpoint.
     """
 
     ranges: tuple[Range, ...]
@@ -120,7 +127,7 @@ class Block(nn.Sequential):
         return h
 
     def check(self, h: Tensor) -> None:
-        """Raises UserError where its hooks make it hand on another shape than the one for which the auxiliary is."""
+        """Raises UserError if the block's hooks give its output h a shape for which the auxiliary is not built."""
         if h.shape[1:] != self.boundary.shape and any(getattr(m, kind) for m in self.modules() for kind in FORWARD):
             raise UserError(
                 f"'{self.names[-1]}' hands on {tuple(h.shape[1:])} and not {self.boundary.shape}, as it did when the "
@@ -129,17 +136,28 @@ class Block(nn.Sequential):
 
 
 def units(backbone: nn.Module, example: Tensor) -> list[str]:
-    """Names of the units of `backbone`, in order: `blocks=[...]` cuts after those that it lists.
+    """Lists the names of a network's units in order. `localize(blocks=[...])` cuts after those that it is given.
 
-    example: an input batch [B, ...], of which the shape counts. Raises UserError for a network that cannot be cut.
+    Args:
+        backbone: The network.
+        example: An input batch, [B, ...]. Only its shape counts.
+
+    Raises:
+        UserError: The network cannot be cut.
     """
     return [u.name for u in trace_units(backbone, example).units]
 
 
 @dataclass(frozen=True, eq=False)
 class Traced:
-    """A backbone's units, its own head (None where the last unit already gives the output), and where it was cut.
-    checkpoint: which of the backbone's own the head runs in, by number."""
+    """The parts of a backbone.
+
+    Attributes:
+        units: The units in order.
+        head: The network's own head, or None if the last unit returns the output.
+        cut: The result of the trace.
+        checkpoint: The number of the checkpoint in which the backbone itself runs its head, or None.
+    """
 
     units: list[Unit]
     head: nn.Module | None
@@ -148,7 +166,7 @@ class Traced:
 
 
 def trace_units(backbone: nn.Module, example: Tensor) -> Traced:
-    """Cuts `backbone` into its units. Raises UserError for a network that cannot be cut."""
+    """Cuts a network into its units. Raises UserError if it cannot be cut."""
     check_network(backbone, example)
     cut = segments(backbone, example)
     found: list[Unit] = []
@@ -177,52 +195,67 @@ def _runnable(segment: Segment, in_place: bool) -> nn.Module:
 
 
 def split(traced: Traced, blocks: int | Sequence[str]) -> list[list[Unit]]:
-    """Groups units into blocks: evenly for a number (early blocks, whose maps are large, take the smaller share), or
-    after each named unit (the last unit closes the last block, named or not). Raises UserError for an impossible cut.
+    """Groups units into blocks.
+
+    Args:
+        traced: The parts of the backbone.
+        blocks: A number, for blocks of about as many units each (the early ones, whose maps are large, get fewer), or
+            the names of the units that end a block. The last unit ends the last block, whether it is named or not.
+
+    Raises:
+        UserError: The network cannot be cut there.
     """
-    names = [u.name for u in traced.units]
     if isinstance(blocks, str):
         blocks = [blocks]
     if isinstance(blocks, Integral) and not isinstance(blocks, bool):
-        blocks = int(blocks)  # one of numpy's, say
-    elif not (
+        ends = _even_ends(traced, int(blocks))  # It may be an integer of numpy.
+    elif (
         isinstance(blocks, Iterable)
-        and getattr(blocks, "ndim", 1)  # torch.tensor(2) cannot be iterated over
+        and getattr(blocks, "ndim", 1)  # torch.tensor(2) is an Iterable and still cannot be iterated over.
         and all(isinstance(b, str) for b in blocks)
     ):
-        raise UserError(f"blocks takes a whole number or names of units, not {blocks}")
-    if isinstance(blocks, int):
-        if not 1 <= blocks <= len(names):
-            raise UserError(
-                f"blocks={blocks} is out of range: this network has {len(names)} unit{'s' * (len(names) > 1)}, so 1 to "
-                f"{len(names)}{_why(traced.cut)}"
-            )
-        ends = [i * len(names) // blocks for i in range(1, blocks + 1)]
+        ends = _named_ends(traced, blocks)
     else:
-        for name in blocks:
-            if name in traced.cut.refused and name not in names:
-                raise UserError(
-                    f"no cut behind '{name}': {traced.cut.refused[name]}; the nearest is {_nearest(traced.cut, name)}"
-                )
-            if name not in names:
-                raise unknown("unit", name, names)
-        ends = [names.index(name) + 1 for name in blocks]
-        if sorted(set(ends)) != ends or not ends:
-            raise UserError(f"blocks must list units in their order, each once: got {', '.join(blocks) or 'none'}")
-        if ends[-1] != len(names):
-            ends.append(len(names))
+        raise UserError(f"blocks takes a whole number or names of units, not {blocks}")
     return [traced.units[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
 
 
+def _even_ends(traced: Traced, blocks: int) -> list[int]:
+    """The number of units up to the end of each block, for blocks of about the same number of units."""
+    count = len(traced.units)
+    if not 1 <= blocks <= count:
+        raise UserError(
+            f"blocks={blocks} is out of range: this network has {count} unit{'s' * (count > 1)}, so 1 to "
+            f"{count}{_why(traced.cut)}"
+        )
+    return [i * count // blocks for i in range(1, blocks + 1)]
+
+
+def _named_ends(traced: Traced, blocks: Iterable[str]) -> list[int]:
+    """The number of units up to the end of each block, for blocks that end with the named units."""
+    names = [u.name for u in traced.units]
+    for name in blocks:
+        if name in traced.cut.refused and name not in names:
+            raise UserError(
+                f"no cut behind '{name}': {traced.cut.refused[name]}; the nearest is {_nearest(traced.cut, name)}"
+            )
+        if name not in names:
+            raise unknown("unit", name, names)
+    ends = [names.index(name) + 1 for name in blocks]
+    if sorted(set(ends)) != ends or not ends:
+        raise UserError(f"blocks must list units in their order, each once: got {', '.join(blocks) or 'none'}")
+    return ends if ends[-1] == len(names) else [*ends, len(names)]
+
+
 def _nearest(cut: Segments, name: str) -> str:
-    """The legal cut nearest to the refused place."""
+    """The legal cut that is nearest to a refused one."""
     at = cut.places.index(name)
     legal = [i for i, place in enumerate(cut.places[:-1]) if place not in cut.refused]
     return f"behind '{cut.places[min(legal, key=lambda i: abs(i - at))]}'" if legal else "nowhere: it is one unit"
 
 
 def _why(cut: Segments) -> str:
-    """What keeps a network from being cut more finely."""
+    """The reason why a network has no more units, for the end of a sentence."""
     for name, reason in cut.closed.items():
         return f" ('{name}' cannot be followed: {reason}; give its parts by hand, as nn.Sequential(part, part, ...))"
     for name, reason in cut.refused.items():
@@ -231,8 +264,10 @@ def _why(cut: Segments) -> str:
 
 
 def select_path(downstream: Sequence[Unit], depth: int) -> list[Unit]:
-    """`depth` units of `downstream`, in order: those that change the shape come first, or the rest would not chain;
-    what is left of `depth` is spread evenly over the others. With fewer than `depth` units, all of them.
+    """Chooses `depth` of the units, in order, or all if there are fewer.
+
+    Units that change the shape come first, because the others would not fit together without them. The rest is spread
+    evenly over the others.
     """
     changing = [i for i, u in enumerate(downstream) if u.changes_shape][:depth]
     others = [i for i, u in enumerate(downstream) if not u.changes_shape]

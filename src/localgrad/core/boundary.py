@@ -1,4 +1,4 @@
-"""What crosses between two units of a network, and the modules that turn it into what a head reads."""
+"""The tensor that crosses between two units of a network, and the modules that turn it into a head's input."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Boundary:
-    """What crosses between two units: the shape of one sample, its layout, and how many shape changes came before.
+    """A description of the tensor that crosses between two units. Heads read the tensor through `to_map` and `summary`.
 
-    layout: "NCHW" or "NHWC" feature maps, "NCL" maps of one row, as `nn.Conv1d` has them, "NLC" tokens or "NC" vectors.
-    prefix: tokens before those of the image, the class token first. grid: on which those of the image lie. dtype: in
-    which it arrives, without autocast. Heads read
-    it through `to_map` and `summary`; nobody guesses from `ndim`.
+    Attributes:
+        shape: The shape of one sample.
+        layout: The meaning of the dimensions: "NCHW" or "NHWC" feature maps, "NCL" maps of one row, as `nn.Conv1d` has
+            them, "NLC" tokens, or "NC" vectors.
+        stage: The number of changes of shape in the network before it.
+        prefix: The number of tokens before those of the image. The class token is the first of them. Default: 0.
+        grid: The height and width of the grid of the image's tokens. Default: one column.
+        dtype: The dtype of the tensor without autocast. Default: float32.
     """
 
     shape: tuple[int, ...]
@@ -27,7 +31,7 @@ class Boundary:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of the map, or of the tokens' grid; a vector is a map of one pixel."""
+        """Height and width of the map or of the tokens' grid. A vector is a map of one pixel."""
         if self.layout == "NC":
             return 1, 1
         if self.layout == "NCL":
@@ -39,19 +43,21 @@ class Boundary:
 
     @property
     def channels(self) -> int:
+        """The number of channels of the map, tokens or vector."""
         return self.shape[0] if self.layout in ("NCHW", "NCL", "NC") else self.shape[-1]
 
     def to_map(self) -> list[nn.Module]:
-        """Modules that turn what crosses, [B, *shape], into a map [B, C, H, W]: none where it is one already."""
+        """Makes the modules that turn [B, *shape] into a map [B, C, H, W]. There are none if it is a map already."""
         if self.layout in ("NC", "NCL"):
             return [nn.Unflatten(1, (self.channels, 1, 1) if self.layout == "NC" else (self.channels, 1))]
         return [] if self.layout == "NCHW" else [ToMap(self.size, self.prefix)]
 
     def summary(self) -> tuple[list[nn.Module], Boundary]:
-        """What a classifier reads, and the modules that take it from [B, *shape]: the class token, or all there is.
+        """Makes the modules that take a classifier's input from [B, *shape], and the boundary behind them.
 
-        Where channels come last they are normed first, as transformers' own heads do: what runs between their layers
-        is not. So does MAN++'s published code for vision transformers.
+        The input is the class token, or everything if there is none. Where channels come last, a layer norm comes
+        first, as in transformers' own heads and in MAN++'s published code, because transformers do not normalise the
+        tensors between their units.
         """
         norm: list[nn.Module] = [nn.LayerNorm(self.channels)] if self.layout in ("NLC", "NHWC") else []
         if not self.prefix:

@@ -1,7 +1,8 @@
-"""Couplings: what carries information across a boundary that no gradient crosses.
+"""Couplings: copies of later units in the auxiliary of a block, because no gradient of those units reaches it.
 
-MAN: "Momentum Auxiliary Network for Supervised Local Learning" (ECCV 2024). MAN++: arXiv 2507.16279. The published
-code is followed, not the ECCV text, where they differ (`form="pull"` is the text). Deep MAN is this library's own.
+MAN: "Momentum Auxiliary Network for Supervised Local Learning" (ECCV 2024). MAN++: arXiv 2507.16279. Where the
+published code differs from the ECCV text, this module follows the code; `form="pull"` follows the text. Deep MAN is
+this library's own.
 """
 
 from __future__ import annotations
@@ -17,21 +18,30 @@ from localgrad.core.blocks import Call, Unit, plain_call, select_path
 from localgrad.core.copies import duplicate
 from localgrad.core.errors import UserError
 
-PLAIN_DEPTH = 3  # of deep MAN in a network without stages: as many as a network of four has behind its first
+PLAIN_DEPTH = 3  # Deep MAN copies three units where a network has no stages; one of four stages has three later ones.
 
 
 @dataclass(frozen=True)
 class MAN:
-    """Momentum Auxiliary Network: `learnable(h) + ema(h)` of the next block's first unit.
+    """Momentum Auxiliary Network: `learnable(h) + ema(h)`, two copies of the next block's first unit.
 
-    momentum: of the EMA, 0 (a copy of the source) to 1 (never moves). learnable, ema: either branch can be switched
-    off, not both. form: "branches" as published in code, or "pull" after the paper's text: one learnable copy that is
-    moved by the EMA towards its source after each of its own gradient steps. buffers: whether the EMA also averages
-    the source's buffers (batch-norm statistics); the published code does not. learnable_units: how many units the
-    learnable branch copies, one after the other; those behind the first stand alone, as the second layer of MAN++'s
-    published code for vision transformers does. lag: how many steps old a source is when the EMA sees it, 0 for as it
-    is now; ema_every: it sees only the states after each so many steps, the last of those that are old enough. Both are
-    what a pipeline does, whose later blocks are some steps behind, and whose messages cost time.
+    Attributes:
+        momentum: The momentum of the EMA, from 0 (the EMA equals its source) to 1 (it never moves). Default: 0.995.
+        learnable: Whether there is a branch that gradients train. Default: True.
+        ema: Whether there is a branch that averages its source. Default: True.
+        form: "branches" (default), as in the published code, or "pull", as in the paper's text: one learnable copy,
+            which the EMA moves towards its source after each of its gradient steps.
+        buffers: Whether the EMA also averages buffers, such as the statistics of batch norm. Default: False, as in the
+            published code.
+        learnable_units: The number of units that the learnable branch copies, one after the other. Default: 1. Those
+            behind the first have no EMA, like the second layer in MAN++'s published code for vision transformers.
+        lag: The age, in steps, of the source that the EMA follows. Default: 0, the source as it is now. A pipeline
+            needs a lag, because its later blocks are some steps behind.
+        ema_every: The EMA follows only the states after every so many steps. Default: 1. In a pipeline a larger number
+            saves messages.
+
+    Raises:
+        UserError: The options contradict each other, or a number is out of its range.
     """
 
     momentum: float = 0.995
@@ -43,7 +53,7 @@ class MAN:
     lag: int = 0
     ema_every: int = 1
     scaled: ClassVar[bool] = False
-    head: ClassVar[str | None] = None  # of a classifier whose name nobody gave; None is the method's own
+    head: ClassVar[str | None] = None  # The classifier if the method names none. None means the method's own.
 
     def __post_init__(self) -> None:
         if not 0 <= self.momentum <= 1:
@@ -68,26 +78,29 @@ class MAN:
 
     @property
     def delayed(self) -> bool:
-        """Whether the EMA follows what its source was."""
+        """Whether the EMA follows earlier states of its source."""
         return self.lag > 0 or self.ema_every > 1
 
     @property
     def moves_after_step(self) -> bool:
-        """Whether averages move after the optimizer's step, and not before it."""
+        """Whether averages move after the optimizer's step instead of before it."""
         return LINKS[self.form].moves_after_step
 
     def select(self, downstream: Sequence[Unit]) -> list[Unit]:
-        """The units to copy, in the order in which h passes them. downstream: every unit beyond the boundary."""
+        """Chooses the units to copy, in order, from all units behind the boundary. Each must fit the one before it."""
         return list(downstream[: self.learnable_units])
 
     def build(self, downstream: Sequence[Unit]) -> Momentum:
-        """The trainable module. Call it after the backbone is initialised or loaded, because copies start there."""
+        """Makes the trainable module. The copies start from the present weights of the backbone."""
         return Momentum(self, self.select(downstream))
 
 
 @dataclass(frozen=True)
 class MANPlusPlus(MAN):
-    """MAN++: `s * learnable(h) + (2 - s) * ema(h)` with a learnable scalar s that starts at 1."""
+    """MAN++: `s * learnable(h) + (2 - s) * ema(h)` with a learnable scalar s that starts at 1.
+
+    The attributes are those of `MAN`. It needs both branches.
+    """
 
     scaled: ClassVar[bool] = True
 
@@ -99,11 +112,12 @@ class MANPlusPlus(MAN):
 
 @dataclass(frozen=True)
 class DeepMAN(MAN):
-    """A path of downstream units: `z_0 = h; z_i = learnable_i(z_{i-1}) + ema_i(z_{i-1})`.
+    """MAN along a path of downstream units: `z_0 = h; z_i = learnable_i(z_{i-1}) + ema_i(z_{i-1})`.
 
-    depth: how many units, those that change the shape first; by default the next unit, then each later one that
-    changes the shape (a later stage's first unit). In a network where none does, such as a plain transformer, the
-    default is 3 units spread evenly over those that follow.
+    Attributes:
+        depth: The number of units in the path, among which those that change the shape come first. Default: the next
+            unit, then the first unit of each later stage. In a network without stages, such as a plain transformer,
+            3 units that are spread evenly over the rest.
     """
 
     depth: int | None = None
@@ -127,10 +141,10 @@ class Link(nn.Module):
     """Both branches of one source unit: `learnable(h) + ema(h)`, as in the published code.
 
     Attributes:
-        learnable: the branch that gradients train, or None if it is switched off.
-        ema: the branch that averages the source, or None if it is switched off.
-        scale: the learnable scalar s of MAN++, or None.
-        call: how each branch is run; `recompute` changes it.
+        learnable: The branch that gradients train, or None if it is switched off.
+        ema: The branch that averages the source, or None if it is switched off.
+        scale: The learnable scalar s of MAN++, or None.
+        call: The function that runs a branch. `recompute` changes it.
     """
 
     fresh: ClassVar[bool] = True  # The learnable branch starts from newly drawn parameters.
@@ -138,8 +152,7 @@ class Link(nn.Module):
     call: Call
 
     def __init__(self, spec: MAN, source: Unit, *, alone: bool) -> None:
-        """alone: whether the link has no EMA branch, even if `spec` has one."""
-        super().__init__()
+        super().__init__()  # With `alone` the link has no EMA branch, even if `spec` asks for one.
         self.learnable = source.copy(fresh=self.fresh).requires_grad_() if spec.learnable else None
         self.ema = source.copy(fresh=False).requires_grad_(False) if spec.ema and not alone else None
         parameter = next(source.module.parameters(), None)
@@ -176,19 +189,23 @@ class PullLink(Link):
         return self.learnable
 
 
-LINKS = {"branches": Link, "pull": PullLink}  # by `MAN.form`
+LINKS = {"branches": Link, "pull": PullLink}  # The values of `MAN.form`.
 
 
 class Momentum(nn.Module):
-    """A built coupling: the links of its path, and the units of the backbone that they follow.
+    """A built coupling: [B, *boundary.shape] -> [B, *sources[-1].output.shape].
 
-    forward: h [B, *boundary.shape] -> [B, *sources[-1].output.shape].
+    Attributes:
+        spec: The coupling as it was asked for.
+        sources: The units of the backbone that the links copy, in order.
+        links: One link for each source.
+        snapshots: With `spec.delayed`, the earlier states of each source that has an EMA.
     """
 
     def __init__(self, spec: MAN, sources: Sequence[Unit]) -> None:
         super().__init__()
         self.spec = spec
-        self.sources = tuple(sources)  # a tuple, so that the backbone's modules are not registered a second time
+        self.sources = tuple(sources)  # In a tuple, because the backbone has registered their modules already.
         self.links = nn.ModuleList(
             LINKS[spec.form](spec, unit, alone=0 < i < spec.learnable_units) for i, unit in enumerate(sources)
         )
@@ -202,14 +219,13 @@ class Momentum(nn.Module):
         return h
 
     def distance(self) -> float | None:
-        """How far the averaged branches are from their sources: the norm of the difference of all their parameters,
-        over the sources' norm. None without an averaged branch."""
-        both = [zip(a.parameters(), s.parameters(), strict=True) for a, s in self._followed()]
-        pairs = [(_real(a), _real(s)) for pair in both for a, s in pair]
+        """`|averages - sources| / |sources|` over all parameters, or None without an averaged branch."""
+        zipped = [zip(a.parameters(), s.parameters(), strict=True) for a, s in self._followed()]
+        pairs = [(_real(a), _real(s)) for pair in zipped for a, s in pair]
         if not pairs:
             return None
-        apart = nn.utils.get_total_norm([a - s for a, s in pairs])
-        return float(apart / nn.utils.get_total_norm([s for _, s in pairs]))
+        difference = nn.utils.get_total_norm([a - s for a, s in pairs])
+        return float(difference / nn.utils.get_total_norm([s for _, s in pairs]))
 
     def update(self) -> None:
         """Moves the averaged branches once: `averaged <- momentum * averaged + (1 - momentum) * source`."""
@@ -219,18 +235,24 @@ class Momentum(nn.Module):
             update_ema(averaged, source, self.spec.momentum, buffers=self.spec.buffers)
 
     def _followed(self) -> list[tuple[nn.Module, nn.Module]]:
-        """The averaged branches, each with its source."""
+        """Each averaged branch with its source."""
         links = cast(list[Link], list(self.links))
         pairs = zip((link.averaged for link in links), self.sources, strict=True)
         return [(module, source.module) for module, source in pairs if module is not None]
 
 
 class Snapshots(nn.Module):
-    """What a source was, after steps 0, `every`, 2 `every`, ...: as many states as a lag of `lag` steps asks for.
+    """A ring buffer with the states of a source after steps 0, `every`, 2 `every`, ....
 
-    forward: takes the source as it is in this step, and gives the newest of those states that is at least `lag` steps
-    old, or the first while there is none. elsewhere: the source is trained by another process, and somebody else keeps
-    `states` (see `index`) as they come from there.
+    Calling it with the source as it is in this step returns the newest state that is at least `lag` steps old, or the
+    first state while none is that old.
+
+    Attributes:
+        lag: The least age of the state to follow, in steps.
+        every: The number of steps between two states.
+        remote: Whether another process trains the source. Then the pipeline fills `states` as messages arrive.
+        states: The buffer. `state(index)` is its entry for state number `index`.
+        turn: The number of steps so far.
     """
 
     turn: Tensor
@@ -245,24 +267,28 @@ class Snapshots(nn.Module):
     def forward(self, source: nn.Module) -> nn.Module:
         turn = int(self.turn)
         if turn % self.every == 0 and not self.remote:
-            update_ema(self.state(turn // self.every), source, 0.0, buffers=True)  # a momentum of 0 copies
+            update_ema(self.state(turn // self.every), source, 0.0, buffers=True)  # A momentum of 0 copies.
         self.turn += 1
         return self.state(self.index(turn))
 
     def index(self, step: int) -> int:
-        """Which state the EMA follows in a step: that after so many times `every` steps."""
+        """The number of the state that the EMA follows in a step. State i is the source after `i * every` steps."""
         return max(0, step - self.lag) // self.every
 
     def state(self, index: int) -> nn.Module:
-        """The place of a state; it was that of one which is no more needed."""
+        """The module that holds a state. An older state, which is no longer needed, was in it before."""
         return self.states[index % len(self.states)]
 
 
 @torch.no_grad()
 def update_ema(average: nn.Module, source: nn.Module, momentum: float, *, buffers: bool = False) -> None:
-    """`average <- momentum * average + (1 - momentum) * source` for each parameter, in place and in one fused pass.
+    """Moves an average in place: `average <- momentum * average + (1 - momentum) * source` for each parameter.
 
-    buffers: buffers of real or complex numbers are averaged too, and others (counters) copied.
+    Args:
+        average: The module to change. It has the same parameters and buffers as `source`.
+        source: The module that it follows.
+        momentum: From 0 (a copy of the source) to 1 (no change).
+        buffers: Whether buffers are averaged too. Those of integers, which are counters, are copied. Default: False.
     """
     averaged: list[Tensor] = list(average.parameters())
     sources: list[Tensor] = list(source.parameters())

@@ -1,4 +1,4 @@
-"""The step: K isolated backward passes, each freed before the next block runs. See `local_backward`."""
+"""The training step: K isolated backward passes, each of which frees its graph before the next block runs."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from localgrad.core.model import LocalModel, localized
 
 @dataclass(frozen=True)
 class BlockResult:
-    """What block number `block` has done in a step. All tensors are detached.
+    """The result of one block in a step. All tensors are detached.
 
     Attributes:
-        block: its number, from 0.
-        loss: the weighted sum of its objectives, a scalar.
-        parts: the value of each objective by name, unweighted; empty for the last block.
-        output: what the next block reads, [B, *boundary.shape]; of the last block, the network's own output.
+        block: The number of the block, from 0.
+        loss: The weighted sum of the block's objectives, a scalar.
+        parts: The value of each objective by name, unweighted. It is empty for the last block.
+        output: The input of the next block, [B, *boundary.shape]. For the last block, the output of the network.
     """
 
     block: int
@@ -36,12 +36,12 @@ class BlockResult:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What all blocks have done in a step. All tensors are detached.
+    """The result of all blocks in a step. All tensors are detached.
 
     Attributes:
-        losses: the loss of each block (weighted, scalar).
-        parts: of each block, its objectives by name (unweighted); empty for the last block.
-        logits: the network's output, [B, classes].
+        losses: The loss of each block, a scalar: the weighted sum of its objectives.
+        parts: For each block the value of each objective by name, unweighted. It is empty for the last block.
+        logits: The output of the network, [B, classes].
     """
 
     losses: list[Tensor]
@@ -59,7 +59,7 @@ def block_steps(
     autocast: torch.dtype | None = None,
     backward: Callable[[Tensor], object] | None = None,
 ) -> Iterator[BlockResult]:
-    """The step, block by block: yields when block k has its gradients and its graph is freed.
+    """Takes a step block by block, and yields when block k has its gradients and its graph is freed.
 
         h = x
         for k in 0 .. K-2:
@@ -78,23 +78,23 @@ def block_steps(
             optimizers[done.block].zero_grad()
 
     Args:
-        model: what `localize` gave.
-        x: normalised inputs [B, C, H, W].
-        y: targets [B].
-        images: [B, C, H, W] in [0, 1], which decoders reconstruct. By default x, un-normalised with the method's mean
-            and std.
-        scale: every loss is multiplied by it before its backward pass: 1 / n when gradients of n batches are
-            accumulated. With a gradient scaler it is `scaler.scale(torch.ones(()))` on the model's device: a scaler
-            steps only after its `scale` was called, so its `get_scale()` alone is not enough.
-        autocast: the dtype in which each block's forward pass is computed. By default the model's own.
-        backward: how a block's loss is sent back, such as `accelerator.backward`. By default `loss.backward()`.
+        model: The result of `localize`.
+        x: Normalised inputs, [B, C, H, W].
+        y: Targets, [B].
+        images: The images that decoders reconstruct, [B, C, H, W] in [0, 1]. Default: x, un-normalised with the
+            method's mean and std.
+        scale: A factor for every loss before its backward pass, such as 1 / n to accumulate the gradients of n
+            batches. Default: 1. With a gradient scaler, give `scaler.scale(torch.ones(()))` on the model's device.
+            Its `get_scale()` is not enough, because a scaler only steps after its `scale` was called.
+        autocast: The dtype of each block's forward pass. Default: the model's own.
+        backward: The function that runs the backward pass of a loss, such as `accelerator.backward`. Default:
+            `loss.backward()`.
 
     Returns:
         An iterator over a `BlockResult` for each block, in order.
 
     Raises:
-        UserError: an argument is not what it should be, or does not fit the model. It is raised at once, before any
-            block runs.
+        UserError: An argument is wrong or does not fit the model. It is raised at once, before any block runs.
     """
     model = localized(model, "block_steps")
     blocks = range(len(model.blocks))
@@ -114,14 +114,27 @@ def local_backward(
     autocast: torch.dtype | None = None,
     backward: Callable[[Tensor], object] | None = None,
 ) -> StepResult:
-    """K isolated backward passes: gradients of every block and auxiliary are added to `.grad`, none crosses.
+    """Runs K isolated backward passes, which add the gradients of every block and auxiliary to `.grad`.
 
-    It is the loop over `block_steps`, which says what the arguments are, and moves the averages of the couplings.
-    Call it once per optimizer step, before it. With `model.accumulate = n` it takes the batch in n parts, one after
-    another, so that only the activations of one part are live. The gradients are those of the mean loss over the batch.
+    It loops over `block_steps` and moves the averages of the couplings. Call it once before each optimizer step. To
+    accumulate gradients over several batches, loop over `block_steps` instead, and call `model.move_averages()` once
+    before the optimizer steps. If `model.accumulate` is n, it takes the batch in n parts, one after another, so that
+    only the activations of one part are in memory. The gradients are those of the mean loss over the batch.
 
-    To accumulate gradients over several batches, loop over `block_steps` instead, and call `model.move_averages()`
-    once, before the optimizer steps.
+    Args:
+        model: The result of `localize`.
+        x: Normalised inputs, [B, C, H, W].
+        y: Targets, [B].
+        images: As in `block_steps`, like the following arguments.
+        scale: A factor for every loss before its backward pass. Default: 1.
+        autocast: The dtype of each block's forward pass. Default: the model's own.
+        backward: The function that runs the backward pass of a loss. Default: `loss.backward()`.
+
+    Returns:
+        The losses of all blocks and the output of the network.
+
+    Raises:
+        UserError: An argument is wrong or does not fit the model.
     """
     model = localized(model, "local_backward")
     check_call(x, y, scale, autocast, backward)
@@ -169,7 +182,7 @@ def check_step(
     autocast: torch.dtype | None,
     backward: object = None,
 ) -> None:
-    """Raises UserError unless a step through these neighbouring blocks can be taken, of which the first reads h."""
+    """Raises UserError unless neighbouring blocks can take a step. The first of them reads h."""
     check_call(h, y, scale, autocast, backward)
     model.watch.check(model.backbone)
     shape = tuple(model.blocks[blocks[0] - 1].boundary.shape) if blocks[0] else model.image
@@ -193,8 +206,18 @@ def run_blocks(
     autocast: torch.dtype | None = None,
     backward: Callable[[Tensor], object] | None = None,
 ) -> Iterator[BlockResult]:
-    """`block_steps` through neighbouring blocks only, and without its checks. h: [B, *shape] without a graph, which
-    the first of them reads."""
+    """Does what `block_steps` does, for neighbouring blocks only and without checks.
+
+    Args:
+        model: The result of `localize`.
+        blocks: The numbers of neighbouring blocks.
+        h: The input of the first of these blocks, [B, *shape], without a graph.
+        y: Targets, [B].
+        images: The images that decoders reconstruct, or None if no block has a decoder.
+        scale: As in `block_steps`, like the following arguments.
+        autocast: The dtype of each block's forward pass.
+        backward: The function that runs the backward pass of a loss.
+    """
     for k in blocks:
         done = block_backward(model, k, h, y, images=images, scale=scale, autocast=autocast, backward=backward)
         h = done.output
@@ -212,17 +235,16 @@ def block_backward(
     autocast: torch.dtype | None = None,
     backward: Callable[[Tensor], object] | None = None,
 ) -> BlockResult:
-    """Block k's part of `block_steps`: its gradients, from what the block before hands on. The graph is freed.
+    """Runs the forward and backward pass of block k. The graph is freed when it returns.
 
-    Args:
-        h: [B, *shape] without a graph.
+    The arguments are those of `run_blocks`. h is the input of block k.
     """
     block = model.blocks[k]
     if k == len(model.blocks) - 1:
         with autocasting(h, autocast):
             output = block(h)
         loss = model.task.criterion(tree_map_only(Tensor, full_precision, output), y)
-        _send_back(loss, scale, backward)
+        _run_backward(loss, scale, backward)
         return BlockResult(k, loss.detach(), {}, tree_map_only(Tensor, Tensor.detach, output))
     auxiliary = cast(Auxiliary, model.auxiliaries[k])
     with autocasting(h, autocast):
@@ -230,13 +252,13 @@ def block_backward(
         block.check(h)
         outputs = auxiliary(h)
     parts = auxiliary.losses(outputs, y, images)
-    del outputs  # or they would live on through the backward pass
+    del outputs  # Otherwise they would stay in memory during the backward pass.
     loss = auxiliary.total(parts)
-    _send_back(loss, scale, backward)
+    _run_backward(loss, scale, backward)
     return BlockResult(k, loss.detach(), {name: value.detach() for name, value in parts.items()}, h.detach())
 
 
-def _send_back(loss: Tensor, scale: float | Tensor, backward: Callable[[Tensor], object] | None) -> None:
+def _run_backward(loss: Tensor, scale: float | Tensor, backward: Callable[[Tensor], object] | None) -> None:
     if not loss.requires_grad:  # A block that is frozen, and whose auxiliary is frozen too, has nothing to learn.
         return
     scaled = loss if isinstance(scale, float) and scale == 1.0 else loss * scale
@@ -244,5 +266,5 @@ def _send_back(loss: Tensor, scale: float | Tensor, backward: Callable[[Tensor],
 
 
 def autocasting(h: Tensor, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
-    """Opened around one block's forward only: around the whole step, its cache of cast weights would outlive them."""
+    """Autocast for the forward pass of one block. Around a whole step, its cache would keep the cast weights alive."""
     return contextlib.nullcontext() if dtype is None else torch.autocast(h.device.type, dtype)

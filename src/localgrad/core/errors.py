@@ -1,4 +1,4 @@
-"""What a person is told when a run cannot go on: one sentence, and the exit code that scripts read."""
+"""Errors for a person: one sentence, and an exit code that scripts read."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Something that the caller asked for and can change: what is wrong, and what would be right. Exit code 2."""
+    """A mistake that the caller can correct. The sentence says what is wrong and what would be right. Exit code 2."""
 
     exit_code = 2
-    shared = True  # every rank of a run meets it, and one says so
+    shared = True  # All ranks of a run raise it, so one of them prints it.
 
 
 class RunError(RuntimeError):
-    """A fault met while running (a damaged file, a loss that is not finite). Exit code 3."""
+    """A fault during a run, such as a damaged file or a loss that is not finite. Exit code 3."""
 
     exit_code = 3
     shared = False
 
 
 def unknown(kind: str, name: str, options: Iterable[str]) -> UserError:
-    """The error for a name that does not exist, with the nearest one that does.
+    """Makes the error for a name that does not exist. It offers the nearest name that does.
 
     >>> print(unknown("method", "dgll", ["bp", "dgl"]))
     unknown method 'dgll': did you mean 'dgl'? (bp, dgl)
@@ -35,8 +35,10 @@ def unknown(kind: str, name: str, options: Iterable[str]) -> UserError:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out: CUDA's allocator has a class for it, the CPU's has only a sentence.
-    PyTorch is not loaded for this."""
+    """Whether an error means that memory ran out. It does not load PyTorch.
+
+    CUDA's allocator raises an error of its own class, and the CPU's allocator only has a sentence.
+    """
     words = ("can't allocate memory", "not enough memory", "bad_alloc", "could not create a memory")
     refused = isinstance(error, OSError) and error.errno == errno.ENOMEM
     torch = sys.modules.get("torch")
@@ -45,7 +47,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def callers_level() -> int:
-    """The `stacklevel` with which a warning of the caller of this function names a line of the user's program."""
+    """The `stacklevel` for `warnings.warn` in the calling function, so that the warning names a line of user code."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("localgrad."):
         frame, level = frame.f_back, level + 1

@@ -1,5 +1,7 @@
-"""What turns a boundary into logits, an image or a similarity feature. Each takes the boundary it reads and returns
-an `nn.Sequential`, so that its layers are named by their place."""
+"""Heads: layers that turn a boundary into logits, an image or a similarity feature.
+
+Each function takes the boundary that the head reads and returns an `nn.Sequential`, which names layers by position.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,24 @@ from localgrad.core.boundary import Boundary
 from localgrad.core.errors import unknown
 from localgrad.core.task import Task
 
-# Convolutions and linear layers of the heads that `--head` names; "dgl" is built by `dgl_classifier`.
+# Heads that `--head` names, with the numbers of their convolutions and linear layers.
 CONVOLUTIONAL = {"0c1f": (0, 1), "1c1f": (1, 1), "1c2f": (1, 2), "1c3f": (1, 3), "2c2f": (2, 2)}
 HEADS = ("dgl", *CONVOLUTIONAL)
 
 
 def classifier(head: str, boundary: Boundary, task: Task, *, width: int, hidden: int = 128) -> nn.Sequential:
-    """The classifier `head` by name. width: channels of the network's last stage, which no head exceeds."""
+    """Makes a classifier by its name: [B, *boundary.shape] -> [B, classes].
+
+    Args:
+        head: One of `HEADS`.
+        boundary: The input of the classifier.
+        task: The task, which builds the last layer.
+        width: The most channels of a convolution: those of the backbone's last unit.
+        hidden: The features of hidden linear layers. Default: 128.
+
+    Raises:
+        UserError: No head has this name.
+    """
     if head == "dgl":
         return dgl_classifier(boundary, task)
     if head not in CONVOLUTIONAL:
@@ -28,7 +41,7 @@ def convolutional(
 ) -> nn.Sequential:
     """`convolutions` x (3x3, norm, ReLU), pool, `linears` layers: [B, *boundary.shape] -> [B, outputs].
 
-    Each convolution doubles the channels up to `width` (never below what it reads) and strides while the map is
+    Each convolution doubles the channels up to `width`, but never reduces them. It has a stride of 2 while the map is
     larger than 8. `output(features)` builds the last layer. Sources: `0c1f` is greedy learning (Belilovsky et al.,
     ICML 2019), `1c2f` with 128 hidden features is InfoPro's CIFAR auxiliary (ICLR 2021, appendix).
     """
@@ -47,8 +60,10 @@ def convolutional(
 
 
 def dgl_classifier(boundary: Boundary, task: Task, *, channels: int = 128, hidden: int = 512) -> nn.Sequential:
-    """Pool to at most 8x8, 3 x (1x1 convolution, norm, ReLU), pool, 3 x (linear, norm, ReLU), linear:
-    [B, *boundary.shape] -> [B, classes]. Source: DGL (Belilovsky et al., ICML 2020), the "MLP-SR" auxiliary."""
+    """Pool to at most 8x8, 3 x (1x1 convolution, norm, ReLU), pool, 3 x (linear, norm, ReLU), linear.
+
+    [B, *boundary.shape] -> [B, classes]. Source: DGL (Belilovsky et al., ICML 2020), the "MLP-SR" auxiliary.
+    """
     layers, boundary = boundary.summary()
     layers += [*boundary.to_map(), *_pool_to(8, boundary.size)]
     before = boundary.channels
@@ -64,7 +79,9 @@ def dgl_classifier(boundary: Boundary, task: Task, *, channels: int = 128, hidde
 
 def predsim_classifier(boundary: Boundary, task: Task, *, limit: int = 4096) -> nn.Sequential:
     """Pool until at most `limit` features are left, then one linear layer: [B, *boundary.shape] -> [B, classes].
-    Source: PredSim (ICML 2019), appendix."""
+
+    Source: PredSim (ICML 2019), appendix.
+    """
     layers, boundary = boundary.summary()
     side = max(boundary.size)
     while side > 1 and boundary.channels * side**2 > limit:
@@ -76,14 +93,18 @@ def predsim_classifier(boundary: Boundary, task: Task, *, limit: int = 4096) -> 
 
 
 def similarity(boundary: Boundary) -> nn.Sequential:
-    """One 3x3 convolution whose output's similarities are matched: a map of the boundary's own shape (ICML 2019). It
-    has no bias, which the deviations over the map would cancel."""
+    """One 3x3 convolution, whose output has the boundary's own shape and goes to similarity matching (ICML 2019).
+
+    It has no bias, because the standard deviation over the map would cancel it.
+    """
     return nn.Sequential(*boundary.to_map(), nn.Conv2d(boundary.channels, boundary.channels, 3, padding=1, bias=False))
 
 
 def imagenet_classifier(boundary: Boundary, task: Task) -> nn.Sequential:
-    """1x1 to a quarter of the channels, 3x3/2 to 256, 3x3/2 to 512, 1x1 to 2048, pool, linear:
-    [B, *boundary.shape] -> [B, classes]. Source: InfoPro (ICLR 2021), ImageNet auxiliary."""
+    """1x1 to a quarter of the channels, 3x3/2 to 256, 3x3/2 to 512, 1x1 to 2048, pool, linear.
+
+    [B, *boundary.shape] -> [B, classes]. Source: InfoPro (ICLR 2021), ImageNet auxiliary.
+    """
     layers, boundary = boundary.summary()
     layers, before = [*layers, *boundary.to_map()], boundary.channels
     for channels, kernel, stride in ((max(1, before // 4), 1, 1), (256, 3, 2), (512, 3, 2), (2048, 1, 1)):
@@ -94,9 +115,12 @@ def imagenet_classifier(boundary: Boundary, task: Task) -> nn.Sequential:
 
 
 def imagenet_decoder(boundary: Boundary, image: tuple[int, int, int]) -> nn.Sequential:
-    """1x1 to 128, then bilinear steps that double the map up to the image's size, each followed by a 3x3 convolution,
-    the last of them to 32, 12 and the image's channels: logits of the image, [B, *boundary.shape] -> [B, *image].
-    Source: InfoPro (ICLR 2021), ImageNet auxiliary, whose published code reads maps of 28x28, in three steps."""
+    """1x1 to 128, then bilinear steps that double the map up to the image's size, each with a 3x3 convolution.
+
+    The last convolutions have 32, 12 and the image's channels. The output is logits of the image:
+    [B, *boundary.shape] -> [B, *image]. Source: InfoPro (ICLR 2021), ImageNet auxiliary. The published code takes three
+    steps from maps of 28x28.
+    """
     channels, *full = image
     size, sizes = boundary.size, []
     while size[0] < full[0] or size[1] < full[1]:
@@ -114,8 +138,10 @@ def imagenet_decoder(boundary: Boundary, image: tuple[int, int, int]) -> nn.Sequ
 
 
 def _pool_to(side: int, size: tuple[int, int]) -> list[nn.Module]:
-    """Average pooling to at most side x side: plain where it divides, because the adaptive form is slower and has no
-    deterministic gradient on CUDA."""
+    """Average pooling to at most side x side.
+
+    It is not adaptive where the sizes divide, because adaptive pooling is slower and not deterministic on CUDA.
+    """
     target = tuple(min(side, s) for s in size)
     if target == size:
         return []

@@ -1,4 +1,4 @@
-"""One short function per paper: which heads and objectives sit on a boundary, and how their weights go with depth."""
+"""One short function for each paper. It chooses the heads, the objectives, and their weights over depth."""
 
 from __future__ import annotations
 
@@ -14,19 +14,23 @@ from localgrad.core.decoder import Decoder
 from localgrad.core.errors import UserError
 from localgrad.core.task import Classification
 
-IMAGENET_SIZE = 128  # images at least this large get InfoPro's ImageNet auxiliaries
+IMAGENET_SIZE = 128  # Images of at least this size get InfoPro's ImageNet auxiliaries.
 
 
 def bp() -> Method:
-    """End-to-end backpropagation, the baseline: one block, no auxiliary."""
+    """End-to-end backpropagation, the baseline: one block and no auxiliary."""
     return Method("bp", None)
 
 
 def dgl(head: str | None = None, *, channels: int = 128, hidden: int = 512) -> Method:
     """Decoupled Greedy Learning (Belilovsky, Eickenberg, Oyallon, ICML 2020): a local classifier and cross-entropy.
 
-    head: another classifier (`heads.HEADS`) instead of the paper's; its 1x1 convolutions have `channels`, its linear
-    layers `hidden` features. Greedy learning (ICML 2019) is `dgl("0c1f")`.
+    Greedy learning (ICML 2019) is `dgl("0c1f")`.
+
+    Args:
+        head: The name of another classifier, one of `heads.HEADS`. Default: the paper's.
+        channels: The channels of the 1x1 convolutions in the paper's classifier. Default: 128.
+        hidden: The features of its hidden linear layers. Default: 512.
     """
     return Method("dgl", partial(_dgl, channels=channels, hidden=hidden), head)
 
@@ -37,8 +41,17 @@ def _dgl(site: Site, *, channels: int, hidden: int) -> dict[str, Term]:
 
 
 def predsim(head: str | None = None, *, beta: float = 0.99) -> Method:
-    """Similarity matching and prediction (Nokland & Eidnes, "Training neural networks with local error signals",
-    ICML 2019): `(1 - beta) * cross-entropy + beta * similarity matching` (eq. 3), beta from 0 to 1."""
+    """Similarity matching and prediction: `(1 - beta) * cross-entropy + beta * similarity matching`.
+
+    Source: Nokland & Eidnes, "Training neural networks with local error signals" (ICML 2019), eq. 3.
+
+    Args:
+        head: The name of another classifier, one of `heads.HEADS`. Default: the paper's.
+        beta: The weight of similarity matching, from 0 to 1. Default: 0.99.
+
+    Raises:
+        UserError: beta is out of its range.
+    """
     if not 0 <= beta <= 1:
         raise UserError(f"beta must lie between 0 and 1, not {beta}")
     return Method("predsim", partial(_predsim, beta=beta), head)
@@ -62,15 +75,25 @@ def infopro(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> Method:
-    """InfoPro (Wang et al., "Revisiting locally supervised learning", ICLR 2021): reconstruct the image (so that no
-    early block throws information away) and classify, by cross-entropy or, with `contrast`, by the supervised
-    contrastive loss on `features` components at `temperature`.
+    """InfoPro: each block learns to reconstruct the image and to classify it, so that early blocks keep information.
 
-    weights: (reconstruction, classification) of each auxiliary. By default the paper's: from (5, 0.5) at the first
-    auxiliary linearly to (0, 0) at the last in its CIFAR runs, so the last auxiliary, where there is more than one,
-    teaches its block nothing; (5, 0.75) throughout for images of 128 pixels and more, which also get the paper's
-    ImageNet heads. features: width of the CIFAR classifier's hidden layer, and of what is contrasted. mean, std: of the
-    input's normalisation, to recover images from it; without them inputs are taken for images.
+    Images of 128 pixels and more get the paper's ImageNet heads, and smaller ones its CIFAR heads.
+    Source: Wang et al., "Revisiting locally supervised learning" (ICLR 2021).
+
+    Args:
+        head: The name of another classifier, one of `heads.HEADS`. Default: the paper's.
+        contrast: Whether to classify by the supervised contrastive loss instead of cross-entropy. Default: False.
+        temperature: The temperature of the contrastive loss, above 0. Default: 0.07.
+        features: The width of the CIFAR classifier's hidden layer, and of the vectors to contrast. Default: 128.
+        weights: The weights (reconstruction, classification) of each auxiliary. Default: the paper's, which are
+            (5, 0.75) for ImageNet heads and `infopro_weights` for CIFAR heads. By the latter the last of several
+            auxiliaries has weights of 0 and teaches its block nothing.
+        mean: The mean of the input's normalisation, to recover images. Default: the input is the image.
+        std: The standard deviation of that normalisation. It is given together with `mean`.
+
+    Raises:
+        UserError: The temperature is not above 0, or only one of `mean` and `std` was given. A wrong number of weights
+            is an error in `localize`.
     """
     if not temperature > 0:
         raise UserError(f"temperature must be above 0, not {temperature}")
@@ -90,7 +113,7 @@ def _infopro(
         raise UserError(f"infopro got {len(weights)} pairs of weights for {site.count} auxiliaries")
     cifar = partial(heads.classifier, "1c2f", width=site.width, hidden=features)
     own = heads.imagenet_classifier if large else cifar
-    if contrast:  # the same classifier, but its outputs are components to compare, not logits
+    if contrast:  # The outputs of the same classifier are then components to compare instead of logits.
         embedding = _classifier(replace(site, task=Classification(features)), own)
         compare = partial(objectives.supervised_contrastive, temperature=temperature)
         classify = Term(embedding, compare, pair[1], pairs=True)
@@ -102,7 +125,7 @@ def _infopro(
 
 
 def infopro_weights(index: int, count: int) -> tuple[float, float]:
-    """(reconstruction, classification) of auxiliary `index` of `count` in the paper's CIFAR runs.
+    """The weights (reconstruction, classification) of auxiliary `index` of `count` in InfoPro's CIFAR runs.
 
     >>> infopro_weights(0, 15), infopro_weights(14, 15)
     ((5.0, 0.5), (0.0, 0.0))
@@ -111,13 +134,19 @@ def infopro_weights(index: int, count: int) -> tuple[float, float]:
 
 
 def auglocal(head: str | None = None, *, depth: int = 6, shrink: float = 0.5) -> Method:
-    """AugLocal (Ma et al., "Scaling supervised local learning with augmented auxiliary networks", ICLR 2024): the
-    head is `depth` units of the rest of the backbone, initialised anew, then pool and linear.
+    """AugLocal: the head copies some of the later units with new weights; pooling and a linear layer follow.
 
-    The units are drawn uniformly in the paper's sense, spread evenly over the rest with no chance in it; those that
-    change the shape are always among them, even beyond `depth`, so that they chain. The depth shrinks linearly to
-    `(1 - shrink) * depth` at the last auxiliary (the paper's pyramid); where nothing is left to draw, the head is pool
-    and linear. Raises UserError for a depth below 1 or a shrink outside 0 to 1.
+    The copied units are spread evenly over the rest of the backbone, which the paper calls uniform. Units that change
+    the shape are always among them, even beyond `depth`, because the others would not fit together without them.
+    Source: Ma et al., "Scaling supervised local learning with augmented auxiliary networks" (ICLR 2024).
+
+    Args:
+        head: The classifier behind the copies, one of `heads.HEADS`. Default: "0c1f", pooling and a linear layer.
+        depth: The number of units to copy at the first auxiliary. Default: 6.
+        shrink: The depth falls linearly to `(1 - shrink) * depth` at the last auxiliary. From 0 to 1, default: 0.5.
+
+    Raises:
+        UserError: The depth is below 1, or shrink is out of its range.
     """
     if depth < 1 or not 0 <= shrink <= 1:
         raise UserError(f"auglocal takes a depth of at least 1 unit and a shrink from 0 to 1, not {depth} and {shrink}")
@@ -133,7 +162,7 @@ def _auglocal(site: Site, *, depth: int, shrink: float) -> dict[str, Term]:
 
 
 def _classifier(site: Site, own) -> nn.Module:
-    """The classifier that somebody named for this site, or the method's `own(boundary, task)`."""
+    """Makes the classifier that the site names, or the method's `own(boundary, task)`."""
     if site.head is None:
         return own(site.boundary, site.task)
     return heads.classifier(site.head, site.boundary, site.task, width=site.width)

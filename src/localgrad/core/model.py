@@ -1,4 +1,4 @@
-"""A backbone, its blocks and what trains them: how they are made (`localize`), shown, and put into optimizers."""
+"""Makes a model of a backbone, its blocks and their auxiliaries (`localize`), shows it, and groups its parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from localgrad.core.auxiliary import Auxiliary, Method, Site, cast_head
-from localgrad.core.blocks import Block, Traced, split, trace_units
+from localgrad.core.blocks import Block, Traced, Unit, split, trace_units
 from localgrad.core.checks import StepChecks, check_making, no_local_model
 from localgrad.core.copies import computed
 from localgrad.core.couplings import MAN
@@ -24,9 +24,17 @@ from localgrad.core.watch import Watch
 class LocalModel(nn.Module):
     """A backbone, the K blocks that reference its modules, and the auxiliaries of the first K - 1.
 
-    backbone: the user's own network, untouched; calling the model calls it. blocks[k]: runs block k.
-    auxiliaries[k]: what trains it. image: shape of one input. watch: tells whether the backbone is still what was cut.
-    `print(model)` shows a table.
+    Calling the model calls its backbone, and `print(model)` shows a table.
+
+    Attributes:
+        backbone: The user's own network, untouched.
+        blocks: The K blocks.
+        auxiliaries: The K - 1 auxiliaries. Number k gives block k its loss.
+        method: The method that has built the auxiliaries.
+        task: The task of the network.
+        image: The shape of one input, without the batch.
+        checks: What earlier steps have shown about the model.
+        watch: Finds changes of the backbone since it was cut.
     """
 
     def __init__(
@@ -42,7 +50,7 @@ class LocalModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.auxiliaries = nn.ModuleList(auxiliaries)
-        self.blocks = tuple(blocks)  # a tuple, so that the backbone's modules are not registered a second time
+        self.blocks = tuple(blocks)  # In a tuple, because the backbone has registered their modules already.
         self.method = method
         self.task = task
         self.image = image
@@ -62,14 +70,14 @@ class LocalModel(nn.Module):
 
     def train(self, mode: bool = True) -> LocalModel:
         super().train(mode)
-        own = set(self.backbone.modules())  # which have their mode, maybe one that their own `train` has given them
+        own = set(self.backbone.modules())  # Their mode is set already, maybe by a `train` of their own.
         for module in (m for block in self.blocks for m in block.modules() if m not in own):
             module.training = mode
         return self
 
     @property
     def isolated(self) -> list[tuple[Block, Auxiliary]]:
-        """The blocks that have an auxiliary, with it: all but the last."""
+        """Each block but the last, with its auxiliary."""
         return list(zip(self.blocks[:-1], self.auxiliaries, strict=True))  # pyright: ignore[reportReturnType]
 
     def members(self, k: int) -> list[nn.Parameter]:
@@ -77,12 +85,14 @@ class LocalModel(nn.Module):
         return [p for module in self.parts(k) for p in module.parameters() if p.requires_grad]
 
     def statistics(self, k: int) -> list[Tensor]:
-        """The buffers of block k and of its auxiliary, and those of the network that it reads: what a forward pass in
-        training mode may change."""
+        """The buffers that a forward pass of block k in training mode may change.
+
+        They are those of block k and its auxiliary, and those elsewhere in the backbone that these read.
+        """
         found = {id(b): b for module in self.parts(k) for b in module.buffers()}
-        beside = {id(b) for b in self.backbone.buffers()}
+        buffers = {id(b) for b in self.backbone.buffers()}
         for read in (m() for module in self.parts(k) for m in module.modules() if isinstance(m, TensorReference)):
-            if id(read) in beside:
+            if id(read) in buffers:
                 found[id(read)] = read
         return list(found.values())
 
@@ -91,16 +101,21 @@ class LocalModel(nn.Module):
         return any(cast(Auxiliary, self.auxiliaries[k]).needs_images for k in blocks if k < len(self.auxiliaries))
 
     def move_averages(self, k: int | None = None, *, stepped: bool = False) -> None:
-        """Moves the averages of block k's coupling, or of all couplings, once. `local_backward` does so itself.
+        """Moves the averages of the couplings once.
 
-        Call it once per optimizer step, just before the step. Couplings whose averages move after the step
-        (form="pull") move with `stepped=True`, and the others do nothing then.
+        Call it once before each optimizer step, and with `stepped=True` after it if a coupling has form="pull".
+        `local_backward` makes these calls itself.
+
+        Args:
+            k: The number of a block, whose coupling alone is moved. Default: all.
+            stepped: Whether the optimizer has stepped already. True moves only averages of form="pull", and False only
+                the others. Default: False.
         """
         for auxiliary in self.auxiliaries if k is None else self.auxiliaries[k : k + 1]:
             cast(Auxiliary, auxiliary).move(stepped=stepped)
 
     def ema_distances(self) -> list[float | None]:
-        """How far each auxiliary's averages are from their sources, relative to those; None where there are none."""
+        """The relative distance of each auxiliary's averages from their sources, or None where it has no averages."""
         return [auxiliary.coupling and auxiliary.coupling.distance() for _, auxiliary in self.isolated]
 
     def parts(self, k: int) -> list[nn.Module]:
@@ -120,15 +135,28 @@ def localize(
     example: Tensor,
     task: Task | None = None,
 ) -> LocalModel:
-    """Cuts `backbone` into gradient-isolated blocks and builds their auxiliaries, on the backbone's device and dtype.
+    """Cuts a network into gradient-isolated blocks and builds their auxiliaries, on the network's device and dtype.
 
-    blocks: how many, or the last unit of each (`units(backbone, example)` lists the names); by default 4, or `bp`'s 1.
-    coupling: `MAN()`, `MANPlusPlus()`, `DeepMAN()` or None. example: a normalised input batch [B, C, H, W]; only its
-    shape counts. task: by default classification into as many classes as the backbone gives logits. Copies of the
-    coupling start from the backbone's weights as they are now: load a checkpoint first. Make the optimizer afterwards,
-    of `param_groups(model)`, or auxiliaries would not be trained. The backbone is put into training mode, as
-    `backbone.train()` does; but where it is in that mode already, those of its modules that are in evaluation mode, as
-    frozen batch norms are, stay there. Raises UserError for cuts that cannot be.
+    Load a checkpoint before, because the copies in a coupling start from the backbone's weights. Make the optimizer
+    afterwards, from `param_groups(model)`, or it does not train the auxiliaries.
+
+    The backbone is put into training mode. If it is in that mode already, those of its modules that are in evaluation
+    mode, such as frozen batch norms, stay in it.
+
+    Args:
+        backbone: The network to cut. Its modules are referenced, not copied or changed.
+        blocks: The number of blocks, or the name of the last unit of each (`units(backbone, example)` lists them).
+            Default: 4, and 1 for `bp()`.
+        method: What gives each block its own loss, such as `dgl()`.
+        coupling: `MAN()`, `MANPlusPlus()`, `DeepMAN()` or None. Default: None.
+        example: A normalised input batch, [B, C, H, W]. Only its shape counts.
+        task: The task of the network. Default: classification into as many classes as the backbone has logits.
+
+    Returns:
+        The model to train. Its `backbone` is the network itself.
+
+    Raises:
+        UserError: An argument is wrong, the network cannot be cut there, or its output does not fit the task.
     """
     check_making(backbone, example, task)
     for name, value, kind in (("method", method, Method), ("coupling", coupling, MAN | None)):
@@ -139,19 +167,45 @@ def localize(
             warnings.warn(f"{method.name} trains end to end: blocks={blocks} has no effect, there is 1", stacklevel=2)
         blocks = 1
     traced = trace_units(backbone, example)
-    all_units, head = traced.units, traced.head
     groups = split(traced, 4 if blocks is None else blocks)
     if coupling is not None and len(groups) == 1:
         warnings.warn("a coupling has no effect on a single block", stacklevel=2)
-    task = task or Classification(_outputs(traced))
-    built = [*map(Block, groups[:-1]), Block(groups[-1], head, traced.checkpoint)]
-    if traced.cut.packed:
-        warnings.warn(
-            f"the network has hooks on saved tensors, such as save_on_cpu, around '{traced.cut.packed[0]}': its blocks "
-            "are trained without them, and lg.recompute(model) saves memory in their place",
-            stacklevel=2,
+    task = _task(traced, task)
+    built = [*map(Block, groups[:-1]), Block(groups[-1], traced.head, traced.checkpoint)]
+    auxiliaries = _auxiliaries(groups, method, coupling, task)
+    device = next(backbone.parameters()).device
+    for auxiliary in auxiliaries:
+        auxiliary.to(device).train()
+    _to_training(backbone)
+    watch = traced.cut.watch
+    for source in (s for auxiliary in auxiliaries if auxiliary.coupling for s in auxiliary.coupling.sources):
+        watch.copies(source.name, source.module)
+    _warn_of_hooks(traced)
+    return LocalModel(backbone, built, auxiliaries, method, task, tuple(example.shape[1:]), watch)
+
+
+def _task(traced: Traced, task: Task | None) -> Task:
+    """The task of a network. Raises UserError if it is classification and the output of the network does not fit."""
+    if task is not None and type(task) is not Classification:
+        return task
+    match traced.cut.gives:
+        case (int() as logits,):
+            pass
+        case other:
+            raise UserError(f"the backbone gives {other}, not one vector of logits a sample: pass a task of your own")
+    if task is None:
+        return Classification(logits)
+    if logits != task.classes:
+        raise UserError(
+            f"the backbone gives {logits} logits a sample for a task of {task.classes} classes: make it with "
+            f"{task.classes} outputs"
         )
-    image = all_units[0].input
+    return task
+
+
+def _auxiliaries(groups: list[list[Unit]], method: Method, coupling: MAN | None, task: Task) -> list[Auxiliary]:
+    """Builds the auxiliary of each block but the last."""
+    image, width = groups[0][0].input, groups[-1][-1].output.channels
     auxiliaries = []
     for index, group in enumerate(groups[:-1]):
         site = Site(
@@ -160,22 +214,41 @@ def localize(
             index=index,
             count=len(groups) - 1,
             image=(image.channels, *image.size),
-            width=all_units[-1].output.channels,
+            width=width,
             task=task,
             head=method.head,
         )
         auxiliaries.append(_auxiliary(site, method, coupling))
-    device = next(backbone.parameters()).device
-    for auxiliary in auxiliaries:
-        auxiliary.to(device).train()
-    _to_training(backbone)
-    watch = traced.cut.watch
-    for source in (s for auxiliary in auxiliaries if auxiliary.coupling for s in auxiliary.coupling.sources):
-        watch.copies(source.name, source.module)
-    if silent := watch.silent():
-        told = f"local_backward does not call the hooks of {', '.join(silent)}"
-        warnings.warn(f"{told}: it calls the units within, so hook those", stacklevel=2)
-    return LocalModel(backbone, built, auxiliaries, method, task, tuple(example.shape[1:]), watch)
+    return auxiliaries
+
+
+def _auxiliary(site: Site, method: Method, coupling: MAN | None) -> Auxiliary:
+    momentum = None
+    if coupling is not None:
+        momentum = coupling.build(site.downstream)
+        end = momentum.sources[-1]
+        beyond = site.downstream[site.downstream.index(end) + 1 :]
+        site = replace(site, boundary=end.output, downstream=beyond, head=site.head or coupling.head)
+    assert method.terms is not None
+    auxiliary = Auxiliary(momentum, method.terms(site))
+    for head in auxiliary.heads.values():
+        cast_head(head, site.boundary.dtype)
+    return auxiliary
+
+
+def _warn_of_hooks(traced: Traced) -> None:
+    """Warns of hooks in the network that its blocks do not run."""
+    if traced.cut.packed:
+        warnings.warn(
+            f"the network has hooks on saved tensors, such as save_on_cpu, around '{traced.cut.packed[0]}': its blocks "
+            "are trained without them, and lg.recompute(model) saves memory in their place",
+            stacklevel=3,
+        )
+    if silent := traced.cut.watch.silent():
+        names = ", ".join(silent)
+        warnings.warn(
+            f"local_backward does not call the hooks of {names}: it calls the units within, so hook those", stacklevel=3
+        )
 
 
 def _to_training(backbone: nn.Module) -> None:
@@ -187,11 +260,11 @@ def _to_training(backbone: nn.Module) -> None:
 
 
 def localized(model: Any, what: str) -> LocalModel:
-    """`model`, or the one that torch.compile has wrapped. Raises UserError for anything else that `what` was given."""
-    plain = model if isinstance(model, LocalModel) else getattr(model, "_orig_mod", None)
-    if not isinstance(plain, LocalModel):
+    """Unwraps a model from torch.compile. Raises UserError, which names the function `what`, if it is no LocalModel."""
+    unwrapped = model if isinstance(model, LocalModel) else getattr(model, "_orig_mod", None)
+    if not isinstance(unwrapped, LocalModel):
         raise no_local_model(model, what, LocalModel)
-    return plain
+    return unwrapped
 
 
 def param_groups(
@@ -201,11 +274,22 @@ def param_groups(
     no_decay: bool = False,
     lr: float | Sequence[float] | None = None,
 ) -> list[dict[str, Any]]:
-    """Optimizer groups, one or two per block, each marked with `block`.
+    """Groups the trainable parameters for an optimizer: one or two groups a block, each with its number as `block`.
 
-    weight_decay: for every trainable parameter; with `no_decay`, none for norms, biases and scales (parameters of
-    fewer than two dimensions). lr: one for all blocks or one for each. Of both, the optimizer's own by default. EMA
-    copies and frozen parameters never enter; a block that is wholly frozen has an empty group.
+    EMA copies and frozen parameters are left out. A block without trainable parameters has an empty group.
+
+    Args:
+        model: The result of `localize`.
+        weight_decay: The weight decay of all groups. Default: the optimizer's own.
+        no_decay: Whether parameters of fewer than two dimensions (of norms, biases and scales) get a group without
+            weight decay. Default: False.
+        lr: One learning rate for all blocks, or a list with one for each block. Default: the optimizer's own.
+
+    Returns:
+        The groups, as optimizers of PyTorch take them.
+
+    Raises:
+        UserError: The list of learning rates does not have one for each block.
     """
     model = localized(model, "param_groups")
     count = len(model.blocks)
@@ -214,17 +298,17 @@ def param_groups(
     groups = []
     for k in range(count):
         rate = lr[k] if isinstance(lr, Sequence) else lr
-        plain = [p for p in model.members(k) if no_decay and p.ndim < 2]
+        undecayed = [p for p in model.members(k) if no_decay and p.ndim < 2]
         decayed = [p for p in model.members(k) if not (no_decay and p.ndim < 2)]
-        for parameters, decay in ((decayed, weight_decay), (plain, 0.0)):
+        for parameters, decay in ((decayed, weight_decay), (undecayed, 0.0)):
             own = {"lr": rate, "weight_decay": decay}
-            if parameters or (parameters is decayed and not plain):
+            if parameters or (parameters is decayed and not undecayed):
                 groups.append({"params": parameters, "block": k, **{n: v for n, v in own.items() if v is not None}})
     return groups
 
 
 def table(model: LocalModel) -> str:
-    """Block, units, boundary shape, auxiliary, parameters of both and their MiB, as aligned text."""
+    """Lists the blocks with their units, boundary shape, auxiliary, and the parameters of both, as aligned text."""
     rows = [("block", "units", "hands on", "auxiliary", "parameters", "auxiliary's", "MiB")]
     for k, (block, auxiliary) in enumerate(zip(model.blocks, [*model.auxiliaries, None], strict=True)):
         own, extra = (list(m.parameters()) if m is not None else [] for m in (block, auxiliary))
@@ -251,27 +335,3 @@ def table(model: LocalModel) -> str:
         for row in rows
     ]
     return "\n".join([f"{type(model.backbone).__name__}, {model.method.name}, {len(model.blocks)} blocks", *aligned])
-
-
-def _auxiliary(site: Site, method: Method, coupling: MAN | None) -> Auxiliary:
-    momentum = None
-    if coupling is not None:
-        momentum = coupling.build(site.downstream)
-        end = momentum.sources[-1]
-        beyond = site.downstream[site.downstream.index(end) + 1 :]
-        site = replace(site, boundary=end.output, downstream=beyond, head=site.head or coupling.head)
-    assert method.terms is not None
-    auxiliary = Auxiliary(momentum, method.terms(site))
-    for head in auxiliary.heads.values():
-        cast_head(head, site.boundary.dtype)
-    return auxiliary
-
-
-def _outputs(traced: Traced) -> int:
-    """How many logits the backbone gives."""
-    match traced.cut.gives:
-        case (int() as classes,):
-            return classes
-    raise UserError(
-        f"the backbone gives {traced.cut.gives}, not one vector of logits a sample: pass a task of your own"
-    )

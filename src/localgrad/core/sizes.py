@@ -8,7 +8,7 @@ from localgrad.core.errors import UserError
 
 
 def parse_bytes(text: str, what: str = "--budget") -> int:
-    """8GiB, 500 MiB, 1e9: bytes. Raises UserError."""
+    """Reads a number of bytes from text such as 8GiB, 500 MiB or 1e9. Raises UserError, which names `what`."""
     number = text.strip().lower().removesuffix("b").removesuffix("i")
     power = {"k": 10, "m": 20, "g": 30, "t": 40}.get(number[-1:], 0)
     try:
@@ -21,7 +21,7 @@ def parse_bytes(text: str, what: str = "--budget") -> int:
 
 
 def bytes_of(budget: object) -> int:
-    """A budget in bytes, as a number or as text like "2GiB". Raises UserError.
+    """Reads a budget in bytes from a number or from text like "2GiB". Raises UserError.
 
     >>> bytes_of("2GiB"), bytes_of(5e8)
     (2147483648, 500000000)
@@ -32,7 +32,7 @@ def bytes_of(budget: object) -> int:
 
 
 def mib(size: float) -> str:
-    """Bytes as a person reads them.
+    """Writes a number of bytes for a person to read.
 
     >>> mib(2**20)
     '1.0 MiB'

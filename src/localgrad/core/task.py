@@ -1,6 +1,6 @@
-"""What the network is for: the criterion, the metrics, the check of targets, and how a head's output is built.
+"""The task of a network: its criterion, metrics, check of targets, and the last layer of a head.
 
-The one room that says "image classification"; another task is another class with these four methods.
+Image classification is the only task here. Another task is another class with the methods of `Task`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from localgrad.core.errors import UserError
 
 
 class Task(Protocol):
-    """What the engine, the heads and the loop ask of a task."""
+    """What the engine, the heads and the training loop need of a task. `Classification` says what each method does."""
 
     @property
     def classes(self) -> int: ...
@@ -32,8 +32,15 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Classification:
-    """Image classification into `classes`, by cross-entropy with `label_smoothing` (0 to below 1; the auxiliaries
-    are trained with it too)."""
+    """Image classification by cross-entropy, for the network and for its auxiliaries.
+
+    Attributes:
+        classes: The number of classes, at least 2.
+        label_smoothing: From 0 to below 1. Default: 0.
+
+    Raises:
+        UserError: A number is out of its range.
+    """
 
     classes: int
     label_smoothing: float = 0.0
@@ -48,20 +55,26 @@ class Classification:
             raise UserError(f"classification takes a label smoothing from 0 to below 1, not {self.label_smoothing}")
 
     def criterion(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy, mean over the batch. logits [B, classes] (float32 or wider); targets [B], integers."""
+        """Cross-entropy, mean over the batch, of logits [B, classes] in float32 or wider and int64 targets [B]."""
         return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
 
     def metrics(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """How many of the batch have their class first ("top1") and among the first five ("top5"), and the plain
-        cross-entropy summed over the batch ("loss"): sums, so that batches of any size add up."""
+        """Sums over the batch, so that batches of any size add up.
+
+        Returns:
+            "top1" and "top5": the number of samples whose class is the first, or among the first five.
+            "loss": the cross-entropy without label smoothing.
+        """
         ranked = logits.topk(min(5, self.classes), dim=1).indices
         hits = ranked == targets[:, None]
         loss = F.cross_entropy(logits.float(), targets, reduction="sum")
         return {"top1": hits[:, :1].sum(), "top5": hits.sum(), "loss": loss}
 
     def check_targets(self, targets: Tensor) -> None:
-        """Raises UserError unless targets are [B] integer classes; values are compared on the CPU only, because
-        reading them from another device would stall it."""
+        """Raises UserError unless targets are int64 classes [B].
+
+        Values are compared on the CPU only, because reading them from another device would make it wait.
+        """
         if not isinstance(targets, Tensor):
             raise UserError(f"targets must be a tensor of one int64 class a sample, not a {type(targets).__name__}")
         if targets.ndim != 1 or targets.dtype != torch.int64:
@@ -75,5 +88,5 @@ class Classification:
             raise UserError(f"targets run from {low} to {high}, but the network has {self.classes} classes")
 
     def output(self, features: int) -> nn.Module:
-        """The last layer of a head: `features` to one logit a class."""
+        """The last layer of a head: [B, features] -> [B, classes]."""
         return nn.Linear(features, self.classes)

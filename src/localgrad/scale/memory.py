@@ -1,4 +1,4 @@
-"""The memory of one step, everything live counted: measured while it runs, or predicted without running it."""
+"""The memory of one step, with everything that is live: measured while it runs, or predicted without running it."""
 
 from __future__ import annotations
 
@@ -38,10 +38,12 @@ MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 class PeakBytes:
     """The most bytes that were live at once.
 
-    reserved: what CUDA's allocator held (None on the CPU). timeline: on the CPU, (label, bytes live) each time that a
-    storage came or went; labels come from `MemoryMeter.mark`. split: on the CPU, the peak by `KINDS`: parameters with
-    their buffers, gradients, the optimizer's state, the parameters and averages of auxiliaries, and activations, which
-    is all else.
+    Attributes:
+        total: The peak in bytes.
+        reserved: On CUDA, the bytes that the allocator held. None on the CPU.
+        timeline: On the CPU, (label, live bytes) each time that a storage came or went. `MemoryMeter.mark` sets labels.
+        split: On the CPU, the peak by `KINDS`. "parameters" include buffers, "auxiliaries" are their parameters and
+            averages, and "activations" are all that is in no other kind.
     """
 
     total: int
@@ -53,9 +55,12 @@ class PeakBytes:
 class MemoryMeter(TorchDispatchMode):
     """Follows every tensor storage that an operation reads or makes, on the CPU or another eager device.
 
-    model, optimizers: whose tensors get a name in the split. A storage first seen as an input was live before, so it
-    counts from the start. Each operation gets slower: measure one step, not a run. Scratch memory inside a kernel is
-    not seen.
+    A storage that is first seen as an input was live before, so it counts from the start. Scratch memory inside a
+    kernel is not seen. Each operation gets slower, so measure one step and not a run.
+
+    Args:
+        model: The model whose tensors get a kind of their own in the split. Default: none.
+        optimizers: The optimizers whose state gets a kind of its own. Default: none.
     """
 
     def __init__(self, model: nn.Module | None = None, optimizers: Optimizers = ()) -> None:
@@ -63,17 +68,17 @@ class MemoryMeter(TorchDispatchMode):
         self.label = ""
         self._paused = False
         self._known: dict[int, weakref.finalize] = {}
-        self._serial: dict[int, int] = {}  # of the storage that has this address now
-        self._sizes: list[int] = []  # by serial number, as all that follows
+        self._serial: dict[int, int] = {}  # The serial number of the storage that has this address now.
+        self._sizes: list[int] = []  # The bytes of each storage by serial number.
         self._kinds: dict[int, str] = {}
-        self._before: list[int] = []
-        self._changes: list[tuple[str, int, int]] = []  # label, serial, 1 as it came and -1 as it went
+        self._before: list[int] = []  # Serial numbers of storages that were live before.
+        self._changes: list[tuple[str, int, int]] = []  # Label, serial number, and 1 (new) or -1 (gone).
         self._named = {s._cdata: kind for t, kind in _named(model, optimizers) for s in _storages(t)}
         self._parameters = [] if model is None else [p for p in model.parameters() if p.requires_grad]
         self._hooks: list[Any] = []
 
     def mark(self, label: str) -> None:
-        """What happens from now on is listed under `label`."""
+        """Sets the label under which the timeline lists what follows."""
         self.label = label
 
     @contextlib.contextmanager
@@ -158,11 +163,16 @@ def measure_peak(
     model: nn.Module | None = None,
     optimizers: Optimizers = (),
 ) -> PeakBytes:
-    """Runs `step` once and returns the most bytes that were live during it.
+    """Runs a step once and measures the most bytes that were live during it.
 
-    What `step` should hold: forward and backward passes and the optimizer's step, after a first step that has made
-    the optimizer's state. On the CPU through `MemoryMeter`; on CUDA from the allocator's own peak. model, optimizers:
-    whose tensors the split tells apart (CPU).
+    On the CPU a `MemoryMeter` measures them, on CUDA the allocator does.
+
+    Args:
+        step: Runs forward and backward passes and the optimizer's step. Run it once before, because the first step
+            makes the optimizer's state.
+        device: The device of the tensors. Default: the CPU.
+        model: As in `MemoryMeter`. Default: none.
+        optimizers: As in `MemoryMeter`. Default: none.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -186,10 +196,20 @@ def predict_peak(
     step_as_you_go: bool = False,
     autocast: torch.dtype | None = None,
 ) -> PeakBytes:
-    """What `measure_peak` would find for a training step of `model`, without running it and without its memory.
+    """Predicts what `measure_peak` would find for a training step, without running the step or taking its memory.
 
-    A copy of the model is stepped twice on fake tensors, which have shapes and no values. optimizers: makes those of
-    the copy: one, or with `step_as_you_go` one for each block. Seconds for a network of ImageNet's size.
+    A copy of the model takes two steps on fake tensors, which have shapes and no values. For a network of ImageNet's
+    size this takes seconds.
+
+    Args:
+        model: The result of `localize`.
+        batch_size: The number of images in a batch.
+        optimizers: Makes the optimizers of the copy: one, or with `step_as_you_go` one for each block.
+        step_as_you_go: Whether each block's optimizer steps before the next block runs. Default: False.
+        autocast: The dtype of each block's forward pass. Default: the model's own.
+
+    Raises:
+        UserError: The memory depends on values, so it must be measured.
     """
     model = localized(model, "predict_peak")
     model.checks.check_size(model, batch_size)
@@ -205,8 +225,11 @@ def predict_peak(
 
 @contextlib.contextmanager
 def on_fake_tensors(model: LocalModel, batch_size: int) -> Iterator[tuple[LocalModel, Tensor, Tensor]]:
-    """A copy of `model` with a batch for it, all of fake tensors: they have shapes, devices and formats, no values.
-    What lies on the meta device counts as if on the CPU. Raises UserError for a network that asks for values."""
+    """Copies a model to fake tensors, and makes inputs and targets for it.
+
+    Fake tensors have shapes, devices and memory formats, but no values. Those of the meta device count as if they were
+    on the CPU. Raises UserError if an operation depends on values.
+    """
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), RealSizes():
             yield _faked(model, batch_size)
@@ -237,7 +260,7 @@ def training_step(
     step_as_you_go: bool = False,
     autocast: torch.dtype | None = None,
 ) -> None:
-    """One step as `localgrad train` takes it: optimizers[0] after the pass, or optimizers[k] after block k."""
+    """Takes a step as `localgrad train` does: optimizers[0] steps at the end, or optimizers[k] steps after block k."""
     if not step_as_you_go:
         local_backward(model, x, y, autocast=autocast)
         optimizers[0].step()
@@ -253,7 +276,7 @@ def training_step(
 def optimizers_for(
     groups: Sequence[dict[str, Any]], make: MakeOptimizer, *, as_you_go: bool
 ) -> list[torch.optim.Optimizer]:
-    """What `training_step` steps with: one optimizer for all of `param_groups`, or one for each block's."""
+    """Makes the optimizers for `training_step`: one for all of `param_groups`, or one for each block."""
     if not as_you_go:
         return [make(list(groups))]
     return [make([g for g in groups if g["block"] == k]) for k in sorted({g["block"] for g in groups})]
@@ -261,19 +284,20 @@ def optimizers_for(
 
 def peak_rss() -> int:
     """The most memory that this process has held, in bytes."""
-    import resource  # Windows does not have it
+    import resource  # It is imported here because Windows does not have it.
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
-    """One; of a sparse tensor, such as the gradient of an embedding may be, those of its places and values."""
+    """The storages of a tensor: one, or those of the indices and values of a sparse tensor."""
     parts = (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,)
     return [part.untyped_storage() for part in parts]
 
 
 def _named(model: nn.Module | None, optimizers: Optimizers) -> Iterator[tuple[Tensor, str]]:
+    """Tensors with their kind. The last kind of a tensor counts."""
     for optimizer in optimizers:
         for state in optimizer.state.values():
             yield from ((value, "optimizer") for value in state.values() if isinstance(value, Tensor))

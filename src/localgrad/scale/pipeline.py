@@ -1,8 +1,27 @@
-"""Blocks over processes: a rank trains a run of blocks on what the rank before hands on, and waits for no gradient.
+"""A pipeline: each rank trains some of the blocks on the output of the rank before it, and waits for no gradient.
 
-That is what backpropagation cannot do: no rank idles between a forward and a backward pass, and no activations of
-earlier batches are kept. What an averaged copy follows may lie on a later rank, which is some steps behind: the EMA
-then has the lag of `MAN(lag=n)`, and equals it bit for bit.
+Backpropagation cannot do this. Here no rank idles between a forward and a backward pass, and no activations of earlier
+batches are kept. Two kinds of messages travel. Outputs of blocks go to the next rank. Units go the other way: an EMA
+may follow a unit that a later rank trains, which is some steps behind. With `MAN(lag=2)` on two ranks:
+
+    rank 0, the first blocks                               rank 1, the last blocks
+    step 0: trains, its EMA follows unit(0)  -- output --> waits for the first output
+    step 1: trains, its EMA follows unit(0)  -- output --> step 0: trains on the output of step 0
+                                             <- unit(1) --
+    step 2: trains, its EMA follows unit(0)  -- output --> step 1: trains on the output of step 1
+                                             <- unit(2) --
+    step 3: trains, its EMA follows unit(1)  -- output --> step 2: trains on the output of step 2
+
+unit(n) is the unit after n steps; both ranks have unit(0) from the start. In step t the EMA follows unit(t - lag), as
+it does in one process, so the results are equal bit for bit. Each rank does the following in each step:
+
+1. `Stage._receive_input` takes the output of the rank before it, and posts the receive of the next output.
+2. After the backward pass of its first block `_Sources.receive` posts the receive of the units of this step, which a
+   later step follows, and waits for those that this step follows. Then averages move and optimizers step.
+3. `Stage._send_output` sends the output to the next rank, and `_Sources.send` sends this rank's units back.
+
+Sends and receives run in the background. A rank waits only for a message that it needs, or when `AHEAD` of its own have
+not been received.
 """
 
 from __future__ import annotations
@@ -25,20 +44,25 @@ from localgrad.core.model import LocalModel, localized
 from localgrad.core.rebuild import FrozenReference
 from localgrad.scale.replicas import Ranks, SyncBatchNorm, refuse_unlike
 
-AHEAD = 2  # How many batches a rank may send before the next rank has taken the first of them.
+AHEAD = 2  # The number of outputs that a rank may send before the next rank has received the first of them.
 
 
 def least_lag(hops: int = 1) -> int:
-    """The least `lag` of a coupling with which ranks do not wait for what averages follow, in a full pipeline whose
-    messages take less than half a step. hops: over how many ranks they follow it: 1 for MAN, whose source is the next
-    unit, and for deep MAN as many as its path passes."""
+    """The smallest `lag` of a coupling at which ranks never wait for the units that averages follow.
+
+    It holds for a full pipeline whose messages take less than half a step.
+
+    Args:
+        hops: The most ranks between an average and its source, as in `Stage.hops`. Default: 1, which is enough for MAN,
+            because it follows the next unit. The path of deep MAN may pass more ranks.
+    """
     return AHEAD * hops
 
 
 class Stage:
-    """This rank's blocks of a pipeline.
+    """The blocks of this rank in a pipeline.
 
-    Every rank makes the same model (the same seed), and one of these; each then steps through the same batches:
+    Every rank makes the same model from the same seed, makes a stage, and steps through the same batches:
 
         stage = Stage(model, shares=(2, 2))
         optimizers = {k: torch.optim.SGD(model.members(k), lr=0.1) for k in stage.blocks}
@@ -48,16 +72,25 @@ class Stage:
                 model.move_averages(done.block)
                 optimizers[done.block].step()
                 optimizers[done.block].zero_grad()
-        stage.gather()                                  # the model is whole on each rank
+        stage.gather()                                  # Now each rank has the whole model.
         stage.finish()
 
-    shares: how many blocks each rank trains, in order. timeout: that a rank waits for what another sends, by default
-    PyTorch's. Raises UserError for shares that are not the model's, for models that differ, for a coupling of
-    form="pull" across ranks, and for parameters that blocks of two ranks read.
+    The result is that of one process in which each block's optimizer steps before the next block runs. If the lag of a
+    coupling is below `least_lag(stage.hops)`, ranks wait for each other. Random numbers that a network draws while it
+    trains, as for dropout, are drawn on each rank.
 
-    Without a coupling, and with one of any lag, the result is that of one process that steps as it goes with the same
-    model; a lag of less than `least_lag(stage.hops)` makes ranks wait. What a network draws while it trains, such as
-    dropout, is drawn on each rank.
+    Args:
+        model: The result of `localize`, the same on all ranks.
+        shares: The number of blocks that each rank trains, in order.
+        timeout: The longest time to wait for a unit from another rank. Default: PyTorch's.
+
+    Attributes:
+        blocks: The numbers of this rank's blocks.
+        reads_images: Whether this rank needs the inputs x.
+
+    Raises:
+        UserError: The shares do not fit the model, the models differ, a coupling of form="pull" has its source on
+            another rank, or blocks of two ranks use the same parameters.
     """
 
     def __init__(self, model: LocalModel, shares: Sequence[int], *, timeout: timedelta | None = None) -> None:
@@ -75,11 +108,11 @@ class Stage:
         self._refuse_shared()
         for module in model.modules():
             if isinstance(module, SyncBatchNorm):
-                module.alone = True  # each rank has the whole batch
-        self._sent: deque[tuple[Any, Tensor]] = deque()
-        self._coming: tuple[Any, Tensor] | None = None
-        self._comes: _Layout | None = None
-        self._goes: _Layout | None = None
+                module.alone = True  # Each rank has the whole batch.
+        self._sent: deque[tuple[Any, Tensor]] = deque()  # Sends in the background, each with its tensor.
+        self._next_input: tuple[Any, Tensor] | None = None  # The receive that is posted already.
+        self._input_layout: _Layout | None = None
+        self._output_layout: _Layout | None = None
         self._sources = _Sources(model, self.owners, timeout)
 
     def block_steps(
@@ -91,64 +124,71 @@ class Stage:
         scale: float | Tensor = 1.0,
         autocast: torch.dtype | None = None,
     ) -> Iterator[BlockResult]:
-        """`localgrad.block_steps` through this rank's blocks. Each batch is a step: gradients are not accumulated.
+        """Does what `localgrad.block_steps` does, for the blocks of this rank. Gradients cannot be accumulated.
 
-        The caller moves the averages of a block and steps it before it asks for the next one, because the next rank,
-        and the copies on other ranks, get what it leaves.
+        The caller moves the averages of a block and steps its optimizer before asking for the next block, because other
+        ranks get the result.
 
         Args:
-            x: normalised inputs [B, C, H, W], which only ranks with `reads_images` look at.
-            y: targets [B].
-            images: what decoders of this rank's blocks reconstruct. By default x, un-normalised.
-            scale: every loss is multiplied by it before its backward pass.
-            autocast: the dtype in which each block's forward pass is computed. By default the model's own.
+            x: Normalised inputs, [B, C, H, W]. Ranks without `reads_images` may give None.
+            y: Targets, [B].
+            images: The images that decoders of this rank reconstruct. Default: x, un-normalised.
+            scale: A factor for every loss before its backward pass. Default: 1.
+            autocast: The dtype of each block's forward pass. Default: the model's own.
+
+        Returns:
+            An iterator over a `BlockResult` for each block of this rank, in order.
 
         Raises:
-            UserError: the batch has another size than the first one.
+            UserError: The batch has another size than the first one, or an argument is wrong.
         """
         if x is not None and images is None and self.model.needs_images(self.blocks):
             images = self.model.method.images(x)
-        h = self._receive() if self.ranks.rank else cast(Tensor, x)
+        h = self._receive_input() if self.ranks.rank else cast(Tensor, x)
         check_step(self.model, self.blocks, h, y, images=images, scale=scale, autocast=autocast)
         done = None
         for done in run_blocks(self.model, self.blocks, h, y, images=images, scale=scale, autocast=autocast):
-            self._sources.arrive()
+            self._sources.receive()
             yield done
         if done is not None and done.block + 1 < len(self.model.blocks):
-            self._send(done.output)
+            self._send_output(done.output)
         self._sources.send()
 
     @property
     def hops(self) -> int:
-        """Over how many ranks averages follow their sources; 0 if none follows one of another rank."""
+        """The most ranks between an average and its source, or 0 if all sources are on the rank of their averages."""
         return max((route.owner - route.user for route in self._sources.routes.values()), default=0)
 
     def gather(self) -> None:
-        """Makes the model whole on each rank, as one process would have it: weights, statistics, averages, and what
-        lagging averages will follow. Every rank calls it, after as many steps; more steps may follow."""
-        self._sources.settle()
+        """Gives each rank the whole model as one process would have it: weights, statistics, averages and snapshots.
+
+        All ranks call it after the same number of steps. They may take more steps afterwards.
+        """
+        self._sources.receive_all()
         for k, owner in enumerate(self.owners):
             parameters = [p for module in self.model.parts(k) for p in module.parameters()]
             self.ranks.broadcast([*parameters, *self.model.statistics(k)], owner)
 
     def go_on(self, step: int) -> None:
-        """After so many steps of an earlier start, whose whole model was loaded on each rank: before the first step."""
-        self._sources.go_on(step)
+        """Resumes after `step` steps of an earlier run. Call it on all ranks after the whole model has been loaded."""
+        self._sources.resume(step)
 
     def finish(self) -> None:
-        """Ends the pipeline: waits until all that this rank has handed on was taken. Every rank calls it, after as many
-        steps; the next step may follow it."""
-        self._sources.finish()
-        if self._sent:
-            self._hand_on(self._sent[-1][1])  # the next rank expects another batch, which is none
+        """Waits until all messages have arrived. All ranks call it after the same number of steps.
+
+        They may take more steps afterwards.
+        """
+        self._sources.wait()
+        if self._sent:  # The next rank has posted a receive, which is answered here with no new output.
+            self._send(self._sent[-1][1])
         while self._sent:
             self._sent.popleft()[0].wait()
-        if self._coming is not None:
-            self._coming[0].wait()
-            self._coming = None
+        if self._next_input is not None:
+            self._next_input[0].wait()
+            self._next_input = None
 
     def _refuse_shared(self) -> None:
-        """Parameters that a block only reads, as it reads those of another rank, would be out of date."""
+        """Raises UserError if a block reads parameters of another rank, because they would be out of date."""
         trained = {id(p): k for k, block in enumerate(self.model.blocks) for p in block.parameters()}
         for k, owner in enumerate(self.owners):
             held = (
@@ -162,34 +202,33 @@ class Stage:
                         "them on one rank, with fewer blocks or ranks"
                     )
 
-    def _send(self, h: Tensor) -> None:
+    def _send_output(self, h: Tensor) -> None:
         layout = _Layout.of(h)
-        if self._goes is None:  # The next rank needs the layout once, before the first batch.
-            self._goes = layout
+        if self._output_layout is None:  # The next rank needs the layout once, before the first batch.
+            self._output_layout = layout
             dist.send_object_list([layout], self.ranks.rank + 1)
-        elif self._goes != layout:
+        elif self._output_layout != layout:
             raise UserError(
-                f"a pipeline's batches are all alike: {self._goes.shape} was handed on, then {layout.shape}"
+                f"a pipeline's batches are all alike: {self._output_layout.shape} was handed on, then {layout.shape}"
             )
         while len(self._sent) >= AHEAD:
             self._sent.popleft()[0].wait()
-        self._hand_on(h.permute(layout.order).contiguous())
+        self._send(h.permute(layout.order).contiguous())
 
-    def _hand_on(self, packed: Tensor) -> None:
+    def _send(self, packed: Tensor) -> None:
         self._sent.append((dist.isend(packed, self.ranks.rank + 1), packed))
 
-    def _receive(self) -> Tensor:
-        if self._comes is None:
+    def _receive_input(self) -> Tensor:
+        if self._input_layout is None:
             box: list[Any] = [None]
             dist.recv_object_list(box, self.ranks.rank - 1)
-            self._comes = cast(_Layout, box[0])
-        work, packed = self._coming or self._expect(self._comes)
+            self._input_layout = cast(_Layout, box[0])
+        work, packed = self._next_input or self._post_receive(self._input_layout)
         work.wait()
-        self._coming = self._expect(self._comes)
-        return packed.permute(np.argsort(self._comes.order).tolist())
+        self._next_input = self._post_receive(self._input_layout)  # It travels while this one is trained on.
+        return packed.permute(np.argsort(self._input_layout.order).tolist())
 
-    def _expect(self, layout: _Layout) -> tuple[Any, Tensor]:
-        """The next batch travels here while this one is trained on."""
+    def _post_receive(self, layout: _Layout) -> tuple[Any, Tensor]:
         device = next(self.model.parameters()).device
         packed = torch.empty([layout.shape[d] for d in layout.order], dtype=layout.dtype, device=device)
         return dist.irecv(packed, self.ranks.rank - 1), packed
@@ -197,11 +236,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class _Layout:
-    """How the tensors that one rank sends to the next lie in memory. They must lie so there too, because kernels round
-    differently for another memory format.
+    """The memory layout of the tensors that one rank sends to the next.
+
+    The receiver restores it, because kernels round differently for another memory format.
 
     Attributes:
-        order: the dimensions, the one with the largest stride first.
+        order: The dimensions from the largest stride to the smallest.
     """
 
     shape: tuple[int, ...]
@@ -215,9 +255,21 @@ class _Layout:
 
 @dataclass
 class _Route:
-    """A unit whose parameters and buffers travel from the rank that trains it, `owner`, to one with copies of it,
-    `user`: after each `every` steps, to be followed `lag` steps later. taken: how many of those states have come to
-    where the copies look: in `into`, or without a lag in the user's own module of that unit."""
+    """A unit that travels from the rank that trains it to a rank with copies of it.
+
+    State number i of the unit is the unit after `i * every` steps.
+
+    Attributes:
+        owner: The rank that trains the unit.
+        user: The rank with the copies.
+        number: The tag of the messages.
+        module: The unit.
+        lag: The age of the state that copies follow, in steps.
+        every: The number of steps between two states.
+        snapshots: On the user, where states are stored. Without a lag there are none, and states go into `module`.
+        messages: Sends or receives in the background, in order. A receive without work has arrived.
+        received: The number of the last state that was stored.
+    """
 
     owner: int
     user: int
@@ -225,113 +277,123 @@ class _Route:
     module: nn.Module
     lag: int
     every: int
-    into: list[Snapshots] = field(default_factory=list)
-    travelling: deque[tuple[Any, Tensor]] = field(default_factory=deque)
-    taken: int = 0
+    snapshots: list[Snapshots] = field(default_factory=list)
+    messages: deque[tuple[Any, Tensor]] = field(default_factory=deque)
+    received: int = 0
 
     def pack(self) -> Tensor:
         return torch.cat([t.reshape(-1).view(torch.uint8) for t in _tensors(self.module)])
 
-    def begin(self) -> None:
-        """Before the first step: what the source is now, as one process would find it then."""
-        for snapshots in self.into:
+    def store_first_state(self) -> None:
+        """Stores state 0, which the user has itself before the first step."""
+        for snapshots in self.snapshots:
             update_ema(snapshots.state(0), self.module, 0.0, buffers=True)
 
-    def take(self, step: int) -> None:
-        """The state that is followed in a step, and those before it."""
-        while self.taken < max(0, step - self.lag) // self.every:
-            work, packed = self.travelling.popleft()
+    def store_states(self, step: int) -> None:
+        """Waits for the states up to the one that is followed in a step, and stores them."""
+        while self.received < max(0, step - self.lag) // self.every:
+            work, packed = self.messages.popleft()
             if work is not None:
                 work.wait()
-            self.taken += 1
-            for module in [snapshots.state(self.taken) for snapshots in self.into] or [self.module]:
+            self.received += 1
+            for module in [snapshots.state(self.received) for snapshots in self.snapshots] or [self.module]:
                 tensors = _tensors(module)
                 for tensor, part in zip(tensors, packed.split([t.nbytes for t in tensors]), strict=True):
-                    tensor.copy_(part.clone().view(tensor.dtype).view_as(tensor))  # the clone is aligned
+                    tensor.copy_(part.clone().view(tensor.dtype).view_as(tensor))  # The clone is aligned in memory.
 
 
 class _Sources:
-    """What averaged copies follow on other ranks."""
+    """Sends and receives the units that averages follow on other ranks.
+
+    Attributes:
+        routes: A route for each unit that a rank copies from another, by that rank and the name of the unit.
+        steps: The number of steps that this rank has finished.
+    """
 
     def __init__(self, model: LocalModel, owners: Sequence[int], timeout: timedelta | None) -> None:
         self.rank = dist.get_rank()
-        # Apart from the batches, which go the other way.
+        # These messages have a process group of their own, because they go against the direction of the outputs.
         self.group: Any = dist.new_group(list(range(max(owners) + 1)), timeout=timeout)
-        block_of = {name: k for k, block in enumerate(model.blocks) for name in block.names}
         self.routes: dict[tuple[int, str], _Route] = {}
-        self.steps = 0  # of this rank
-        self._awaited = 0  # steps whose messages this rank has made room for
+        self.steps = 0
+        self._posted = 0  # The number of steps whose receives this rank has posted.
+        block_of = {name: k for k, block in enumerate(model.blocks) for name in block.names}
         for k, auxiliary in enumerate(model.auxiliaries):
             coupling = cast(Momentum | None, auxiliary.coupling)
             if coupling is None or not coupling.spec.ema:
                 continue
             for i, unit in enumerate(coupling.sources):
-                user, owner, spec = owners[k], owners[block_of[unit.name]], coupling.spec
-                if user == owner:
-                    continue
-                if spec.moves_after_step:
-                    raise UserError('form="pull" follows its sources at once, which lie on another rank: take branches')
-                if cast(Any, coupling.links[i]).ema is None:
-                    continue
-                fresh = _Route(owner, user, len(self.routes), unit.module, spec.lag, spec.ema_every)
-                route = self.routes.setdefault((user, unit.name), fresh)
-                if spec.delayed and user == self.rank:
-                    snapshots = cast(Snapshots, coupling.snapshots[i])
-                    snapshots.remote = True
-                    route.into.append(snapshots)
+                user, owner = owners[k], owners[block_of[unit.name]]
+                if user != owner:
+                    self._add_route(coupling, i, user, owner)
+
+    def _add_route(self, coupling: Momentum, i: int, user: int, owner: int) -> None:
+        """Adds the route of source i of a coupling, unless its link has no EMA."""
+        spec, unit = coupling.spec, coupling.sources[i]
+        if spec.moves_after_step:
+            raise UserError('form="pull" follows its sources at once, which lie on another rank: take branches')
+        if cast(Any, coupling.links[i]).ema is None:
+            return
+        fresh = _Route(owner, user, len(self.routes), unit.module, spec.lag, spec.ema_every)
+        route = self.routes.setdefault((user, unit.name), fresh)
+        if spec.delayed and user == self.rank:
+            snapshots = cast(Snapshots, coupling.snapshots[i])
+            snapshots.remote = True
+            route.snapshots.append(snapshots)
 
     @property
-    def mine(self) -> list[_Route]:
-        """Those that end here."""
+    def incoming(self) -> list[_Route]:
+        """The routes that end on this rank."""
         return [route for route in self.routes.values() if route.user == self.rank]
 
-    def arrive(self) -> None:
-        """Before the averages of a block move: what they follow in this step is there."""
-        if self._awaited > self.steps:
-            return  # for an earlier block of this step
-        self._awaited += 1
-        for route in self.mine:
+    def receive(self) -> None:
+        """Makes sure that the states that this step follows are there. Only the first call in a step does something."""
+        if self._posted > self.steps:
+            return
+        self._posted += 1
+        for route in self.incoming:
             if not self.steps:
-                route.begin()
-            if self._awaited % route.every == 0:  # this step's state, which is needed later
+                route.store_first_state()
+            if self._posted % route.every == 0:
                 tensors = _tensors(route.module)
                 size = sum(t.nbytes for t in tensors)
                 packed = torch.empty(size, dtype=torch.uint8, device=tensors[0].device)
                 work = dist.irecv(packed, route.owner, group=self.group, tag=route.number)
-                route.travelling.append((work, packed))
-            route.take(self.steps)
+                route.messages.append((work, packed))
+            route.store_states(self.steps)
 
     def send(self) -> None:
-        """After a step: this rank's units are on their way to whom copies them."""
+        """Ends a step: sends this rank's units to the ranks with copies of them."""
         self.steps += 1
         for route in self.routes.values():
             if route.owner == self.rank and self.steps % route.every == 0:
-                while len(route.travelling) > AHEAD:
-                    route.travelling.popleft()[0].wait()
+                while len(route.messages) > AHEAD:
+                    route.messages.popleft()[0].wait()
                 packed = route.pack()
                 work = dist.isend(packed, route.user, group=self.group, tag=route.number)
-                route.travelling.append((work, packed))
+                route.messages.append((work, packed))
 
-    def settle(self) -> None:
-        """Waits for all that one process would have kept by now."""
-        for route in self.mine:
-            route.take(self.steps - 1 + route.lag)
+    def receive_all(self) -> None:
+        """Waits for all states that one process would have stored by now."""
+        for route in self.incoming:
+            route.store_states(self.steps - 1 + route.lag)
 
-    def go_on(self, step: int) -> None:
-        self.steps = self._awaited = step
+    def resume(self, step: int) -> None:
+        """Sets the state that this rank would have after `step` steps, from the loaded model."""
+        self.steps = self._posted = step
         for route in self.routes.values():
-            route.taken = max(0, step - 1) // route.every
+            route.received = max(0, step - 1) // route.every
             if route.user == self.rank and step and step % route.every == 0:
-                route.travelling.append((None, route.pack()))  # which the owner has sent before
+                route.messages.append((None, route.pack()))  # The owner had sent this state before the run stopped.
 
-    def finish(self) -> None:
-        """Waits for what is on its way; what has come, and is followed later, stays."""
+    def wait(self) -> None:
+        """Waits for all messages. Those that have arrived and that later steps follow are kept."""
         for route in self.routes.values():
-            for work, _ in route.travelling:
+            for work, _ in route.messages:
                 if work is not None:
                     work.wait()
-            came = deque((None, packed) for _, packed in route.travelling)
-            route.travelling = came if route.user == self.rank else deque()
+            arrived = deque((None, packed) for _, packed in route.messages)
+            route.messages = arrived if route.user == self.rank else deque()
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """Data parallel by block: the gradients of block k are averaged over the ranks while block k+1 computes.
 
-A process group of `torch.distributed` (gloo on the CPU, NCCL on CUDA) is all that is needed; there is no engine here.
+It only needs a process group of `torch.distributed`: gloo on the CPU, or NCCL on CUDA.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ from localgrad.core.auxiliary import Auxiliary, Term
 from localgrad.core.errors import UserError
 from localgrad.core.model import LocalModel, localized
 
-BUCKET = 25 * 2**20  # bytes that travel together, as many as DistributedDataParallel takes
+BUCKET = 25 * 2**20  # The bytes of a message, as in DistributedDataParallel.
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that train together. Without others everything here does nothing, at no cost.
+    """The processes that train together. With only one of them nothing here communicates.
 
-    rank, count: which this is, of how many. timeout: that they wait for each other, by default PyTorch's.
+    Attributes:
+        rank: The number of this process, from 0. Default: 0.
+        count: The number of processes. Default: 1.
+        timeout: The longest time that they wait for each other. Default: PyTorch's.
     """
 
     rank: int = 0
@@ -40,7 +43,7 @@ class Ranks:
         return self.rank == 0
 
     def broadcast_object(self, value: Any) -> Any:
-        """What the first rank has. value: plain values and tensors; those of other ranks are not looked at."""
+        """Returns the value of the first rank. Those of other ranks are ignored."""
         if self.count == 1:
             return value
         box = [value]
@@ -48,7 +51,7 @@ class Ranks:
         return box[0]
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """What every rank has, in their order."""
+        """Returns the values of all ranks in order."""
         if self.count == 1:
             return [value]
         box = [None] * self.count
@@ -56,7 +59,7 @@ class Ranks:
         return box
 
     def gather_object(self, value: Any) -> list[Any]:
-        """What every rank has, in their order, for the first rank; others get an empty list."""
+        """Returns the values of all ranks in order on the first rank, and an empty list on the others."""
         if self.count == 1:
             return [value]
         box = [None] * self.count if self.first else []
@@ -64,51 +67,56 @@ class Ranks:
         return box
 
     def all_reduce_sum(self, numbers: Sequence[float], device: torch.device | str = "cpu") -> list[float]:
-        """The sums over the ranks, in float64. device: one that the process group's backend can read."""
+        """Sums each number over the ranks, in float64. The process group's backend must be able to read `device`."""
         return self._reduced(numbers, device, dist.ReduceOp.SUM)
 
     def all_reduce_max(self, numbers: Sequence[float], device: torch.device | str = "cpu") -> list[float]:
-        """The largest over the ranks of each."""
+        """Takes the largest value of each number over the ranks."""
         return self._reduced(numbers, device, dist.ReduceOp.MAX)
 
     def broadcast(self, tensors: Sequence[Tensor], rank: int = 0) -> None:
-        """One rank's values into every rank's tensors, in place."""
+        """Copies the values of one rank into the tensors of all ranks, in place."""
         if self.count > 1:
             for tensor in tensors:
-                # Collectives want contiguous memory, which weights in channels_last have in another sense.
-                whole = tensor.detach().contiguous()
-                dist.broadcast(whole, src=rank)
-                tensor.detach().copy_(whole)
+                # Collectives need contiguous memory, and weights in channels_last are not contiguous in that sense.
+                contiguous = tensor.detach().contiguous()
+                dist.broadcast(contiguous, src=rank)
+                tensor.detach().copy_(contiguous)
 
-    def _reduced(self, numbers: Sequence[float], device: torch.device | str, how: Any) -> list[float]:
+    def _reduced(self, numbers: Sequence[float], device: torch.device | str, operation: Any) -> list[float]:
         if self.count == 1:
             return list(numbers)
         total = torch.tensor(numbers, dtype=torch.float64, device=device)
-        dist.all_reduce(total, how)
+        dist.all_reduce(total, operation)
         return total.tolist()
 
 
 class Replicas:
-    """Ranks that hold the same model and train it on different images of each batch.
+    """Averages gradients over ranks that train the same model on different images of each batch.
 
-    As it is made, the first rank's parameters and buffers (averaged copies too) are given to all. In a loop of one's
-    own, with as many images on each rank:
+    When it is made, all ranks get the first rank's parameters and buffers, the averages of couplings among them. Each
+    rank then trains on the same number of images:
 
         replicas = Replicas(model)
         for done in block_steps(model, x, y):
-            replicas.start(done.block, done.loss)    # its gradients travel while the next block computes
-        replicas.finish()                            # waits for all
+            replicas.start(done.block, done.loss)    # These gradients travel while the next block computes.
+        replicas.finish()
         model.move_averages()
         optimizer.step()
 
-    Averages of the coupling need no exchange: they follow parameters, which are the same everywhere. So do the
-    statistics of batch norm not, of which each rank has its own unless the network has `SyncBatchNorm`; the first
-    rank's are those that count. Objectives that compare images with each other (`Term.pairs`) see those of all ranks.
+    Averages of couplings are not exchanged, because they follow parameters, which are the same on all ranks. Nor are
+    statistics of batch norm, which differ unless the network has `SyncBatchNorm`; then those of the first rank count.
+    Objectives that compare images with each other (`Term.pairs`) get the images of all ranks.
 
-    Where a rank's forward pass has left a parameter out (stochastic depth that skips a whole unit), its gradient counts
-    as zero there; where all ranks have, it stays None. Sparse gradients, of embeddings, become dense ones.
+    A parameter that a rank's forward pass did not use, as with stochastic depth, has a gradient of zero there. If no
+    rank used it, its gradient stays None. Sparse gradients, as of embeddings, become dense.
 
-    bucket: bytes that travel together at most. Raises UserError on all ranks if their models differ.
+    Args:
+        model: The result of `localize`, the same on all ranks.
+        bucket: The most bytes of a message. Default: 25 MiB, as in DistributedDataParallel.
+
+    Raises:
+        UserError: The models of the ranks differ. It is raised on all ranks.
     """
 
     def __init__(self, model: LocalModel, *, bucket: int = BUCKET) -> None:
@@ -118,14 +126,21 @@ class Replicas:
         self.bucket = bucket
         refuse_unlike(model, self.ranks)
         self._parameters = [[p for m in model.parts(k) for p in m.parameters()] for k in range(len(model.blocks))]
-        self._travelling: dict[int, _Travelling] = {}
+        self._pending: dict[int, _Pending] = {}
         self.ranks.broadcast([*model.parameters(), *model.buffers()])
         for auxiliary in model.auxiliaries:
-            _see_all(cast(Auxiliary, auxiliary))
+            _gather_pairs(cast(Auxiliary, auxiliary))
 
     def start(self, k: int, loss: Tensor, *more: Tensor) -> None:
-        """Begins to average the gradients of block k, its loss, and `more` scalars, in place. Call it on all ranks,
-        block by block, when the block has its gradients; nothing of this may be read or changed before `finish(k)`."""
+        """Begins to average the gradients of a block in place, on all ranks in the same order.
+
+        Nothing of what it averages may be read or changed before `finish(k)`.
+
+        Args:
+            k: The number of the block. It must have its gradients.
+            loss: The loss of the block, which is averaged too.
+            *more: Other scalars to average.
+        """
         trained = [p for p in self._parameters[k] if p.requires_grad]
         missing, gradients = [], []
         have = torch.ones(len(trained), dtype=loss.dtype, device=loss.device)
@@ -136,23 +151,23 @@ class Replicas:
             elif parameter.grad.is_sparse:
                 parameter.grad = parameter.grad.to_dense()
             gradients.append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
-        # What is sent must be alike on all ranks, so it may not depend on which gradients this rank has.
+        # All ranks must send the same number of values, whichever gradients a rank has.
         groups = _buckets([loss, *more, have, *gradients], self.bucket)
-        self._travelling[k] = _Travelling([self._send(group) for group in groups], missing, have, gradients)
+        self._pending[k] = _Pending([self._send(group) for group in groups], missing, have, gradients)
 
     def finish(self, k: int | None = None) -> None:
-        """Waits until the averages of block k, or of all blocks that were started, are there."""
-        for block in list(self._travelling) if k is None else [k]:
-            travelling = self._travelling.pop(block)
-            for tensors, flat, work in travelling.buckets:
+        """Waits for the averages of block k. Default: those of all blocks that were started."""
+        for block in list(self._pending) if k is None else [k]:
+            pending = self._pending.pop(block)
+            for tensors, flat, work in pending.buckets:
                 work.wait()
                 flat /= self.ranks.count
                 for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
                     tensor.copy_(part.view_as(tensor))
-            shares = travelling.have.tolist() if travelling.missing else []
-            for i, parameter in travelling.missing:
+            shares = pending.have.tolist() if pending.missing else []
+            for i, parameter in pending.missing:
                 if shares[i]:
-                    parameter.grad = travelling.gradients[i]
+                    parameter.grad = pending.gradients[i]
 
     def _send(self, tensors: list[Tensor]) -> tuple[list[Tensor], Tensor, Any]:
         flat = torch.cat([t.detach().reshape(-1) for t in tensors])
@@ -160,9 +175,15 @@ class Replicas:
 
 
 @dataclass(frozen=True)
-class _Travelling:
-    """A block's averages on their way. missing: the parameters without a gradient on this rank, with their number.
-    have: of each parameter, 1 where there is a gradient, which becomes the share of ranks that have one."""
+class _Pending:
+    """The averages of a block while they are computed.
+
+    Attributes:
+        buckets: For each message its tensors, their values in one flat tensor, and the work in the background.
+        missing: The parameters without a gradient on this rank, each with its number.
+        have: For each parameter, 1 if this rank has a gradient, else 0. Averaging makes it the share of such ranks.
+        gradients: The gradients, with zeros for those that are missing.
+    """
 
     buckets: list[tuple[list[Tensor], Tensor, Any]]
     missing: list[tuple[int, nn.Parameter]]
@@ -171,8 +192,10 @@ class _Travelling:
 
 
 def refuse_unlike(model: LocalModel, ranks: Ranks) -> None:
-    """Raises UserError on all ranks if the model of one is not like the first one's: parameters and buffers by name,
-    shape and dtype, what is trained, and where the network is cut."""
+    """Raises UserError on all ranks if the model of one differs from the first rank's.
+
+    It compares names, shapes and dtypes of parameters and buffers, which parameters are trained, and the cuts.
+    """
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     mine = [f"block {k} of {', '.join(block.names)}" for k, block in enumerate(model.blocks)]
     mine += [f"{name} {tuple(t.shape)} {t.dtype}{' trained' * t.requires_grad}" for name, t in state.items()]
@@ -189,12 +212,15 @@ def refuse_unlike(model: LocalModel, ranks: Ranks) -> None:
 class SyncBatchNorm(_BatchNorm):
     """Batch norm over the images of all ranks, for maps, tokens and vectors, on every device.
 
-    PyTorch's own does so on CUDA alone. Its parameters and buffers are those of the layer that it replaces, so weights
-    go from the one to the other. As the first of two passes gives the mean and the second the variance, the result is
-    that of one process with all images, up to rounding.
+    PyTorch's own works on CUDA only. Parameters and buffers have the names that they have in PyTorch's layers, so
+    weights can be exchanged. Mean and variance are computed in two passes, so the result is that of one process with
+    all images, up to rounding.
+
+    Attributes:
+        alone: Whether this rank has the whole batch, as in a pipeline, and needs no other rank. Default: False.
     """
 
-    alone = False  # where ranks share no batch
+    alone = False
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim < 2:
@@ -205,23 +231,23 @@ class SyncBatchNorm(_BatchNorm):
         if alone or not self.training:
             return super().forward(input)
         if input.device.type == "meta":
-            return torch.empty_like(input)  # one value a channel here is one of several over the ranks
+            return torch.empty_like(input)  # Elsewhere a single image is an error, but here other ranks have more.
         x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
-        places = [d for d in range(x.ndim) if d != 1]
+        dimensions = [d for d in range(x.ndim) if d != 1]
         shape = [1, -1, *[1] * (x.ndim - 2)]
-        count = x.numel() // x.shape[1] * dist.get_world_size()  # as many on each rank
-        mean = cast(Tensor, _Total.apply(x.sum(places))) / count
-        apart = x - mean.view(shape)
-        variance = cast(Tensor, _Total.apply(apart.square().sum(places))) / count
+        count = x.numel() // x.shape[1] * dist.get_world_size()  # Each rank has the same number of images.
+        mean = cast(Tensor, _AllReduceSum.apply(x.sum(dimensions))) / count
+        centred = x - mean.view(shape)
+        variance = cast(Tensor, _AllReduceSum.apply(centred.square().sum(dimensions))) / count
         if self.track_running_stats:
-            self._follow(mean.detach(), variance.detach() * (count / max(1, count - 1)))
-        out = apart * (variance + self.eps).rsqrt().view(shape)
+            self._update_statistics(mean.detach(), variance.detach() * (count / max(1, count - 1)))
+        out = centred * (variance + self.eps).rsqrt().view(shape)
         if self.affine:
             out = out * self.weight.view(shape) + self.bias.view(shape)
         return out.to(input.dtype)
 
     @torch.no_grad()
-    def _follow(self, mean: Tensor, variance: Tensor) -> None:
+    def _update_statistics(self, mean: Tensor, variance: Tensor) -> None:
         assert self.num_batches_tracked is not None
         self.num_batches_tracked += 1
         share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
@@ -230,8 +256,10 @@ class SyncBatchNorm(_BatchNorm):
 
 
 def sync_batch_norm(network: nn.Module) -> nn.Module:
-    """`network` with a `SyncBatchNorm` in the place of each batch norm, with its parameters and buffers. Before
-    `localize`, whose copies are then of the same kind."""
+    """Replaces each batch norm in a network by a `SyncBatchNorm` with the same parameters and buffers, in place.
+
+    Call it before `localize`, so that copies in couplings have the new layers too. It returns the network.
+    """
     for name, child in network.named_children():
         if isinstance(child, _BatchNorm) and not isinstance(child, SyncBatchNorm):
             twin = SyncBatchNorm(child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats)
@@ -242,8 +270,8 @@ def sync_batch_norm(network: nn.Module) -> nn.Module:
     return network
 
 
-class _Total(torch.autograd.Function):
-    """The sum over the ranks. Each rank's loss depends on it, so the gradient is the sum of theirs."""
+class _AllReduceSum(torch.autograd.Function):
+    """The sum over the ranks. The losses of all ranks depend on it, so its gradient is the sum of theirs."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -258,9 +286,8 @@ class _Total(torch.autograd.Function):
         return total
 
 
-class _Together(torch.autograd.Function):
-    """[B, ...] -> [ranks * B, ...], those of all ranks in their order. The gradient is the sum of what each rank's loss
-    asks of this rank's part."""
+class _AllGather(torch.autograd.Function):
+    """[B, ...] -> [ranks * B, ...], in the order of the ranks. The gradient sums those of all ranks for this part."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -275,30 +302,30 @@ class _Together(torch.autograd.Function):
         return total.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def _see_all(auxiliary: Auxiliary) -> None:
-    """Lets the objectives that compare images with each other see those of all ranks."""
+def _gather_pairs(auxiliary: Auxiliary) -> None:
+    """Gives the images of all ranks to objectives that compare images with each other."""
     for name, term in auxiliary.terms.items():
         if term.pairs:
-            auxiliary.terms[name] = replace(term, objective=_OverAll(term))
+            auxiliary.terms[name] = replace(term, objective=_GatheredObjective(term))
 
 
 @dataclass(frozen=True)
-class _OverAll:
-    """An objective on the outputs and targets of all ranks, in their order: the same value on each.
+class _GatheredObjective:
+    """An objective on the outputs and targets of all ranks, with the same value on each rank.
 
-    A rank's gradient is `count` times its share of the whole, because the backward pass of the gathering sums over
-    ranks that have all computed the same; the average over the ranks is then the whole gradient.
+    A rank's gradient is `count` times its part of the full gradient, because the backward pass of `_AllGather` sums
+    over ranks that have all computed the same. The average over the ranks is then the full gradient.
     """
 
     term: Term
 
     def __call__(self, output: Tensor, against: Tensor) -> Tensor:
-        together = cast(Tensor, _Together.apply(output.contiguous()))
-        return self.term.objective(together, cast(Tensor, _Together.apply(against)))
+        gathered = cast(Tensor, _AllGather.apply(output.contiguous()))
+        return self.term.objective(gathered, cast(Tensor, _AllGather.apply(against)))
 
 
 def _buckets(tensors: Sequence[Tensor], size: int) -> list[list[Tensor]]:
-    """The tensors in their order, as many together as `size` bytes hold; of one dtype and device each."""
+    """Groups tensors in order, up to `size` bytes in a group and with one dtype and device in each."""
     groups: list[list[Tensor]] = []
     room = 0
     for tensor in tensors:

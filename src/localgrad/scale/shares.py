@@ -1,4 +1,4 @@
-"""Who trains which blocks of a pipeline: the blocks' seconds, and how they are dealt out to ranks."""
+"""Divides the blocks of a pipeline among ranks by the seconds that they take."""
 
 from __future__ import annotations
 
@@ -15,21 +15,28 @@ from localgrad.core.engine import block_steps
 from localgrad.core.errors import UserError
 from localgrad.core.model import LocalModel, localized
 
-REPEATS = 3  # timed passes, after a warm-up
+REPEATS = 3  # The number of timed passes, after a warm-up.
 
 
 def shares_of(seconds: Sequence[float], ranks: int, ends: Sequence[float] = ()) -> tuple[int, ...]:
-    """How many blocks each rank trains, so that the slowest rank is as fast as can be. seconds: of each block. ends:
-    what each block takes more as the last one of its rank, but for the last of all.
+    """Chooses how many blocks each rank trains, so that the slowest rank is as fast as possible.
 
     >>> shares_of([3, 1, 1, 1], 2)
     (1, 3)
+
+    Args:
+        seconds: The seconds of each block.
+        ranks: The number of ranks.
+        ends: The additional seconds of each block but the last if it is the last block of its rank. Default: none.
+
+    Raises:
+        UserError: There are more ranks than blocks.
     """
     n = len(seconds)
     if not 1 <= ranks <= n:
         raise UserError(f"{n} blocks cannot be dealt out to {ranks} ranks: take as many blocks, or more")
     until = np.concatenate([[0.0], np.cumsum(seconds)])
-    # Seconds of a rank with blocks i to j - 1, of which there is one or more.
+    # spent[i, j]: the seconds of a rank with blocks i to j - 1, of which there must be at least one.
     spent = until[None, :] - until[:, None] + np.array([0.0, *(ends or [0.0] * n)[: n - 1], 0.0])
     spent[np.tril_indices(n + 1)] = np.inf
     best, before = spent[0], []
@@ -45,8 +52,16 @@ def shares_of(seconds: Sequence[float], ranks: int, ends: Sequence[float] = ()) 
 
 
 def block_seconds(model: LocalModel, x: Tensor, y: Tensor, *, autocast: torch.dtype | None = None) -> list[float]:
-    """How long each block takes for a batch, median of a few passes, which leave the model and PyTorch's random
-    generator as they were."""
+    """Measures the seconds that each block takes for a batch: the median of a few passes.
+
+    The model and PyTorch's random generator are left as they were.
+
+    Args:
+        model: The result of `localize`.
+        x: Normalised inputs, [B, C, H, W].
+        y: Targets, [B].
+        autocast: The dtype of each block's forward pass. Default: the model's own.
+    """
     model = localized(model, "block_seconds")
     devices = [x.device] if x.device.type == "cuda" else []
     kept = [b.clone() for b in model.buffers()]
