@@ -209,3 +209,22 @@ def test_four_blocks_save_on_cuda_too() -> None:
         peaks.append(lg.measure_peak(lambda m=model: lg.local_backward(m, x, y), device="cuda").total)
         del model, backbone
     assert peaks[1] < 0.6 * peaks[0]
+
+
+@pytest.mark.parametrize("how", ["slice", "index", "split"])
+def test_data_that_only_lives_in_the_closure_does_not_count(how: str) -> None:
+    layer, data = nn.Linear(16, 4), torch.randn(1000, 16)
+    alone, batch = data[:8].clone(), data[:8]
+
+    def step(x: Tensor) -> None:
+        layer(x).sum().backward()
+        layer.zero_grad()
+
+    taken = {
+        "slice": lambda: step(batch),
+        "index": lambda: step(data[torch.arange(8)]),
+        "split": lambda: [step(part) for part in data[:8].chunk(2)],
+    }
+    wanted = lg.measure_peak(lambda: step(alone)).total
+    found = lg.measure_peak(taken[how]).total
+    assert wanted - 8 * 16 * 4 < found <= wanted + 8 * 8  # An index is a tensor too.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -117,6 +117,17 @@ def trace_costs(model: LocalModel, batch_size: int, autocast: torch.dtype | None
     batch = batch_size * math.prod(model.image) * dtype.itemsize
     images = batch if any(auxiliary.needs_images for _, auxiliary in model.isolated) else 0
     return Costs(names, (plain[0], again[0]), (plain[1], again[1]), batch, images)
+
+
+def without_gradients(costs: Costs) -> Costs:
+    """`costs` for a step that finds all gradients there: it makes none that stay."""
+
+    def without(own: Sequence[Cost]) -> list[Cost]:
+        return [replace(cost, gradients=0) for cost in own]
+
+    (kept, remade), (plain, other) = costs.units, costs.auxiliaries
+    units, auxiliaries = (without(kept), without(remade)), (without(plain), without(other))
+    return replace(costs, units=units, auxiliaries=auxiliaries)
 
 
 def _trace(

@@ -30,6 +30,7 @@ from localgrad.core.trace import input_dtype
 from localgrad.scale.fakes import RealSizes
 
 KINDS: tuple[str, ...] = ("parameters", "gradients", "optimizer", "activations", "auxiliaries")
+PICKS = ("aten::index", "aten::index_select", "aten::gather")  # They read a few entries of their first input.
 Optimizers = Sequence[torch.optim.Optimizer]
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
@@ -72,6 +73,9 @@ class MemoryMeter(TorchDispatchMode):
         self._sizes: list[int] = []  # The bytes of each storage by serial number.
         self._kinds: dict[int, str] = {}
         self._before: list[int] = []  # Serial numbers of storages that were live before.
+        self._parts: dict[
+            int, set[tuple[int, int]]
+        ] = {}  # Of such a one that is data: offset and size of what is read.
         self._changes: list[tuple[str, int, int]] = []  # Label, serial number, and 1 (new) or -1 (gone).
         self._named = {s._cdata: kind for t, kind in _named(model, optimizers) for s in _storages(t)}
         self._parameters = [] if model is None else [p for p in model.parameters() if p.requires_grad]
@@ -106,9 +110,11 @@ class MemoryMeter(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._paused:
             return func(*args, **kwargs)
-        self._see((args, kwargs), made=False)
+        picks = func.is_view or func.namespace == "prim" or func._schema.name in PICKS
+        self._see((args, kwargs), made=False, picks=picks)
         out = func(*args, **kwargs)
-        self._see(out, made=True)
+        if not func.is_view:  # A view has the storage of an input.
+            self._see(out, made=True)
         return out
 
     def result(self) -> PeakBytes:
@@ -124,11 +130,23 @@ class MemoryMeter(TorchDispatchMode):
             split[self._kinds.get(serial, "activations")] += sign * self._sizes[serial]
         return PeakBytes(timeline[peak][1], timeline=timeline, split=split)
 
-    def _see(self, tree: Any, *, made: bool) -> None:
+    def _see(self, tree: Any, *, made: bool, picks: bool = False) -> None:
         for leaf in tree_leaves(tree):
             if isinstance(leaf, Tensor):
                 for storage in _storages(leaf):
-                    self._follow(storage, made)
+                    data = not (made or storage._cdata in self._named or isinstance(leaf, nn.Parameter))
+                    # A set of data is not part of the step. What is picked from it counts when it is read.
+                    if not (data and picks and storage._cdata not in self._known):
+                        self._follow(storage, made)
+                        if data and not picks:
+                            self._read(storage, leaf)
+
+    def _read(self, storage: torch.UntypedStorage, leaf: Tensor) -> None:
+        """Notes which part of some data an operation reads: no other part counts."""
+        serial = self._serial[storage._cdata]
+        if serial in self._parts and not leaf.is_sparse:
+            self._parts[serial].add((int(leaf.storage_offset()), leaf.numel() * leaf.element_size()))
+            self._sizes[serial] = min(storage.nbytes(), sum(size for _, size in self._parts[serial]))
 
     def _follow(self, storage: torch.UntypedStorage, made: bool) -> None:
         key = storage._cdata
@@ -143,6 +161,8 @@ class MemoryMeter(TorchDispatchMode):
             self._before.append(serial)
             if key in self._named:
                 self._kinds[serial] = self._named[key]
+            else:
+                self._parts[serial] = set()
         self._known[key] = weakref.finalize(storage, self._gone, key, serial)
 
     def _gone(self, key: int, serial: int) -> None:
@@ -280,6 +300,16 @@ def optimizers_for(
     if not as_you_go:
         return [make(list(groups))]
     return [make([g for g in groups if g["block"] == k]) for k in sorted({g["block"] for g in groups})]
+
+
+def optimizer_slots(optimizer: MakeOptimizer) -> float:
+    """Bytes of the optimizer's state for each byte of a parameter."""
+    parameter = nn.Parameter(torch.zeros(4096))
+    parameter.grad = torch.zeros(4096)
+    made = optimizer([{"params": [parameter]}])
+    made.step()
+    state = [t for own in made.state.values() for t in own.values() if isinstance(t, Tensor) and t.numel() > 1]
+    return sum(t.numel() * t.element_size() for t in state) / (4 * 4096)
 
 
 def peak_rss() -> int:

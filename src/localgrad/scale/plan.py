@@ -27,8 +27,8 @@ from localgrad.core.methods import bp, dgl
 from localgrad.core.model import LocalModel, localize, param_groups
 from localgrad.core.sizes import bytes_of
 from localgrad.core.task import Task
-from localgrad.scale.costs import Cost, Costs, trace_costs
-from localgrad.scale.memory import MakeOptimizer, optimizers_for, predict_peak
+from localgrad.scale.costs import Cost, trace_costs, without_gradients
+from localgrad.scale.memory import MakeOptimizer, optimizer_slots, optimizers_for, predict_peak
 from localgrad.scale.recompute import recompute
 from localgrad.scale.search import BlockOption, Search
 from localgrad.scale.speed import Speed
@@ -121,7 +121,7 @@ class Planner:
         self._model = self._cut(blocks=len(units(shapes, one)), coupling=coupling)
         self._searches: dict[int, Search] = {}
         self.costs = self._search(1).costs
-        self._slots = _slots(self._optimizer)
+        self._slots = optimizer_slots(self._optimizer)
 
     @property
     def bp(self) -> Plan:
@@ -253,7 +253,7 @@ class Planner:
             costs = trace_costs(self._model, self._batch // micro_batches, self._autocast)
             costs = self._speed.timed(costs)
             if micro_batches > 1:
-                costs = replace(_without_gradients(costs), batch=costs.batch * micro_batches)
+                costs = replace(without_gradients(costs), batch=costs.batch * micro_batches)
             self._searches[micro_batches] = Search(costs, coupled=self._coupling is not None)
         return self._searches[micro_batches]
 
@@ -379,24 +379,3 @@ def plan(
 
 def _name(names: Sequence[str], first: int, last: int) -> str:
     return names[first] if first == last else f"{names[first]}:{names[last]}"
-
-
-def _without_gradients(costs: Costs) -> Costs:
-    """`costs` for a step that finds all gradients there: it makes none that stay."""
-
-    def without(own: Sequence[Cost]) -> list[Cost]:
-        return [replace(cost, gradients=0) for cost in own]
-
-    (kept, remade), (plain, other) = costs.units, costs.auxiliaries
-    units, auxiliaries = (without(kept), without(remade)), (without(plain), without(other))
-    return replace(costs, units=units, auxiliaries=auxiliaries)
-
-
-def _slots(optimizer: MakeOptimizer) -> float:
-    """Bytes of the optimizer's state for each byte of a parameter."""
-    parameter = nn.Parameter(torch.zeros(4096))
-    parameter.grad = torch.zeros(4096)
-    made = optimizer([{"params": [parameter]}])
-    made.step()
-    state = [t for own in made.state.values() for t in own.values() if isinstance(t, Tensor) and t.numel() > 1]
-    return sum(t.numel() * t.element_size() for t in state) / (4 * 4096)

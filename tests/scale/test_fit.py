@@ -1,0 +1,95 @@
+"""One call from a budget to a model: exact where that is quick enough, with as few cuts as will do elsewhere."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import localgrad as lg
+from localgrad.core.errors import UserError
+
+X, Y = torch.randn(32, 3, 32, 32), torch.arange(32) % 10
+SPEED = lg.Speed()  # No particular device, so that the choices are the same everywhere.
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return lg.build("resnet32", classes=10)
+
+
+@cache
+def bp() -> int:
+    return lg.Planner(network(), X, method=lg.bp()).bp.peak
+
+
+def fit(share: float, **how: Any) -> lg.Fit:
+    return lg.fit(network(), X, int(share * bp()), speed=SPEED, **how)
+
+
+def measured(found: lg.Fit) -> int:
+    optimizer = torch.optim.SGD(lg.param_groups(found.model), lr=0.1, momentum=0.9, nesterov=True)
+
+    def step() -> None:
+        lg.local_backward(found.model, X, Y)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    return lg.measure_peak(step).total
+
+
+@pytest.mark.parametrize(
+    ("share", "how", "blocks", "words"),
+    [
+        (1.1, {}, 1, "exact training, nothing recomputed"),
+        (0.5, {}, 1, r"exact training, \d+ of 16 units recomputed"),
+        (0.4, {"at_most": 1.05}, 1, "exact training"),  # The local plan would take longer still.
+        (0.6, {"method": lg.dgl("0c1f")}, 2, "local training in 2 blocks, which is not exact"),
+    ],
+)
+def test_the_step_stays_within_the_budget(share: float, how: dict[str, Any], blocks: int, words: str) -> None:
+    found = fit(share, **how)
+    assert len(found.model.blocks) == len(found.plan.blocks) == blocks
+    assert measured(found) <= share * bp()
+    with pytest.raises(AssertionError, match=words):  # The sentence is what `print` shows.
+        raise AssertionError(str(found))
+    assert f"{found.times_bp:.2f} times the time of backpropagation" in found.why
+
+
+def test_exact_training_is_backpropagation_to_the_bit() -> None:
+    found, twin = fit(0.4, exact=True), network()
+    assert found.plan.units
+    lg.local_backward(found.model, X, Y)
+    nn.functional.cross_entropy(twin(X), Y).backward()
+    for one, other in zip(found.model.backbone.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)  # pyright: ignore[reportArgumentType]
+    assert all(torch.equal(a, b) for a, b in zip(found.model.backbone.buffers(), twin.buffers(), strict=True))
+
+
+def test_what_cannot_be_is_said_with_what_would_help() -> None:
+    with pytest.raises(UserError, match=r"no plan fits 1 MiB: the least is \d+ MiB, .* in parts \(accumulate='any'\)"):
+        lg.fit(network(), X, 2**20, speed=SPEED)
+    with pytest.raises(UserError, match="exact=True is backpropagation: leave the method of local losses out"):
+        fit(0.5, exact=True, method=lg.dgl())
+    with pytest.raises(UserError, match="budget takes bytes as 8GiB"):
+        lg.fit(network(), X, "much")
+
+
+def test_batches_in_parts_are_taken_if_they_are_allowed() -> None:
+    found = fit(0.3, exact=True, accumulate="any", at_most=10.0)
+    assert found.plan.accumulate > 1
+    assert f"each batch in {found.plan.accumulate} parts" in found.why
+    assert measured(found) <= 0.3 * bp()
+    twin = copy.deepcopy(found.model)
+    assert twin.accumulate == found.plan.accumulate
+
+
+@pytest.mark.slow
+def test_the_speed_is_measured_by_default() -> None:
+    found = lg.fit(network(), X, int(0.6 * bp()))
+    assert 0.9 < found.times_bp < 2
