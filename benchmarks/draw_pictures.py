@@ -27,7 +27,13 @@ SOURCES = {
     "frontier": ["frontier_resnet110_float32.csv", "frontier_resnet110_bf16.csv"],
     "depth": ["depth.csv"],
 }
-KINDS = (("BP", "o", "black"), ("DGL", "v", "tab:green"), ("MAN", "s", "tab:blue"), ("deep MAN", "D", "tab:orange"))
+KINDS = (("exact", "o", "black"), ("DGL", "v", "tab:green"), ("MAN", "s", "tab:blue"), ("deep MAN", "D", "tab:orange"))
+
+RIVALS = (
+    ("checkpoint, unit", "*", "checkpoint, unit by unit"),
+    ("sequential", "x", "checkpoint_sequential"),
+    ("micro-batches", "+", "micro-batches"),
+)
 
 
 def stamp(picture: str) -> str:
@@ -86,16 +92,15 @@ def frontier() -> Figure:
     for axes, precision in zip(figure.subplots(1, 2, sharey=True), ("float32", "bf16"), strict=True):
         rows = read_results(f"frontier_resnet110_{precision}.csv")
         for kind, marker, colour in KINDS:
-            mine = [
-                r for r in rows if r["row"] == kind or (r["row"].startswith(f"{kind}, in ") and "even" not in r["row"])
-            ]
-            if kind == "BP":
-                mine = [r for r in mine if "checkpointing" not in r["row"]]
-                mine += [r for r in rows if r["row"] == "checkpointing"]
+            mine = [r for r in rows if r["row"].startswith(f"{kind}, in ") or (r["row"], kind) == ("BP", "exact")]
             mine.sort(key=lambda r: int(r["peak_bytes"]))
-            label = "BP, recomputing more and more" if kind == "BP" else kind
+            label = "exact: BP, recomputing more and more" if kind == "exact" else kind
             places = [int(r["peak_bytes"]) / MIB for r in mine], [float(r["times_bp"]) for r in mine]
             axes.plot(*places, marker=marker, color=colour, label=label)
+        for words, marker, label in RIVALS:
+            mine = [r for r in rows if r["row"].startswith("PyTorch: ") and words in r["row"]]
+            places = [int(r["peak_bytes"]) / MIB for r in mine], [float(r["times_bp"]) for r in mine]
+            axes.plot(*places, marker, color="tab:red", label=f"PyTorch alone: {label}")
         axes.set(title=f"ResNet-110, batch 128, {precision}", xlabel="peak memory of a step, MiB", xscale="log")
         ticks = (75, 150, 300, 500) if precision == "bf16" else (150, 300, 500, 1000)
         axes.set_xticks(ticks, map(str, ticks))

@@ -184,6 +184,65 @@ def frontier() -> str:
     return table(["plan", "blocks", "time, float32", "peak, float32", "time, bf16", "peak, bf16"], body)
 
 
+def large() -> str:
+    """Time and memory of each plan and rival of two networks at 224 px."""
+    files = {"ConvNeXt-Tiny": "frontier_convnext_tiny_float32.csv", "ViT-Small": "frontier_vit_small*_float32.csv"}
+    sides = [{r["row"]: r for r in read_results(file)} for file in files.values()]
+    names = list(dict.fromkeys(name for side in sides for name in side))
+
+    def cells(row: dict[str, str] | None) -> list[str]:
+        return ["", "", ""] if row is None else [row["blocks"], f"{float(row['times_bp']):.2f}", peak_of(row)]
+
+    body = [[name, *(cell for side in sides for cell in cells(side.get(name)))] for name in names]
+    head = [f"{what}, {network}" for network in files for what in ("blocks", "time", "peak")]
+    return table(["plan", *head], body)
+
+
+SIZES = {
+    "torchvision:resnet50": "ResNet-50", "timm:convnext_tiny": "ConvNeXt-Tiny", "timm:efficientnet_b0": "EfficientNet-B0",
+    "timm:vit_small_patch16_224": "ViT-Small", "timm:swin_tiny_patch4_window7_224": "Swin-Tiny",
+}  # fmt: skip
+
+
+def sizes() -> str:
+    """Predicted time in half and in a third of BP's memory, and the least memory, of exact and of local plans."""
+    rows = {(row["model"], row["row"]): row for row in read_results("imagenet_memory.csv")}
+
+    def cell(model: str, name: str) -> str:
+        row = rows.get((model, name))
+        if row is None:
+            return "-"
+        blocks = f", {row['blocks']} blocks" if row["blocks"] != "1" else ""
+        return f"{float(row['time_times_bp']):.2f}x{blocks}"
+
+    def least(model: str, name: str) -> str:
+        row = rows[model, name]
+        share = int(row["peak_bytes"]) / int(rows[model, "BP"]["peak_bytes"])
+        return f"{int(row['peak_bytes']) / 2**30:.1f} GiB ({share:.0%}), {cell(model, name)}"
+
+    body = []
+    for model, title in SIZES.items():
+        bp = f"{int(rows[model, 'BP']['peak_bytes']) / 2**30:.1f} GiB"
+        body.append([title, "unit by unit", bp, "", "", least(model, "exact, unit by unit")])
+        for kind in ("exact", "DGL", "MAN"):
+            half, third = (cell(model, f"{kind}, the fastest in {share} of BP's memory") for share in ("50%", "33%"))
+            body.append(["", kind, "", half, third, least(model, f"{kind}, the least")])
+    return table(["network", "way", "BP", "in half", "in a third", "the least"], body)
+
+
+def fits() -> str:
+    """What `lg.fit` chose for each network, from a wide budget to a tight one, and whether the step stayed within."""
+    rows = read_results("fits.csv")
+    body = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        mine = [row for row in rows if row["model"] == model]
+        within = sum(row["within"] == "True" for row in mine)
+        cells = [f"{row['blocks']}, {float(row['predicted_times_bp']):.2f}x" for row in mine]
+        body.append([model.rpartition(":")[2], *cells, f"{within} of {len(mine)}"])
+    shares = [f"{float(share):.0%}" for share in dict.fromkeys(row["share"] for row in rows)]
+    return table(["network", *(f"blocks and time, {share}" for share in shares), "within the budget"], body)
+
+
 def imagenet() -> str:
     """Memory and arithmetic of each plan, compared with BP. Each network has a column."""
     every = read_results("imagenet_memory.csv")
@@ -318,7 +377,7 @@ def devices() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy, "pairs": pairs, "settings": settings, "others": partial(_learned, _of_others),
     "ablation": partial(_learned, _of_ablation), "long": partial(_learned, _of_long), "probes": probes,
-    "deeper": deeper, "frontier": frontier, "imagenet": imagenet, "parts": parts, "coverage": coverage,
+    "deeper": deeper, "frontier": frontier, "large": large, "sizes": sizes, "fits": fits, "imagenet": imagenet, "parts": parts, "coverage": coverage,
     "refused": refused, "families": families, "training": training, "scaling": scaling, "delays": delays,
     "check": check, "devices": devices,
 }  # fmt: skip

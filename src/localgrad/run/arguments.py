@@ -78,7 +78,8 @@ class Compare:
     """
 
     methods: str = "bp,dgl,dgl+man,dgl+deep-man"
-    """Methods, separated by commas. Each is METHOD or METHOD+COUPLING, with names from localgrad list."""
+    """Methods, separated by commas. Each is METHOD or METHOD+COUPLING, with names from localgrad list. @FIELD=VALUE
+    behind one sets a field of its runs alone, as in bp@recompute=all."""
     blocks: str = "4"
     """Numbers of blocks, or units after which to cut, joined by slashes: 4,16,layer1.0/layer1.2/layer1.4."""
     seeds: str = "0"

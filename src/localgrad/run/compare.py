@@ -109,7 +109,9 @@ def grid(args: Compare) -> list[Cell]:
         _words(args.methods, "--methods"), _cuts(args.blocks), _numbers(args.seeds, "--seeds")
     )  # fmt: skip
     for label, (blocks, names), seed, values in itertools.product(methods, cuts, seeds, itertools.product(*varied)):
+        label, _, own = label.partition("@")
         method, _, coupling = label.partition("+")
+        values = (*values, *parse_changes([own] if own else [], "--methods").items())
         changes: dict[str, Any] = {"coupling": coupling or "none", "method": method, "seed": seed, **dict(values)}
         if method != "bp":
             changes["blocks"] = names or str(blocks)

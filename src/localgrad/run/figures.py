@@ -43,14 +43,14 @@ def time_against_memory(rows: Rows) -> go.Figure:
     series: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         kind, planned, _ = row["row"].partition(", in ")
-        joined = planned and "even" not in row["row"]  # These are plans of one kind for different budgets.
-        series.setdefault(kind if joined else "BP" if kind == "BP" else "others", []).append(row)
+        alone = "PyTorch alone" if kind.startswith("PyTorch: ") else "BP" if kind == "BP" else "others"
+        series.setdefault(kind if planned else alone, []).append(row)
     for i, (name, mine) in enumerate(series.items()):
         mine.sort(key=lambda row: int(row["peak_bytes"]))
         figure.add_scatter(
             x=[int(row["peak_bytes"]) / MIB for row in mine], y=[float(row["times_bp"]) for row in mine],
             text=[_text(row["row"]) for row in mine], name=_text(name), marker=_marker(i, 8),
-            mode="markers" if name == "others" else "lines+markers",
+            mode="markers" if name in ("others", "PyTorch alone") else "lines+markers",
         )  # fmt: skip
     return figure.update_xaxes(type="log", dtick=0.30103, tickformat=".0f")
 

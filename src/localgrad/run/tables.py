@@ -178,9 +178,12 @@ def conclusion(rows: Sequence[dict[str, Any]]) -> str:
     lines = [f"Against backpropagation ({error_text(bp)}% error, {mib(bp['peak_bytes'])}):"]
     lines += [f"- the smallest error has {against_bp(nearest)};"]
     lines += [f"- the least memory has {against_bp(least)}."] if least is not nearest else []
+    exact = [row for row in rows if row["method"] == "bp" and "recompute=" in row.get("setting", "")]
+    lines += [f"- recomputation is exact, and has {against_bp(row)}." for row in exact]
     if any(row["n"] < 3 for row in (bp, nearest, least)):
         lines += ["With fewer than three seeds, differences below a point may be chance."]
-    lines += ["Accumulation and recomputation save memory too, at backpropagation's own error: see docs/memory.md."]
+    if not exact:
+        lines += ["Accumulation and recomputation save memory too, at backpropagation's own error: see docs/memory.md."]
     return "\n".join(lines)
 
 
