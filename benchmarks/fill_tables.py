@@ -199,8 +199,9 @@ def large() -> str:
 
 
 SIZES = {
-    "torchvision:resnet50": "ResNet-50", "timm:convnext_tiny": "ConvNeXt-Tiny", "timm:efficientnet_b0": "EfficientNet-B0",
-    "timm:vit_small_patch16_224": "ViT-Small", "timm:swin_tiny_patch4_window7_224": "Swin-Tiny",
+    "torchvision:resnet50": "ResNet-50", "timm:convnext_tiny": "ConvNeXt-Tiny",
+    "timm:efficientnet_b0": "EfficientNet-B0", "timm:vit_small_patch16_224": "ViT-Small",
+    "timm:swin_tiny_patch4_window7_224": "Swin-Tiny",
 }  # fmt: skip
 
 
@@ -377,7 +378,8 @@ def devices() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy, "pairs": pairs, "settings": settings, "others": partial(_learned, _of_others),
     "ablation": partial(_learned, _of_ablation), "long": partial(_learned, _of_long), "probes": probes,
-    "deeper": deeper, "frontier": frontier, "large": large, "sizes": sizes, "fits": fits, "imagenet": imagenet, "parts": parts, "coverage": coverage,
+    "deeper": deeper, "frontier": frontier, "large": large, "sizes": sizes, "fits": fits,
+    "imagenet": imagenet, "parts": parts, "coverage": coverage,
     "refused": refused, "families": families, "training": training, "scaling": scaling, "delays": delays,
     "check": check, "devices": devices,
 }  # fmt: skip
