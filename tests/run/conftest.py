@@ -14,10 +14,10 @@ from localgrad.run.step import Stepper
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _resnet8() -> Iterator[None]:
-    """Lets a recipe name the smallest network that CifarResNet can be."""
+def _small_networks() -> Iterator[None]:
+    """Lets a recipe name the two smallest networks that CifarResNet can be."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backbones, "CIFAR_RESNETS", ("resnet8", *backbones.CIFAR_RESNETS))
+        patch.setattr(backbones, "CIFAR_RESNETS", ("resnet8", "resnet14", *backbones.CIFAR_RESNETS))
         yield
 
 

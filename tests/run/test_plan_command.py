@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import QUICK
 
 from localgrad.cli import main
 from localgrad.core.errors import UserError
@@ -16,8 +17,8 @@ from localgrad.core.sizes import parse_bytes
 from localgrad.run.folder import summary_rows
 from localgrad.run.recipe import Recipe, read_plan, read_recipe
 
-FLAGS = ["--model", "resnet8", "--batch-size", "256", "--precision", "float32", "--head", "1c2f"]
-AUTO = ["train", *FLAGS, "--blocks", "auto", "--limit-train", "512", "--epochs", "1"]
+FLAGS = ["--model", "resnet20", "--batch-size", "64", "--precision", "float32", "--head", "1c2f"]
+AUTO = ["train", *FLAGS, "--blocks", "auto", "--limit-train", "256", "--epochs", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +35,10 @@ def test_a_run_follows_the_plan_and_takes_what_was_predicted(
 ) -> None:
     bp, checkpointing, *_, chosen = ways
     assert (bp["name"], checkpointing["name"], chosen["name"]) == ("BP", "checkpointing", "fits 1GiB")
-    assert chosen["blocks"] == bp["blocks"] == ["layer3.0"]  # nothing is faster than backpropagation, if it fits
+    assert chosen["blocks"] == bp["blocks"] == ["layer3.2"]  # nothing is faster than backpropagation, if it fits
     budget, plan = int(share * bp["peak"]), tmp_path / "plan.yaml"
     assert main(["plan", *FLAGS, "--budget", str(budget), "--out", str(plan)]) == 0
-    command = ["train", *FLAGS[:-2], "--limit-train", "512", "--epochs", "1", "--plan", str(plan)]
+    command = ["train", *FLAGS[:-2], "--limit-train", "256", "--epochs", "1", "--plan", str(plan)]
     assert main([*command, "--out", str(tmp_path / "r")]) == 0
     recipe = read_recipe(tmp_path / "r" / "config.yaml")
     assert {name: getattr(recipe, name) for name in read_plan(plan)} == read_plan(plan)
@@ -48,14 +49,14 @@ def test_a_run_follows_the_plan_and_takes_what_was_predicted(
 
 
 def test_the_table_names_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", *FLAGS, "--budget", "1GiB"]) == 0
+    assert main(["plan", *QUICK[:2], "--budget", "1GiB"]) == 0
     out = capsys.readouterr().out
     assert "1.00 x BP" in out
     assert "peaks and times are predicted, nothing was trained" in out
 
 
 def test_an_image_size_alone_means_images_as_of_imagenet(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--model", "timm:resnet10t", "--image-size", "64", "--batch-size", "8", "--head", "0c1f"]
+    flags = ["--model", "timm:resnet10t", "--image-size", "32", "--batch-size", "8", "--head", "0c1f"]
     assert main(["plan", *flags, "--budget", "4GiB", "--json"]) == 0
     bp = json.loads(capsys.readouterr().out)[0]
     assert bp["lasting"] > 5_400_000 * 4 * 2  # all parameters of the network with 1000 classes, and their momenta
@@ -71,7 +72,7 @@ def test_an_image_size_alone_means_images_as_of_imagenet(capsys: pytest.CaptureF
     ],
 )
 def test_what_cannot_be_planned(flags: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", *FLAGS, *flags]) == 2
+    assert main(["plan", *QUICK[:2], *flags]) == 2
     assert says in capsys.readouterr().err
 
 
@@ -84,29 +85,25 @@ def test_a_file_that_is_no_plan(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert not (tmp_path / "r").exists()
 
 
-def test_one_call_plans_trains_and_goes_on(
-    ways: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    budget = int(0.7 * ways[0]["peak"])
-    command = [*AUTO, "--budget", str(budget), "--out", str(tmp_path)]
+def test_one_call_plans_trains_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*AUTO, "--budget", "5.2MiB", "--out", str(tmp_path)]
     assert main(command) == 0
-    assert f"fits {budget}: blocks" in capsys.readouterr().out
+    assert "fits 5.2MiB: blocks" in capsys.readouterr().out
     recipe = read_recipe(tmp_path / "config.yaml")
     assert isinstance(recipe.cut, list)
     assert len(recipe.cut) > 1
-    assert summary_rows(tmp_path)[0]["peak_bytes"] <= 1.01 * budget
+    assert summary_rows(tmp_path)[0]["peak_bytes"] <= 1.01 * 5.2 * 2**20
     assert main(command) == 0  # the plan of the run, not a new one
     assert "holds this run, finished" in capsys.readouterr().out
 
 
-def test_backpropagation_fits_itself_by_recomputing(ways: list[dict[str, Any]], tmp_path: Path) -> None:
-    budget = int(0.9 * ways[0]["peak"])
-    flags = ["--method", "bp", "--coupling", "none", "--head", "auto", "--budget", str(budget)]
+def test_backpropagation_fits_itself_by_recomputing(tmp_path: Path) -> None:
+    flags = ["--method", "bp", "--coupling", "none", "--head", "auto", "--budget", "7MiB"]
     assert main([*AUTO, *flags, "--out", str(tmp_path)]) == 0
     recipe = read_recipe(tmp_path / "config.yaml")
     assert (recipe.method, recipe.blocks) == ("bp", "1")
     assert recipe.recompute
-    assert summary_rows(tmp_path)[0]["peak_bytes"] <= 1.01 * budget
+    assert summary_rows(tmp_path)[0]["peak_bytes"] <= 1.01 * 7 * 2**20
 
 
 @pytest.mark.parametrize(
@@ -121,7 +118,7 @@ def test_backpropagation_fits_itself_by_recomputing(ways: list[dict[str, Any]], 
 def test_a_budget_needs_auto_blocks(
     flags: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["train", *FLAGS, *flags, "--out", str(tmp_path / "r")]) == 2
+    assert main(["train", *QUICK, *flags, "--out", str(tmp_path / "r")]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "r").exists()
 

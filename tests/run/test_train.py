@@ -13,11 +13,12 @@ import timm
 import torch
 import yaml
 from safetensors.torch import load_file
+from tiny import TINY, tiny
 from torch import nn
 
 from localgrad.core.backbones import build
 from localgrad.core.errors import RunError, UserError
-from localgrad.run import data as data_room
+from localgrad.run import data as datasets
 from localgrad.run.build import build_model, machine_for
 from localgrad.run.folder import SUMMARY, claim, summary_rows
 from localgrad.run.modes import Alone
@@ -26,13 +27,9 @@ from localgrad.run.step import Stepper, rate
 from localgrad.run.train import evaluate, to_device, train
 from localgrad.scale.replicas import Ranks
 
-TINY = Recipe(model="resnet20", limit_train=64, batch_size=16, epochs=1, precision="float32", head="1c2f", lr=0.02)
-
 
 def test_learns_digits(tmp_path: Path) -> None:
-    row = train(
-        Recipe(model="resnet20", epochs=3, batch_size=64, lr=0.05, head="1c2f", precision="float32"), tmp_path / "r"
-    )
+    row = train(tiny(limit_train=None, epochs=3, batch_size=64, lr=0.05), tmp_path / "r")
     assert row["eval_top1"] > 75
     assert row["eval_top5"] > 97
 
@@ -77,24 +74,24 @@ def test_the_peak_is_the_steps_and_not_the_data_sets(tmp_path: Path) -> None:
 
 def test_the_trained_backbone_loads_strictly_and_evaluates_alike(tmp_path: Path) -> None:
     row = train(TINY, tmp_path / "run")
-    backbone = build("resnet20", classes=10, in_channels=1)
+    backbone = build("resnet8", classes=10, in_channels=1)
     backbone.load_state_dict(load_file(tmp_path / "run" / "model.safetensors"), strict=True)
     machine = machine_for(TINY)
-    again = evaluate(backbone.to(memory_format=machine.memory_format), data_room.load("digits"), TINY, machine)  # pyright: ignore[reportCallIssue]
+    again = evaluate(backbone.to(memory_format=machine.memory_format), datasets.load("digits"), TINY, machine)  # pyright: ignore[reportCallIssue]
     assert again["eval_top1"] == row["eval_top1"]
 
 
 def test_timm_loads_the_trained_backbone(tmp_path: Path) -> None:
-    recipe = dataclasses.replace(TINY, model="timm:resnet18", blocks="2", limit_train=32, head="auto")
+    recipe = dataclasses.replace(TINY, model="timm:test_resnet", blocks="2", limit_train=32, head="auto")
     train(recipe, tmp_path / "run")
     path = tmp_path / "run" / "model.safetensors"
-    model = timm.create_model("resnet18", num_classes=10, in_chans=1, checkpoint_path=str(path))
+    model = timm.create_model("test_resnet", num_classes=10, in_chans=1, checkpoint_path=str(path))
     assert all(torch.equal(t, load_file(path)[name]) for name, t in model.state_dict().items())
 
 
 @pytest.mark.parametrize("coupling", ["none", "man", "deep-man"])
 def test_step_as_you_go_is_the_plain_step(coupling: str, tmp_path: Path) -> None:
-    plain = dataclasses.replace(TINY, coupling=coupling)
+    plain = tiny(model="resnet14", coupling=coupling)
     rows = [train(dataclasses.replace(plain, step_as_you_go=go), tmp_path / str(go)) for go in (False, True)]
     a, b = ((tmp_path / str(go) / "model.safetensors").read_bytes() for go in (False, True))
     assert a == b
@@ -103,8 +100,8 @@ def test_step_as_you_go_is_the_plain_step(coupling: str, tmp_path: Path) -> None
 
 def test_accumulation_steps_once_for_several_batches() -> None:
     recipe = dataclasses.replace(TINY, accumulate=2, warmup=0.0)
-    machine, data = machine_for(recipe), data_room.load("digits", limit_train=64)
-    stream = data_room.train_batches(data, batch_size=16, seed=0, epoch=0)
+    machine, data = machine_for(recipe), datasets.load("digits", limit_train=64)
+    stream = datasets.train_batches(data, batch_size=16, seed=0, epoch=0)
     batches = [to_device(batch, data.info, machine) for batch in stream][:2]
     model = build_model(recipe, data, machine)
     stepper = Stepper(recipe, Alone(model, Ranks()), machine, total=10)
