@@ -450,8 +450,7 @@ def test_a_new_run_forgets_the_list_of_the_old_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("split", "says"),
-    [("train", "and others .* are no readable images"), ("val", "no image of the test set")],
+    ("split", "says"), [("train", "and others .* are no readable images"), ("val", "no image of the test set")]
 )
 def test_a_split_without_a_readable_image_ends_the_run_with_a_sentence(split: str, says: str, tmp_path: Path) -> None:
     for name in ("train", "val"):

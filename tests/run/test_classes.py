@@ -27,7 +27,7 @@ from safetensors.torch import save as serialize
 
 from localgrad.cli import main
 from localgrad.core.errors import UserError
-from localgrad.run import data as D
+from localgrad.run import data as datasets
 from localgrad.run.checkpoint import save_weights
 from localgrad.run.folder import read_classes
 from localgrad.run.recipe import Recipe
@@ -162,16 +162,16 @@ def test_equal_weights_and_names_give_equal_bytes(names: list[str], tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["digits", "fashion-mnist"])
 def test_sets_in_memory_have_names_too(name: str) -> None:
-    if D.present(name) is None:
+    if datasets.present(name) is None:
         pytest.skip(f"{name} is not installed")
-    data = D.load(name)
+    data = datasets.load(name)
     wanted = {"digits": tuple("0123456789"), "fashion-mnist": ("T-shirt/top", "Trouser", "Pullover")}[name]
     assert len(data.names) == data.info.classes
     assert data.names[: len(wanted)] == wanted
-    alone = D.load(name, only_test=True)
+    alone = datasets.load(name, only_test=True)
     assert (alone.names, len(alone.train)) == (data.names, 0)
-    assert isinstance(alone.test, D.Images)
-    assert isinstance(data.test, D.Images)
+    assert isinstance(alone.test, datasets.Images)
+    assert isinstance(data.test, datasets.Images)
     assert torch.equal(alone.test.images, data.test.images)
 
 
@@ -239,15 +239,15 @@ def test_as_many_other_classes_are_refused_and_many_are_shortened(
 
 
 def test_the_same_classes_in_another_order_are_refused(photos: Path) -> None:
-    data = D.load("image-folder", data_dir=str(photos))
-    assert D.check_classes(data, NAMES, "r") is None
+    data = datasets.load("image-folder", data_dir=str(photos))
+    assert datasets.check_classes(data, NAMES, "r") is None
     with pytest.raises(UserError, match="in another order, class 0 is '1' instead of '2'; name the data"):
-        D.check_classes(data, ["2", "10", "1", *NAMES[3:]], "r")
+        datasets.check_classes(data, ["2", "10", "1", *NAMES[3:]], "r")
     for twice in (data, dataclasses.replace(data, names=(*NAMES, "Ba\u0308r 7"))):  # one name, written in two ways
         with pytest.raises(UserError, match=r"with 'B.r 7'; name the data"):
-            D.check_classes(twice, [*NAMES[:3], *NAMES[4:]] if twice is data else NAMES, "r")
+            datasets.check_classes(twice, [*NAMES[:3], *NAMES[4:]] if twice is data else NAMES, "r")
     with pytest.raises(UserError, match=r"class 3 is 'B.r 7' instead of 'a\\nb'"):
-        D.check_classes(data, [*NAMES[:3], NAMES[4], NAMES[3], NAMES[5]], "r")
+        datasets.check_classes(data, [*NAMES[:3], NAMES[4], NAMES[3], NAMES[5]], "r")
 
 
 @pytest.mark.parametrize("names", [[1, 10, 2], "cat, dog", {"cat": 0}, 7])
@@ -321,7 +321,7 @@ def test_runs_of_older_versions_go_on_and_are_evaluated_with_a_warning(
 
 
 def test_sets_in_memory_of_older_versions_have_nothing_to_warn_of() -> None:
-    assert D.check_classes(D.load("digits"), [], "r") is None
+    assert datasets.check_classes(datasets.load("digits"), [], "r") is None
 
 
 # Under any locale

@@ -204,8 +204,7 @@ def test_a_recipe_written_by_hand(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["epochs: 2.5", "epochs: true", "channels_last: 1", "lr: null", "lr: x", "nope: 1", "- a", "{", "recipe: 3"],
+    "text", ["epochs: 2.5", "epochs: true", "channels_last: 1", "lr: null", "lr: x", "nope: 1", "- a", "{", "recipe: 3"]
 )
 def test_a_file_that_holds_no_recipe(text: str, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from localgrad.cli import main
 from localgrad.core.errors import RunError
-from localgrad.run import data as data_room
+from localgrad.run import data as datasets
 from localgrad.run import readers, signals
 from localgrad.run.signals import NOTICE, Stopped, StopRequest, outlive_signals, sigterm_raises
 from localgrad.run.step import Stepper
@@ -189,16 +189,16 @@ def test_a_worker_that_was_to_end_and_hangs_ends_by_itself(monkeypatch: pytest.M
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> data_room.Data:
+def data(tmp_path: Path) -> datasets.Data:
     """Four test images of two classes, whose red is their number."""
     for split in ("train", "val"):
         for i, name in enumerate(("ant", "ant", "bee", "bee")):
             (tmp_path / split / name).mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (9, 9), (i, 0, 0)).save(tmp_path / split / name / f"{i}.png")
-    return data_room.load("image-folder", data_dir=str(tmp_path), image_size=8)
+    return datasets.load("image-folder", data_dir=str(tmp_path), image_size=8)
 
 
-def test_the_workers_of_an_image_folder_outlive_signals(data: data_room.Data, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_workers_of_an_image_folder_outlive_signals(data: datasets.Data, monkeypatch: pytest.MonkeyPatch) -> None:
     here, decode = os.getpid(), readers.decode
 
     def killed(path: Path) -> object:
@@ -208,19 +208,19 @@ def test_the_workers_of_an_image_folder_outlive_signals(data: data_room.Data, mo
         return decode(path)
 
     monkeypatch.setattr(readers, "decode", killed)
-    images = torch.cat([x for x, _ in data_room.test_batches(data, batch_size=2, workers=2)])
+    images = torch.cat([x for x, _ in datasets.test_batches(data, batch_size=2, workers=2)])
     np.testing.assert_array_equal(images[:, 0, 0, 0], np.arange(4))
 
 
 def test_workers_end_with_the_batches_even_while_an_error_is_looked_at(
-    data: data_room.Data, monkeypatch: pytest.MonkeyPatch
+    data: datasets.Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(path: Path) -> object:
         raise ZeroDivisionError
 
     monkeypatch.setattr(readers, "decode", broken)
     with pytest.raises(RunError) as caught:
-        list(data_room.test_batches(data, batch_size=2, workers=2))
+        list(datasets.test_batches(data, batch_size=2, workers=2))
     left = multiprocessing.active_children()  # the traceback still refers to the loader
     del caught
     assert left == []
@@ -238,7 +238,7 @@ def test_a_signal_while_the_data_is_read_ends_the_command(
         signal.raise_signal(number)
         pytest.fail("went on")
 
-    monkeypatch.setattr(data_room, "load", slow)
+    monkeypatch.setattr(datasets, "load", slow)
     assert main(["train", *QUICK, "--out", str(tmp_path / "run")]) == code
     assert capsys.readouterr().err == "localgrad: stopped\n"
     assert handlers() == others

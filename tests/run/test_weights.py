@@ -306,8 +306,7 @@ def test_what_would_be_called_is_refused_and_named(
 
 
 @pytest.mark.parametrize(
-    "content",
-    [{}, {"state_dict": {}}, {0: torch.ones(2)}, torch.ones(2), {"model": 3}, {"optimizer": {"state": {}}}],
+    "content", [{}, {"state_dict": {}}, {0: torch.ones(2)}, torch.ones(2), {"model": 3}, {"optimizer": {"state": {}}}]
 )
 def test_files_without_a_state_dict(content: Any, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "w.pth")
