@@ -66,8 +66,8 @@ class Start:
             self.process.start()
         else:
             command = [sys.executable, "-m", "localgrad", *self.argv]
-            with self._out.open("wb") as out, self._err.open("wb") as err:
-                self.process = subprocess.Popen(command, stdout=out, stderr=err, start_new_session=True)
+            with self._out.open("wb") as stdout, self._err.open("wb") as stderr:
+                self.process = subprocess.Popen(command, stdout=stdout, stderr=stderr, start_new_session=True)
 
     @property
     def pid(self) -> int:

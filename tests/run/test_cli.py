@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.onnx
-from safetensors.torch import load_file
 from tiny import QUICK
 
 import localgrad as lg
@@ -95,24 +93,6 @@ def test_a_config_file_is_a_recipe(run: Path, tmp_path: Path) -> None:
 def test_export_safetensors(run: Path, tmp_path: Path) -> None:
     assert main(["export", str(run), "--out", str(tmp_path / "w.safetensors")]) == 0
     assert (tmp_path / "w.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
-
-
-@pytest.mark.filterwarnings("ignore")  # the exporter warns about its own insides
-def test_export_onnx_gives_the_same_logits(run: Path, tmp_path: Path) -> None:
-    import onnxruntime
-
-    from localgrad.core.backbones import build
-
-    assert main(["export", str(run), "--format", "onnx", "--out", str(tmp_path / "w.onnx")]) == 0
-    backbone = build("resnet8", classes=10, in_channels=1)
-    backbone.load_state_dict(load_file(run / "model.safetensors"))
-    images = torch.rand(3, 1, 8, 8)
-    with torch.no_grad():
-        expected = backbone.eval()(images)
-    session = onnxruntime.InferenceSession(str(tmp_path / "w.onnx"), providers=["CPUExecutionProvider"])
-    (got,) = session.run(None, {"images": images.numpy()})
-    assert torch.allclose(torch.from_numpy(got), expected, atol=1e-4)
-    assert [p.name for p in tmp_path.iterdir()] == ["w.onnx"]
 
 
 def test_list_shows_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
@@ -302,23 +282,6 @@ def test_options_without_effect_warn(tmp_path: Path, capsys: pytest.CaptureFixtu
         warnings.simplefilter("default")
         assert main(["train", *QUICK, *flags, "--out", str(tmp_path / "r")]) == 0
     assert capsys.readouterr().err.strip() == "localgrad: warning: momentum has no effect: there is no EMA"
-
-
-@pytest.mark.slow
-def test_a_command_in_a_process_of_its_own_ends_an_interrupt_with_one_line(tmp_path: Path) -> None:
-    flags = [*QUICK, "--model", "resnet20", "--epochs", "500", "--out", str(tmp_path / "r")]
-    command = [sys.executable, "-m", "localgrad", "train", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "r" / "summary.csv").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    notice, said = err.strip().splitlines()
-    assert notice == "localgrad: finishing the step, then saving"
-    assert re.fullmatch(r"localgrad: stopped at step (\d+) of 2000, saved as .*step-\1: the same .* goes on .*", said)
-    assert not (tmp_path / "r" / "model.safetensors").exists()
 
 
 def test_sigterm_ends_an_export(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from localgrad.run.recipe import Recipe, Saving
 from localgrad.run.runlog import StepRecord
 from localgrad.scale.replicas import Ranks
 
-RECIPE = Recipe(model="resnet20", limit_train=64, batch_size=16, precision="float32", step_as_you_go=True)
+RECIPE = Recipe(model="resnet8", limit_train=64, batch_size=16, precision="float32", step_as_you_go=True)
 
 
 class TwoRanks(Ranks):

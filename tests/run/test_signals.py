@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import QUICK
 from torch.utils.data import DataLoader, Dataset
 
 from localgrad.cli import main
@@ -23,7 +24,6 @@ from localgrad.run import readers, signals
 from localgrad.run.signals import NOTICE, Stopped, StopRequest, outlive_signals, sigterm_raises
 from localgrad.run.step import Stepper
 
-QUICK = ["--model", "resnet20", "--limit-train", "64", "--batch-size", "16", "--epochs", "1", "--precision", "float32"]
 BOTH = pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 
 
