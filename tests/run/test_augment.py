@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny import write_tree
 from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import RandomResizedCrop
@@ -65,17 +66,6 @@ def small(count: int = 25, name: str = "cifar10") -> datasets.Data:
     images = torch.from_numpy(RNG.integers(0, 256, (count, info.channels, info.size, info.size), dtype=np.uint8))
     split = datasets.Images(images, torch.arange(count))
     return datasets.Data(info, split, split)
-
-
-def write_tree(folder: Path, classes: Sequence[str] = ("ant", "bee", "cat"), per_class: int = 5) -> Path:
-    for split in ("train", "val"):
-        for k, kind in enumerate(classes):
-            place = folder / split / kind
-            place.mkdir(parents=True)
-            for i in range(per_class):
-                image = Image.fromarray(RNG.integers(0, 256, (40 + 3 * i, 50 - 4 * k, 3), dtype=np.uint8))
-                image.save(place / (f"{i}.jpg" if i % 2 else f"{i}.png"))
-    return folder
 
 
 def test_splitmix64_gives_the_published_numbers_of_seed_1234567() -> None:

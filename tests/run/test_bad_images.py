@@ -321,19 +321,18 @@ def test_what_replaces_an_image_depends_on_seed_and_index_alone(tmp_path: Path) 
 
 
 def test_a_run_over_many_sorts_of_images_names_each_bad_one_once(tmp_path: Path, figure: Figure) -> None:
-    content = dict(zip((3, 20, 51, 77, 80, 99), CONTENTS, strict=True))
-    good = dict(zip(itertools.count(10, 7), (file for _, file, _ in FORMATS.values()), strict=False))
-    good = {i: file for i, file in good.items() if i not in content}
+    content = dict(zip((3, 120, 251, 377, 430, 499), CONTENTS, strict=True))
+    good = dict(zip(itertools.count(10, 23), (file for _, file, _ in FORMATS.values()), strict=False))
     good[5] = encoded(Image.new("CMYK", (40, 40), (9, 99, 199, 9)), "jpeg")
-    paths = write_split(tmp_path / "train", 100, content | good)
+    paths = write_split(tmp_path / "train", 500, content | good)
     write_split(tmp_path / "val", 20, {7: b""})
     bad = [str(paths[i].relative_to(tmp_path)) for i in content]
-    recipe = on(tmp_path, batch_size=25, epochs=1)
+    recipe = on(tmp_path, batch_size=125, epochs=1)
     row = train(recipe, tmp_path / "0")
     train(dataclasses.replace(recipe, workers=2), tmp_path / "2")
     names = [path for path, _ in listed(tmp_path / "0")]
     once = sum(names.count(path) == 1 for path in bad)
-    figure("100 images, six of which are bad", len(bad), once)
+    figure("500 images, 1% bad", len(bad), once)
     assert once == len(bad)
     assert sorted(names) == sorted([*bad, "val/ant/007.jpg"])
     assert row["bad_images"] == summary_rows(tmp_path / "0")[0]["bad_images"] == 7
@@ -341,7 +340,7 @@ def test_a_run_over_many_sorts_of_images_names_each_bad_one_once(tmp_path: Path,
     reasons = dict(listed(tmp_path / "0"))
     assert all(reason in reasons[path] for path, (_, reason) in zip(bad, (BAD[name] for name in NAMES), strict=True))
     # With "error" the run ends at the first that it meets, in whichever process.
-    first = next(paths[i] for i in permutation(100, recipe.seed, 0) if i in content)
+    first = next(paths[i] for i in permutation(500, recipe.seed, 0) if i in content)
     for workers in (0, 2):
         with pytest.raises(RunError) as caught:
             train(dataclasses.replace(recipe, on_bad_image="error", workers=workers), tmp_path / "error")

@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from scipy.io import savemat
-from tiny import write_photos
+from tiny import write_photos, write_tree
 
 from localgrad.core.errors import RunError, UserError
 from localgrad.run import data as datasets
@@ -72,15 +71,6 @@ def write_set(name: str, folder: Path, alone: int | None = None) -> dict[str, li
             file.write_bytes(images.transpose(0, 1, 3, 2).tobytes())
         wrote["test" if file.name.startswith("test") else "train"].append((images, labels))
     return wrote
-
-
-def write_tree(folder: Path) -> Path:
-    for place in (folder / split / kind for split in ("train", "val") for kind in ("ant", "bee", "cat")):
-        place.mkdir(parents=True)
-        for i in range(5):
-            image = Image.fromarray(RNG.integers(0, 256, (40, 50, 3), dtype=np.uint8))
-            image.save(place / (f"{i}.jpg" if i % 2 else f"{i}.png"))
-    return folder
 
 
 @pytest.fixture

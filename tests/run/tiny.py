@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ TINY = Recipe(model="resnet8", limit_train=64, batch_size=16, epochs=1, precisio
 QUICK = ["--model", "resnet8", "--limit-train", "64", "--batch-size", "16", "--epochs", "1", "--precision", "float32"]
 BP: dict[str, Any] = {"method": "bp", "coupling": "none", "blocks": "1", "head": "auto"}
 Pixels = NDArray[np.uint8]
+RNG = np.random.default_rng(0)
 
 
 def tiny(**changes: Any) -> Recipe:
@@ -37,6 +39,17 @@ def write_photos(folder: Path, counts: Mapping[str, int], classes: Iterable[str]
             (folder / split / name).mkdir(parents=True)
             for i in range(count):
                 Image.fromarray(noise(size, size, 3, seed=100 * k + i)).save(folder / split / name / f"{i}.png")
+    return folder
+
+
+def write_tree(folder: Path, classes: Sequence[str] = ("ant", "bee", "cat"), per_class: int = 5) -> Path:
+    """An image folder of noise, whose images differ in size and are JPEG and PNG by turns."""
+    for split, (k, kind) in itertools.product(("train", "val"), enumerate(classes)):
+        path = folder / split / kind
+        path.mkdir(parents=True)
+        for i in range(per_class):
+            image = Image.fromarray(RNG.integers(0, 256, (40 + 3 * i, 50 - 4 * k, 3), dtype=np.uint8))
+            image.save(path / (f"{i}.jpg" if i % 2 else f"{i}.png"))
     return folder
 
 
