@@ -271,7 +271,7 @@ def test_a_run_whose_words_nobody_takes_goes_on(
     out: str, tmp_path: Path, undisturbed: Callable[[int], Path], figure: Figure
 ) -> None:
     os.mkfifo(tmp_path / "closed pipe")
-    start = Start(tmp_path / "run", *tiny(4), out=tmp_path / out)
+    start = Start(tmp_path / "run", *tiny(4), out=tmp_path / out, forked=out == "closed pipe")
     if out == "closed pipe":
         with (tmp_path / out).open() as reader:
             assert reader.read(1)

@@ -308,7 +308,10 @@ def test_sets_in_memory_of_older_versions_have_nothing_to_warn_of() -> None:
 # Under any locale
 
 
-@pytest.mark.parametrize("locale", [{"PYTHONUTF8": "1"}, {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
+@pytest.mark.parametrize(
+    "locale",
+    [{"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, pytest.param({"PYTHONUTF8": "1"}, marks=pytest.mark.slow)],
+)
 def test_names_are_the_same_under_a_locale_without_their_letters(locale: dict[str, str], photos: Path) -> None:
     code = "import json, sys; from localgrad.run.data import load; print(json.dumps(load('image-folder', "
     code += "data_dir=sys.argv[1]).names))"

@@ -64,13 +64,18 @@ def in_a_thread(job: Callable[[], None]) -> None:
 # The request
 
 
-def test_handlers_are_there_inside_the_context_only(others: list[object]) -> None:
+def test_handlers_are_there_inside_the_context_only_and_nothing_is_asked(
+    others: list[object], capfd: pytest.CaptureFixture[str]
+) -> None:
     request = StopRequest()
     assert handlers() == others
     with request as stop:
         assert stop is request
         assert not set(handlers()) & set(others)
+        stop.check()
+        assert stop.number is None
     assert handlers() == others
+    assert capfd.readouterr().err == ""
 
 
 def test_handlers_come_back_after_an_error_and_from_a_context_in_a_context(others: list[object]) -> None:
@@ -83,13 +88,6 @@ def test_handlers_come_back_after_an_error_and_from_a_context_in_a_context(other
             signal.raise_signal(signal.SIGTERM)
         assert handlers() == between
         assert (inner.number, outer.number) == (signal.SIGTERM, None)
-
-
-def test_without_a_signal_nothing_is_asked(capfd: pytest.CaptureFixture[str]) -> None:
-    with StopRequest() as stop:
-        stop.check()
-        assert stop.number is None
-    assert capfd.readouterr().err == ""
 
 
 @BOTH

@@ -11,18 +11,16 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-import yaml
 from safetensors.torch import load_file
-from tiny import TINY, tiny
+from tiny import TINY, rows_of, tiny
 from torch import nn
 
 from localgrad.core.backbones import build
 from localgrad.core.errors import RunError, UserError
 from localgrad.run import data as datasets
 from localgrad.run.build import build_model, machine_for
-from localgrad.run.folder import SUMMARY, claim, summary_rows
+from localgrad.run.folder import SUMMARY, claim, read_environment, summary_rows
 from localgrad.run.modes import Alone
-from localgrad.run.recipe import Recipe
 from localgrad.run.step import Stepper, rate
 from localgrad.run.train import evaluate, to_device, train
 from localgrad.scale.replicas import Ranks
@@ -59,11 +57,17 @@ def test_the_folder_is_whole(tmp_path: Path) -> None:
     assert last["parts"][0]["classifier"] == pytest.approx(last["losses"][0])
 
 
-def test_the_timeline_peaks_at_the_summarys_bytes(tmp_path: Path) -> None:
-    row = train(TINY, tmp_path / "run")
-    with (tmp_path / "run" / "memory_timeline.csv").open(newline="") as file:
-        timeline = list(csv.DictReader(file))
-    assert max(int(line["live_bytes"]) for line in timeline) == row["peak_bytes"]
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of one epoch, which no test changes."""
+    folder = tmp_path_factory.mktemp("train") / "run"
+    train(tiny(device="auto"), folder)
+    return folder
+
+
+def test_the_timeline_peaks_at_the_summarys_bytes(run: Path) -> None:
+    timeline = rows_of(run / "memory_timeline.csv")
+    assert max(int(line["live_bytes"]) for line in timeline) == summary_rows(run)[0]["peak_bytes"]
     assert [*dict.fromkeys(line["during"] for line in timeline)] == [*(f"block {k}" for k in range(4)), "update"]
 
 
@@ -72,13 +76,12 @@ def test_the_peak_is_the_steps_and_not_the_data_sets(tmp_path: Path) -> None:
     assert rows[0]["peak_bytes"] == rows[1]["peak_bytes"]
 
 
-def test_the_trained_backbone_loads_strictly_and_evaluates_alike(tmp_path: Path) -> None:
-    row = train(TINY, tmp_path / "run")
+def test_the_trained_backbone_loads_strictly_and_evaluates_alike(run: Path) -> None:
     backbone = build("resnet8", classes=10, in_channels=1)
-    backbone.load_state_dict(load_file(tmp_path / "run" / "model.safetensors"), strict=True)
+    backbone.load_state_dict(load_file(run / "model.safetensors"), strict=True)
     machine = machine_for(TINY)
     again = evaluate(backbone.to(memory_format=machine.memory_format), datasets.load("digits"), TINY, machine)  # pyright: ignore[reportCallIssue]
-    assert again["eval_top1"] == row["eval_top1"]
+    assert again["eval_top1"] == pytest.approx(summary_rows(run)[0]["eval_top1"], abs=1e-4)
 
 
 def test_timm_loads_the_trained_backbone(tmp_path: Path) -> None:
@@ -190,22 +193,20 @@ def test_a_damaged_summary_is_a_fault_of_the_run(tmp_path: Path) -> None:
             summary_rows(tmp_path)
 
 
-def test_what_was_used_is_recorded(tmp_path: Path) -> None:
-    train(dataclasses.replace(TINY, device="auto"), tmp_path / "run")
-    environment = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["environment"]
+def test_what_was_used_is_recorded(run: Path) -> None:
+    environment = read_environment(run)
     assert environment["precision"] == "float32"
     assert environment["device"] in ("cpu", "cuda")
     assert environment["torch"] == torch.__version__
 
 
-def test_fp16_is_refused_on_the_cpu() -> None:
-    with pytest.raises(UserError, match="fp16 needs a CUDA device"):
-        machine_for(Recipe(precision="fp16", device="cpu"))
-
-
-def test_no_such_device() -> None:
-    with pytest.raises(UserError, match="unknown device"):
-        machine_for(Recipe(device="gpu"))
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [({"precision": "fp16", "device": "cpu"}, "fp16 needs a CUDA device"), ({"device": "gpu"}, "unknown device")],
+)
+def test_a_device_that_cannot_be_is_refused(fields: dict[str, str], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        machine_for(tiny(**fields))
 
 
 @pytest.mark.filterwarnings("ignore")  # TensorBoard's own
