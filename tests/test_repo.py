@@ -298,7 +298,7 @@ def test_a_connection_would_be_seen(code: str, event: str) -> None:
 def tracked() -> Iterator[Path]:
     for folder, folders, files in os.walk(ROOT):
         folders[:] = [name for name in folders if name not in NOT_TRACKED and not name.endswith(".egg-info")]
-        for path in (Path(folder, name) for name in files):
+        for path in (Path(folder, name) for name in files if name not in NOT_TRACKED):  # .git is a file in a worktree
             if path.suffix in TEXT and path.stat().st_size < 2**20:
                 yield path
 
