@@ -1,11 +1,14 @@
 """Starts of `localgrad train` for tests of faults: as a command in a process of its own, or forked from a process that
-has imported all that a run needs. The fork takes a third of a second instead of four, and can die at a chosen point.
+has imported all that a run needs. A fork takes half a second instead of four, can die at a chosen point, and forks the
+ranks of a run with several processes from itself.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
+import logging
 import multiprocessing
 import os
 import resource
@@ -13,12 +16,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["localgrad.run.commands", "sklearn.datasets", "torch._dynamo"])
+FORKS.set_forkserver_preload(["localgrad.run.launch", "localgrad.run.commands", "sklearn.datasets", "torch._dynamo"])
 PATIENCE = 120.0  # seconds
 COUNTER = itertools.count()
 TINY = ("--model", "resnet20", "--batch-size", "16", "--precision", "float32", "--head", "1c2f")
@@ -45,21 +50,24 @@ class Fault:
 
 
 class Start:
-    """One start of a run into `folder`, in a session of its own. What it says goes to files beside the folder."""
+    """One start of a run into `folder`, in a session of its own. What it says goes to files beside the folder, or into
+    `out`."""
 
-    def __init__(self, folder: Path, *flags: str, fault: Fault | None = None, forked: bool = True) -> None:
+    def __init__(
+        self, folder: Path, *flags: str, fault: Fault | None = None, forked: bool = True, out: Path | None = None
+    ) -> None:
         self.argv = ["train", *flags, "--out", str(folder)]
         self.folder, self._config = folder, folder / "config.yaml"
         self._before, self._began = self._written(), time.monotonic()
         name = f"{folder.name}-{next(COUNTER)}"
-        self._out, self._err = (folder.parent / f"{name}.{kind}" for kind in ("out", "err"))
+        self._out, self._err = out or folder.with_name(f"{name}.out"), folder.with_name(f"{name}.err")
         if forked:
             self.process = FORKS.Process(target=_run, args=(self.argv, folder, self._out, self._err, fault or Fault()))
             self.process.start()
         else:
             command = [sys.executable, "-m", "localgrad", *self.argv]
-            with self._out.open("wb") as out, self._err.open("wb") as err:
-                self.process = subprocess.Popen(command, stdout=out, stderr=err, start_new_session=True)
+            with self._out.open("wb") as stdout, self._err.open("wb") as stderr:
+                self.process = subprocess.Popen(command, stdout=stdout, stderr=stderr, start_new_session=True)
 
     @property
     def pid(self) -> int:
@@ -106,6 +114,16 @@ def wait_for(condition: Callable[[], bool], seconds: float = PATIENCE) -> bool:
     return fulfilled
 
 
+def children(parent: int) -> list[int]:
+    """The processes that a process has started, the oldest first."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(stat.parent.name))
+    return sorted(found)
+
+
 def group_is_gone(group: int) -> bool:
     try:
         os.killpg(group, 0)
@@ -117,7 +135,9 @@ def group_is_gone(group: int) -> bool:
 def _run(argv: list[str], folder: Path, out: Path, err: Path, fault: Fault) -> None:
     """The forked process."""
     from localgrad.cli import main
+    from localgrad.run import launch
 
+    launch.elastic_launch = _forked_ranks
     multiprocessing.set_start_method(None, force=True)  # not by another server of forks
     os.setsid()
     for handle, path in ((1, out), (2, err)):
@@ -132,6 +152,23 @@ def _run(argv: list[str], folder: Path, out: Path, err: Path, fault: Fault) -> N
     if fault.early:
         _signal_the_group_from_a_worker()
     sys.exit(main(argv))
+
+
+def _forked_ranks(config: LaunchConfig, entrypoint: str) -> Callable[..., object]:
+    """In place of `elastic_launch`, which starts each rank as a new Python."""
+    logging.getLogger("torch.multiprocessing").setLevel(logging.CRITICAL)
+    launcher = elastic_launch(dataclasses.replace(config, start_method="fork"), _rank)
+    return lambda *words: launcher(words[2:])  # without "-m", "localgrad"
+
+
+def _rank(argv: Sequence[str]) -> None:
+    """One rank; at its end it writes the threads of process groups that are left into a file beside the folder."""
+    from localgrad.cli import main
+
+    code = main(argv)
+    names = [(thread / "comm").read_text().strip() for thread in Path("/proc/self/task").iterdir()]
+    Path(f"{argv[-1]}.threads-{os.environ['RANK']}").write_text(" ".join(name for name in names if "gloo" in name))
+    sys.exit(code)
 
 
 def _signal_the_group_from_a_worker() -> None:

@@ -98,7 +98,7 @@ def overwritten(old: bytes, at: int, chance: random.Random) -> bytes:
     return old[:at] + (bytes(size) if chance.random() < 0.5 else chance.randbytes(size)) + old[at + size :]
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [60, pytest.param(5000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("damage", [flipped, cut, overwritten])
 def test_damage_anywhere_is_seen(damage: Change, count: int, two: Path, figure: Figure) -> None:
     """Every other one anywhere in all the bytes, the rest in one file after the other."""
@@ -126,7 +126,7 @@ def test_every_byte_of_a_manifest_counts(tmp_path: Path, figure: Figure) -> None
     file = small(tmp_path) / MANIFEST
     old = file.read_bytes()
     changed = [old[:at] for at in range(len(old))] + [old + more for more in (b"\n", b" ", b"\0", old)]
-    changed += [old[:at] + bytes([old[at] ^ 1 << bit]) + old[at + 1 :] for at in range(len(old)) for bit in (0, 5)]
+    changed += [old[:at] + bytes([old[at] ^ 1 << at % 8]) + old[at + 1 :] for at in range(len(old))]
     passed = 0
     for damaged in changed:
         file.write_bytes(damaged)

@@ -33,16 +33,16 @@ def model_of(recipe: Recipe, size: int | None = None) -> LocalModel:
         ({}, "the set is 1 image, too few for an auxiliary, where a batch norm gets 1 value a channel: .*--head 0c1f"),
         ({"coupling": "none", "blocks": "2"}, "too few for an auxiliary"),
         ({"model": "torchvision:mobilenet_v2", "head": "0c1f"}, "for the network, where .*: take 2 images or more$"),
-        ({"model": "resnet20", "method": "bp", "blocks": "1", "coupling": "none", "size": 4}, "few for the network"),
+        ({"model": "resnet14", "method": "bp", "blocks": "1", "coupling": "none", "size": 4}, "few for the network"),
         ({"head": "0c1f"}, None),
-        ({"head": "0c1f", "coupling": "none", "blocks": "10"}, None),
+        ({"head": "0c1f", "coupling": "none", "blocks": "7"}, None),
         ({"method": "infopro"}, None),
         ({"method": "bp", "blocks": "1", "coupling": "none"}, None),
     ],
 )  # fmt: skip
 def test_one_image_at_a_time_is_refused_where_a_batch_norm_cannot_take_it(fields: dict, says: str | None) -> None:
     size = fields.pop("size", None)
-    model = model_of(dataclasses.replace(Recipe(model="resnet20"), **fields), size)
+    model = model_of(dataclasses.replace(Recipe(model="resnet14"), **fields), size)
     before, random = {n: t.clone() for n, t in model.state_dict().items()}, torch.get_rng_state()
     with pytest.raises(UserError, match=says) if says else contextlib.nullcontext():
         check_single(model, "the set is")
@@ -58,13 +58,16 @@ def test_one_image_at_a_time_is_refused_where_a_batch_norm_cannot_take_it(fields
 SMALL = {(RECIPES[n]().model, RECIPES[n]().blocks): n for n in RECIPES if not n.startswith("imagenet")}
 
 
-@pytest.mark.parametrize("name", SMALL.values())
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if "110" in model else ()) for (model, _), n in SMALL.items()]
+)
 def test_small_recipes_have_the_blocks_that_they_say(name: str) -> None:
     recipe = RECIPES[name]()
     wanted = recipe.cut if isinstance(recipe.cut, int) else len(recipe.cut) + 1
     assert len(model_of(recipe).blocks) == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["imagenet_resnet101_k4", "imagenet_resnet152_k2", "imagenet_resnext101_k4"])
 def test_imagenet_recipes_cut_where_the_paper_does(name: str) -> None:
     recipe = RECIPES[name]()
@@ -94,12 +97,12 @@ def test_options_reach_the_method() -> None:
 
 def test_the_memory_format_reaches_the_weights() -> None:
     for asked in (True, False):
-        model = model_of(Recipe(model="resnet20", channels_last=asked))
+        model = model_of(Recipe(model="resnet8", channels_last=asked))
         weight = model.backbone.get_parameter("layer1.0.conv1.weight")
         assert weight.is_contiguous(memory_format=torch.channels_last) == asked
 
 
 def test_the_seed_fixes_the_weights() -> None:
-    a, b, c = (model_of(Recipe(model="resnet20", seed=s)).state_dict() for s in (0, 0, 1))
+    a, b, c = (model_of(Recipe(model="resnet8", seed=s)).state_dict() for s in (0, 0, 1))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not torch.equal(a["backbone.conv1.weight"], c["backbone.conv1.weight"])

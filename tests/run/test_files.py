@@ -1,11 +1,10 @@
 """Files and folders on disk: whole or as they were, in an order of system calls that a power cut cannot undo, and one
-process a folder. What the system is asked is seen twice: from inside, and by strace where it is there."""
+process a folder."""
 
 from __future__ import annotations
 
 import errno
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +18,7 @@ import pytest
 import torch
 
 from localgrad.core.errors import RunError, UserError
-from localgrad.run import checkpoint
+from localgrad.run.checkpoint import save_checkpoint, save_weights
 from localgrad.run.files import LOCK, check_folder, flush, locked, part_of, replacing, write_text
 
 Figure = Callable[[str, int, int], None]
@@ -73,11 +72,14 @@ def content(path: Path) -> bytes | list[str]:
     return sorted(os.listdir(path)) if path.is_dir() else path.read_bytes()
 
 
+@pytest.mark.parametrize(
+    "write", [lambda path: write_text(path, "new"), lambda path: save_weights(path, {"w": torch.ones(3000)})]
+)
 def test_a_file_is_flushed_then_renamed_then_its_folder_flushed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = Seen(monkeypatch)
-    write_text(tmp_path / "a", "new")
+    write(tmp_path / "a")
     assert seen.calls == ["flush a.part", "rename a.part a", f"flush {tmp_path.name}"]
     assert not seen.early
     assert seen.is_on_disk(tmp_path)
@@ -168,9 +170,9 @@ def test_a_file_that_the_system_cuts_short_leaves_nothing(part: str, tmp_path: P
     parts: dict[str, Any] = {"model": {}, "auxiliaries": {}, "state": {}, "environment": {}}
     parts[part] = {"x": "y" * 40_000 if part == "environment" else torch.rand(10_000)}
     with largest_file(20_000), pytest.raises(RunError, match=r"^cannot write .*/step-4.*: .*File too large"):
-        checkpoint.save_checkpoint(tmp_path, 4, **parts)
+        save_checkpoint(tmp_path, 4, **parts)
     with largest_file(20_000), pytest.raises(RunError, match=r"^cannot write .*/w.safetensors: .*File too large"):
-        checkpoint.save_weights(tmp_path / "w.safetensors", {"x": torch.rand(10_000)})
+        save_weights(tmp_path / "w.safetensors", {"x": torch.rand(10_000)})
     assert not list(tmp_path.iterdir())
 
 
@@ -211,112 +213,6 @@ def test_what_a_killed_process_has_left_is_written_over(tmp_path: Path) -> None:
 def test_the_part_lies_beside_its_place(tmp_path: Path) -> None:
     assert part_of(tmp_path / "step-3") == tmp_path / "step-3.part"
     assert part_of(tmp_path / "a.csv") == tmp_path / "a.csv.part"
-
-
-# Seen by the kernel
-
-
-class Disk:
-    """What a power cut would undo: `unsure` are files whose bytes, and folders whose names, are not on the disk yet.
-
-    early: what was unsure in a file or folder when it was renamed, beside its parent's names.
-    """
-
-    def __init__(self) -> None:
-        self.unsure: set[str] = set()
-        self.written: set[str] = set()
-        self.early: dict[str, set[str]] = {}
-
-    def write(self, path: str) -> None:
-        self.written.add(path)
-        self.unsure.add(path)
-
-    def make(self, path: str) -> None:
-        self.unsure.add(os.path.dirname(path))
-
-    def flush(self, path: str) -> None:
-        self.unsure.discard(path)
-
-    def rename(self, old: str, new: str) -> None:
-        self.early[new] = {path for path in self.unsure if f"{path}/".startswith(f"{old}/")}
-        self.unsure, self.written = (
-            {new + path.removeprefix(old) if f"{path}/".startswith(f"{old}/") else path for path in paths}
-            for paths in (self.unsure, self.written)
-        )
-        self.unsure |= {os.path.dirname(old), os.path.dirname(new)}
-
-
-CALLS = "write,pwrite64,writev,ftruncate,fsync,fdatasync,openat,?open,?rename,renameat,?renameat2,?mkdir,mkdirat"
-LINE = re.compile(r"^\d+\s+(?P<name>\w+)\((?P<rest>.*)\)\s+= (?P<result>\d+)")
-SAVING = """
-import sys
-from pathlib import Path
-import torch
-from localgrad.run.checkpoint import save_checkpoint, save_weights
-from localgrad.run.files import write_text
-folder = Path(sys.argv[1])
-weights = {"a": torch.ones(3000), "b": torch.zeros(2)}
-save_checkpoint(folder / "all", 7, model=weights, auxiliaries=weights, state={"x": weights}, environment={"c": "d"})
-save_weights(folder / "w.safetensors", weights)
-write_text(folder / "t.txt", "text")
-"""
-
-
-def replayed(trace: str, folder: str) -> Disk:
-    """A trace of strace, as the disk sees it; calls on other folders left out."""
-    disk = Disk()
-    for line in trace.splitlines():
-        found = LINE.match(line)
-        if found is None or not re.search(rf'["<]{re.escape(folder)}[/">]', line):
-            continue
-        name, rest = found["name"], found["rest"]
-        open_file = re.match(r"\d+<([^>]*)>", rest)
-        named = re.findall(r'"([^"]*)"', rest)
-        if name in ("fsync", "fdatasync") and open_file:
-            disk.flush(open_file[1])
-        elif name in ("write", "pwrite64", "writev", "ftruncate") and open_file:
-            disk.write(open_file[1])
-        elif name.startswith("rename"):
-            disk.rename(*named)
-        elif name.startswith("mkdir") or "O_CREAT" in rest:
-            disk.make(named[0])
-    return disk
-
-
-def test_the_replay_sees_what_is_not_flushed() -> None:
-    lines = ['1 mkdir("/d/x", 0777) = 0', '1 openat(AT_FDCWD, "/d/x/a", O_WRONLY|O_CREAT, 0666) = 3</d/x/a>']
-    lines += ['1 write(3</d/x/a>, "", 3) = 3', "1 fsync(3</d/x/a>) = 0", "1 fsync(3</d/x>) = 0"]
-    lines += ['1 rename("/d/x", "/d/y") = 0', "1 fsync(3</d>) = 0"]
-    assert not replayed("\n".join(lines), "/d").unsure
-    assert replayed("\n".join(lines[:-1]), "/d").unsure == {"/d"}
-    assert replayed("\n".join(lines[:4] + lines[5:]), "/d").early == {"/d/y": {"/d/x"}}
-    assert replayed("\n".join(lines[:3] + lines[4:]), "/d").early == {"/d/y": {"/d/x/a"}}
-    assert replayed("\n".join(lines[:5] + lines[2:3] + lines[5:]), "/d").unsure == {"/d/y/a"}
-
-
-def strace() -> list[str]:
-    program = shutil.which("strace")
-    command = [program or "", "-f", "--seccomp-bpf", "-y", "-s", "0"]
-    if program is None or subprocess.run([*command, "-o", os.devnull, "true"], capture_output=True).returncode:
-        pytest.skip("strace is not here, or may not trace")
-    return command
-
-
-def test_the_system_is_asked_in_an_order_that_outlives_a_power_cut(tmp_path: Path) -> None:
-    log, folder = tmp_path / "trace", tmp_path / "disk"
-    folder.mkdir()
-    trace = [*strace(), "-e", f"trace={CALLS}", "-o", str(log)]
-    subprocess.run([*trace, sys.executable, "-c", SAVING, str(folder)], check=True, timeout=200)
-    disk = replayed(log.read_text(), str(folder))
-    place = folder / "all" / "step-7"
-    whole = {
-        place / name
-        for name in ("model.safetensors", "auxiliaries.safetensors", "state.json", "state.safetensors", "manifest.json")
-    }
-    assert disk.written == {str(path) for path in (*whole, folder / "w.safetensors", folder / "t.txt")}
-    for path in (place, folder / "w.safetensors", folder / "t.txt"):
-        assert disk.early[str(path)] == set(), f"{path.name} was renamed before all of it was on the disk"
-    assert disk.unsure == set()
 
 
 @pytest.mark.parametrize("make", [True, False])

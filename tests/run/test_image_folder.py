@@ -15,7 +15,7 @@ from torchvision.datasets import ImageFolder
 
 from localgrad.core.errors import UserError
 from localgrad.core.task import Classification
-from localgrad.run import data as D
+from localgrad.run import data as datasets
 from localgrad.run.image_folder import listed, read_folder
 
 
@@ -47,7 +47,7 @@ def quietly(place: Path) -> tuple[list[str], list[bytes], list[bytes]]:
 
 def refusal(place: Path, *, only_val: bool = False) -> str:
     with pytest.raises(UserError) as caught:
-        D.load("image-folder", data_dir=str(place), only_test=only_val)
+        datasets.load("image-folder", data_dir=str(place), only_test=only_val)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -74,13 +74,13 @@ def test_a_folder_is_read_as_torchvision_reads_it(tmp_path: Path) -> None:
 
 
 def test_val_alone_is_enough_where_only_that_is_asked_for(tree: Path) -> None:
-    whole = D.load("image-folder", data_dir=str(tree))
+    whole = datasets.load("image-folder", data_dir=str(tree))
     shutil.rmtree(tree / "train")
     assert "does not hold train/CLASS/*.jpg and val/CLASS/*.jpg" in refusal(tree)
-    data = D.load("image-folder", data_dir=str(tree), only_test=True)
+    data = datasets.load("image-folder", data_dir=str(tree), only_test=True)
     assert (len(data.train), data.names, data.info) == (0, ("cat", "dog"), whole.info)
-    assert isinstance(data.test, D.Files)
-    assert isinstance(whole.test, D.Files)
+    assert isinstance(data.test, datasets.Files)
+    assert isinstance(whole.test, datasets.Files)
     np.testing.assert_array_equal(data.test.paths, whole.test.paths)
     (tree / "val").rename(tree / "train")
     assert refusal(tree, only_val=True).startswith(f"{tree} does not hold val/CLASS/*.jpg: name the folder")

@@ -11,7 +11,7 @@ import torch
 
 import localgrad as lg
 from localgrad.core.errors import RunError, UserError
-from localgrad.run import data as data_room
+from localgrad.run import data as datasets
 from localgrad.run import modes
 from localgrad.run.build import build_model, machine_for
 from localgrad.run.modes import Alone, Pipeline, mode_for, stage_for
@@ -19,7 +19,7 @@ from localgrad.run.recipe import Recipe, Saving
 from localgrad.run.runlog import StepRecord
 from localgrad.scale.replicas import Ranks
 
-RECIPE = Recipe(model="resnet20", limit_train=64, batch_size=16, precision="float32", step_as_you_go=True)
+RECIPE = Recipe(model="resnet8", limit_train=64, batch_size=16, precision="float32", step_as_you_go=True)
 
 
 class TwoRanks(Ranks):
@@ -81,7 +81,7 @@ def test_notes_tell_where_ranks_would_wait() -> None:
 
 def test_alone_is_what_all_modes_share() -> None:
     """Each mode has the interface of the plainest one, and one process alone exchanges nothing."""
-    model = build_model(RECIPE, data_room.load("digits", limit_train=64), machine_for(RECIPE))
+    model = build_model(RECIPE, datasets.load("digits", limit_train=64), machine_for(RECIPE))
     mode = mode_for(RECIPE, model, machine_for(RECIPE), Ranks(), Saving(), pipeline=True, batch=16)
     assert type(mode) is Alone
     assert (mode.blocks, mode.shard, mode.replicas, mode.notes(RECIPE)) == (range(4), (0, 1), 1, [])
@@ -100,7 +100,7 @@ def test_alone_is_what_all_modes_share() -> None:
     ],
 )
 def test_what_no_pipeline_can_follow_is_refused(changes: dict[str, Any], count: int, says: str) -> None:
-    machine, data = machine_for(RECIPE), data_room.load("digits", limit_train=64)
+    machine, data = machine_for(RECIPE), datasets.load("digits", limit_train=64)
     with pytest.raises(UserError, match=says):
         stage_for(replace(RECIPE, **changes), build_model(RECIPE, data, machine), machine, Ranks(0, count), 16)
 
@@ -109,16 +109,16 @@ def test_memory_that_runs_out_as_blocks_are_timed_is_a_sentence(monkeypatch: pyt
     def full(*args: Any, **settings: Any) -> None:
         raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes")
 
-    machine, data = machine_for(RECIPE), data_room.load("digits", limit_train=64)
+    machine, data = machine_for(RECIPE), datasets.load("digits", limit_train=64)
     monkeypatch.setattr(modes, "block_seconds", full)
     with pytest.raises(RunError, match="out of memory as rank 1 timed the blocks"):
         stage_for(RECIPE, build_model(RECIPE, data, machine), machine, Ranks(1, 2), 16)
 
 
 def test_labels_alone_are_those_of_the_batches() -> None:
-    data = data_room.load("digits", limit_train=70)
+    data = datasets.load("digits", limit_train=70)
     which: dict[str, Any] = {"batch_size": 16, "seed": 3, "epoch": 2, "start": 1}
-    labels = [y for _, y in data_room.train_batches(data, **which)]
-    alone = list(data_room.train_labels(data, **which))
+    labels = [y for _, y in datasets.train_batches(data, **which)]
+    alone = list(datasets.train_labels(data, **which))
     assert len(alone) == 3
     assert all(torch.equal(a, b) for a, b in zip(labels, alone, strict=True))

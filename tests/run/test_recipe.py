@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import TINY
 
 from localgrad.core.errors import RunError, UserError
 from localgrad.run.build import machine_for
@@ -17,11 +18,9 @@ from localgrad.run.recipe import PLACES, Recipe, differences, override, read_rec
 from localgrad.run.recipes import RECIPES
 from localgrad.run.train import train
 
-TINY = Recipe(model="resnet20", limit_train=64, batch_size=16, epochs=1, precision="float32", head="1c2f", lr=0.02)
-
 # A changed value for every field. A field that is missing here fails `test_every_field_has_a_changed_value`.
 CHANGED = {
-    "model": "resnet32", "model_args": "stem_width=8",
+    "model": "resnet14", "model_args": "stem_width=8",
     "data": "fashion-mnist", "data_dir": "elsewhere", "download": True, "image_size": 8,
     "limit_train": 80, "method": "predsim", "coupling": "man++", "blocks": "3", "head": "1c1f", "momentum": 0.5,
     "branches": "ema", "form": "pull", "depth": 2, "learnable_units": 2, "lag": 2, "ema_every": 3,
@@ -33,12 +32,13 @@ CHANGED = {
     "recompute": "all", "on_bad_image": "skip", "skip_nonfinite": True,
 }  # fmt: skip
 NEEDS = {  # the setting in which a field has an effect
-    "model_args": {"model": "timm:resnet10t"},
+    "model_args": {"model": "timm:test_resnet", "blocks": "2"},
     "depth": {"coupling": "deep-man"},
     "contrast": {"method": "infopro"},
     "momentum": {"epochs": 2},
     "form": {"epochs": 2},
     "decay_norms": {"weight_decay": 0.5},
+    "step_as_you_go": {"model": "resnet14"},
     "recompute": {"batch_size": 64, "limit_train": 128},
 }
 
@@ -69,10 +69,8 @@ def baseline(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, float, bool
 
 
 def test_every_field_has_a_changed_value() -> None:
-    assert {f.name for f in dataclasses.fields(Recipe)} == set(CHANGED) | {
-        "init",
-        "sync_batch_norm",
-    }  # the latter changes nothing alone
+    fields = {field.name for field in dataclasses.fields(Recipe)}
+    assert fields == {*CHANGED, "init", "sync_batch_norm"}  # the last changes nothing alone
 
 
 def test_the_same_recipe_gives_the_same_bytes(baseline: tuple[str, float, bool], tmp_path: Path) -> None:
@@ -95,10 +93,8 @@ def test_a_field_changes_the_run_or_warns(field: str, baseline: tuple[str, float
             train(dataclasses.replace(changed, **{field: {"image_size": 9, "device": "tpu"}[field]}), tmp_path / "run")
         return
     if field == "channels_last":  # a format of tensors: the same bits are no fault
-        assert (machine_for(settled).memory_format, machine_for(TINY).memory_format) == (
-            torch.contiguous_format,
-            torch.channels_last,
-        )
+        formats = [machine_for(recipe).memory_format for recipe in (settled, TINY)]
+        assert formats == [torch.contiguous_format, torch.channels_last]
         return
     if field == "skip_nonfinite":  # without a fault it changes nothing
         wild = {"lr": 1e30, "warmup": 0.0}
@@ -207,20 +203,9 @@ def test_a_recipe_written_by_hand(tmp_path: Path) -> None:
     assert read_recipe(path) == Recipe(blocks="4", lr=0.1, epochs=3, channels_last=False, form="pull", block_lr="1")
 
 
-NO_RECIPES = [
-    "epochs: 2.5",
-    "epochs: true",
-    "channels_last: 1",
-    "lr: null",
-    "lr: x",
-    "nope: 1",
-    "- a",
-    "{",
-    "recipe: 3",
-]
-
-
-@pytest.mark.parametrize("text", NO_RECIPES)
+@pytest.mark.parametrize(
+    "text", ["epochs: 2.5", "epochs: true", "channels_last: 1", "lr: null", "lr: x", "nope: 1", "- a", "{", "recipe: 3"]
+)
 def test_a_file_that_holds_no_recipe(text: str, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(text)

@@ -9,32 +9,37 @@ import re
 import shutil
 import statistics
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import yaml
+from tiny import BP, rows_of, tiny
 
 from localgrad.cli import main
+from localgrad.run import figures
 from localgrad.run.folder import summary_rows
-from localgrad.run.recipe import Recipe
 from localgrad.run.report import find, report
 from localgrad.run.train import train
 
-TINY = Recipe(model="resnet20", limit_train=64, batch_size=32, epochs=2, precision="float32", head="1c2f", lr=0.02)
+RECIPE = tiny(batch_size=32, epochs=2)
 BROWSER = shutil.which("chromium")
-in_a_browser = pytest.mark.skipif(BROWSER is None, reason="there is no chromium")
+
+
+def in_a_browser(test: Callable[..., None]) -> Callable[..., None]:
+    return pytest.mark.slow(pytest.mark.skipif(BROWSER is None, reason="there is no chromium")(test))
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """BP, MAN with two seeds and with another momentum; one of them probed."""
     place = tmp_path_factory.mktemp("runs")
-    train(replace(TINY, method="bp", coupling="none", blocks="1", head="auto"), place / "bp")
-    train(TINY, place / "man_s0")
-    train(replace(TINY, seed=1), place / "man_s1")
-    train(replace(TINY, momentum=0.5), place / "man_half")
+    train(replace(RECIPE, **BP), place / "bp")
+    train(RECIPE, place / "man_s0")
+    train(replace(RECIPE, seed=1), place / "man_s1")
+    train(replace(RECIPE, momentum=0.5), place / "man_half")
     assert main(["probe", str(place / "man_s1"), "--against", str(place / "bp"), "--images", "100"]) == 0
     return place
 
@@ -107,11 +112,6 @@ def figure_of(page: Reader, words: str) -> list[dict[str, str]]:
     return page.downloads()[f"figure-{number}.csv"]
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_the_table_is_of_the_runs(runs: Path) -> None:
     page = Reader(without_script(report([runs])))
     head, *body = page.tables[0]
@@ -121,7 +121,8 @@ def test_the_table_is_of_the_runs(runs: Path) -> None:
     last = {name: summary_rows(runs / name)[-1] for name in ("bp", "man_s0", "man_s1", "man_half")}
     assert float(body[0][1]) == pytest.approx(100 - last["bp"]["eval_top1"], abs=0.006)
     errors = [100 - last[name]["eval_top1"] for name in ("man_s0", "man_s1")]
-    assert body[1][1] == f"{statistics.mean(errors):.2f} ± {statistics.stdev(errors):.2f}"
+    mean, deviation = map(float, body[1][1].split(" ± "))
+    assert (mean, deviation) == pytest.approx((statistics.mean(errors), statistics.stdev(errors)), abs=0.006)
     peaks = [last["bp"]["peak_bytes"], last["man_s0"]["peak_bytes"]]
     assert body[1][4] == f"{100 - 100 * peaks[1] / peaks[0]:.1f}%"
     added = [yaml.safe_load((runs / name / "config.yaml").read_text())["model"]["added"] for name in ("bp", "man_s0")]
@@ -129,7 +130,7 @@ def test_the_table_is_of_the_runs(runs: Path) -> None:
     fields = {row[0]: row[1] for row in page.tables[-1][1:]}
     assert fields["momentum"] == "0.5"
     assert fields["torch"]
-    assert fields["parameters"] == "272186"
+    assert fields["parameters"] == "77754"
 
 
 def test_pairs_are_there_where_seeds_are_shared(runs: Path, results: Path) -> None:
@@ -304,6 +305,30 @@ def test_what_cannot_be_reported_is_refused(
     assert not (runs / "none").exists()
 
 
+# Its pictures, as far as a page does not show them
+
+
+def test_long_names_have_short_lines() -> None:
+    cut = "blocks=layer1.0,layer1.1,layer1.2,layer1.3,layer1.4 lr=0.1"
+    losses = {f"dgl K=6 {cut}, seed 1": [1.0], "a <b>": [2.0]}
+    long, short = figures.with_short_lines(figures.by_epoch(losses, "loss")).to_dict()["data"]
+    lines = long["name"].split("<br>")
+    assert max(map(len, lines)) <= figures.LINE
+    assert " ".join(lines) == f"dgl K=6 {cut}, seed 1".replace(",layer", ", layer")
+    assert short["name"] == "a &lt;b&gt;"
+
+
+def test_of_too_many_curves_those_of_plain_settings_are_drawn() -> None:
+    losses = {f"run {i}": [1.0, 0.5] for i in range(9)}
+    for count, names, drawn in (
+        (9, {"run 1", "run 3"}, ["run 1", "run 3"]), (9, {"none"}, list(losses)), (7, {"run 1"}, list(losses)[:7])
+    ):  # fmt: skip
+        figure = figures.by_epoch(dict(list(losses.items())[:count]), "loss")
+        assert figures.leave(figure, names) == (len(drawn) == 2)
+        traces = figure.to_dict()["data"]
+        assert [trace["name"] for trace in traces if trace.get("visible") != "legendonly"] == drawn
+
+
 # In a browser
 
 
@@ -314,14 +339,8 @@ def browse(page: Path, script: str, *flags: str) -> tuple[str, list[str]]:
     copy.write_text(
         page.read_text().replace("</body>", f"<script>addEventListener('load', () => {{{script}}})</script></body>")
     )
-    options = [
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--virtual-time-budget=30000",
-        "--window-size=390,800",
-    ]
-    command = [BROWSER, *options, *flags, "--enable-logging=stderr", "--dump-dom", copy.as_uri()]
+    options = "--headless=new --no-sandbox --disable-gpu --virtual-time-budget=30000 --window-size=390,800"
+    command = [BROWSER, *options.split(), *flags, "--enable-logging=stderr", "--dump-dom", copy.as_uri()]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     return ended.stdout, [line for line in ended.stderr.splitlines() if ":CONSOLE" in line]
 

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from tiny import QUICK, tiny, write_photos
 from torch import Tensor, nn
 
 from localgrad.cli import main
@@ -29,42 +30,15 @@ from localgrad.run.signals import Stopped
 from localgrad.run.step import Stepper
 from localgrad.run.train import train
 
-TINY = Recipe(
-    model="resnet20", limit_train=80, batch_size=16, epochs=4, precision="float32", head="1c2f", lr=0.02, warmup=0.2
-)  # 20 steps
+RECIPE = tiny(limit_train=80, epochs=2, warmup=0.2)  # 10 steps
+FLAGS = [*QUICK, "--limit-train", "80"]
 Stop = Callable[[int], None]
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An image folder of noise: 80 images to train on, 8 to test with."""
-    root, noise = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
-    for split, count in (("train", 40), ("val", 4)):
-        for name in ("a", "b"):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = noise.integers(0, 256, (24, 24, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
-    return root
-
-
-@pytest.fixture
-def stop_after(monkeypatch: pytest.MonkeyPatch) -> Stop:
-    """`stop_after(n)`: SIGTERM comes during step n of the runs that follow; 0 lets them run."""
-    wanted = [0]
-    call = Stepper.__call__
-
-    def stepping(self: Stepper, batches: Any) -> Any:
-        if self.step + 1 == wanted[0]:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return call(self, batches)
-
-    monkeypatch.setattr(Stepper, "__call__", stepping)
-
-    def set_stop(step: int) -> None:
-        wanted[0] = step
-
-    return set_stop
+    """80 images to train on, 8 to test with."""
+    return write_photos(tmp_path_factory.mktemp("photos"), {"train": 40, "val": 4})
 
 
 def digest(tree: Any) -> str:
@@ -118,48 +92,37 @@ def run_with_stops(recipe: Recipe, folder: Path, stops: Iterable[int], stop_afte
     return fate(folder)
 
 
-def compare_with_stops(recipe: Recipe, count: int, stop_after: Stop, tmp_path: Path, figure: Any, name: str) -> None:
-    steps = 5 * recipe.epochs
-    stops = sorted(random.Random(name).sample(range(1, steps + 1), count))
+KINDS = [("bp", "1", "none"), *(("dgl", "4", coupling) for coupling in ("none", "man", "deep-man"))]
+GRID = [(workers, *kind) for workers in (0, 2) for kind in KINDS]
+FEW = [(0, "bp", "1", "none"), (0, "dgl", "4", "deep-man"), (2, "dgl", "4", "man")]
+
+
+def on_photos(photos: Path, workers: int = 0, method: str = "dgl", blocks: str = "4", coupling: str = "man") -> Recipe:
+    return dataclasses.replace(
+        RECIPE, data="image-folder", data_dir=str(photos), image_size=16, limit_train=None, workers=workers,
+        method=method, blocks=blocks, coupling=coupling, head="1c2f" if coupling in ("none", "man") else "auto",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "epochs", "count"), [
+    *(pytest.param(kind, 2, 2, marks=() if kind in FEW else pytest.mark.slow) for kind in GRID),
+    *(pytest.param(kind, 5, 20, marks=pytest.mark.slow) for kind in GRID),  # 25 steps, almost each of which is drawn
+])  # fmt: skip
+def test_a_run_that_is_stopped_at_any_steps_ends_in_the_same_bits(
+    kind: tuple[int, str, str, str], epochs: int, count: int, photos: Path, stop_after: Stop, tmp_path: Path,
+    figure: Any,
+) -> None:  # fmt: skip
+    recipe = dataclasses.replace(on_photos(photos, *kind), epochs=epochs)
+    name = "{1}+{3}, K={2}, {0} workers".format(*kind)
+    stops = sorted(random.Random(name).sample(range(1, 5 * epochs + 1), count))
     straight = run_with_stops(recipe, tmp_path / "straight", [], stop_after)
     stopped = run_with_stops(recipe, tmp_path / "stopped", stops, stop_after)
     figure(f"stops and resumes, {name}", count, count if stopped == straight else 0)
     assert stopped == straight
 
 
-GRID = [
-    (w, *kind)
-    for w in (0, 2)
-    for kind in (("bp", "1", "none"), *(("dgl", "4", c) for c in ("none", "man", "deep-man")))
-]
-
-
-def of_grid(photos: Path, workers: int, method: str, blocks: str, coupling: str) -> tuple[Recipe, str]:
-    recipe = dataclasses.replace(
-        TINY, data="image-folder", data_dir=str(photos), image_size=16, limit_train=None, workers=workers,
-        method=method, blocks=blocks, coupling=coupling, head="1c2f" if coupling in ("none", "man") else "auto",
-    )  # fmt: skip
-    return recipe, f"{method}+{coupling}, K={blocks}, {workers} workers"
-
-
-@pytest.mark.parametrize(("workers", "method", "blocks", "coupling"), GRID)
-def test_a_stopped_run_ends_in_the_same_bits(
-    workers: int, method: str, blocks: str, coupling: str, photos: Path, stop_after: Stop, tmp_path: Path, figure: Any
-) -> None:
-    recipe, name = of_grid(photos, workers, method, blocks, coupling)
-    compare_with_stops(recipe, 2, stop_after, tmp_path, figure, name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("workers", "method", "blocks", "coupling"), GRID)
-def test_a_run_stopped_at_almost_every_step_ends_in_the_same_bits(
-    workers: int, method: str, blocks: str, coupling: str, photos: Path, stop_after: Stop, tmp_path: Path, figure: Any
-) -> None:
-    recipe, name = of_grid(photos, workers, method, blocks, coupling)
-    longer = dataclasses.replace(recipe, epochs=5)  # 25 steps, so that 20 of them are drawn
-    compare_with_stops(longer, 20, stop_after, tmp_path, figure, name)
-
-
+# Before and at the measured step, at an epoch's end, within the second epoch.
+@pytest.mark.parametrize("stops", [(2, 8), pytest.param((1, 2, 5, 8), marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -173,9 +136,10 @@ def test_a_run_stopped_at_almost_every_step_ends_in_the_same_bits(
     ],
     ids=str,
 )
-def test_every_kind_of_step_goes_on_exactly(changes: dict[str, Any], stop_after: Stop, tmp_path: Path) -> None:
-    recipe = dataclasses.replace(TINY, epochs=2, **changes)
-    stops = (1, 2, 5, 8)  # before and at the measured step, at an epoch's end, within the second
+def test_every_kind_of_step_goes_on_exactly(
+    changes: dict[str, Any], stops: tuple[int, ...], stop_after: Stop, tmp_path: Path
+) -> None:
+    recipe = dataclasses.replace(RECIPE, **changes)
     straight = run_with_stops(recipe, tmp_path / "straight", [], stop_after)
     assert run_with_stops(recipe, tmp_path / "stopped", stops, stop_after) == straight
 
@@ -196,9 +160,9 @@ def test_random_draws_of_the_network_go_on_exactly(
         return nn.Sequential(*units, nn.Sequential(nn.Flatten(), nn.Linear(128, 10)))
 
     monkeypatch.setattr(build, "build", with_dropout)
-    recipe = dataclasses.replace(TINY, blocks="2", coupling="none", epochs=2)
+    recipe = dataclasses.replace(RECIPE, blocks="2", coupling="none")
     straight = run_with_stops(recipe, tmp_path / "straight", [], stop_after)
-    assert run_with_stops(recipe, tmp_path / "stopped", (3, 5, 7), stop_after) == straight
+    assert run_with_stops(recipe, tmp_path / "stopped", (3, 5), stop_after) == straight
 
 
 def test_a_stop_during_evaluation_is_saved_and_repeats_the_evaluation(
@@ -206,7 +170,7 @@ def test_a_stop_during_evaluation_is_saved_and_repeats_the_evaluation(
 ) -> None:
     from localgrad.core.task import Classification
 
-    straight = run_with_stops(TINY, tmp_path / "straight", [], stop_after)
+    straight = run_with_stops(RECIPE, tmp_path / "straight", [], stop_after)
     metrics, calls = Classification.metrics, []
 
     def stopping(self: Classification, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -216,11 +180,11 @@ def test_a_stop_during_evaluation_is_saved_and_repeats_the_evaluation(
         return metrics(self, logits, targets)
 
     monkeypatch.setattr(Classification, "metrics", stopping)
-    with pytest.raises(Stopped, match="stopped at step 5 of 20") as stopped:
-        train(TINY, tmp_path / "stopped")
+    with pytest.raises(Stopped, match="stopped at step 5 of 10") as stopped:
+        train(RECIPE, tmp_path / "stopped")
     assert stopped.value.exit_code == 130
     assert not (tmp_path / "stopped" / "summary.csv").exists()
-    assert run_with_stops(TINY, tmp_path / "stopped", [], stop_after) == straight
+    assert run_with_stops(RECIPE, tmp_path / "stopped", [], stop_after) == straight
 
 
 def test_the_record_goes_on_without_repeats(
@@ -229,17 +193,17 @@ def test_the_record_goes_on_without_repeats(
     folder = tmp_path / "run"
     stop_after(7)
     with pytest.raises(Stopped):
-        train(TINY, folder, saving=Saving(save_every="3"))
+        train(RECIPE, folder, saving=Saving(save_every="3"))
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "epoch": 2}\n{"torn')  # what a kill leaves of steps after the checkpoint
     (folder / "model.safetensors.part").touch()
     stop_after(0)
-    train(TINY, folder)
-    assert f"going on from {folder / 'checkpoints' / 'step-7'}, at step 7 of 20" in capsys.readouterr().out
+    train(RECIPE, folder)
+    assert f"going on from {folder / 'checkpoints' / 'step-7'}, at step 7 of 10" in capsys.readouterr().out
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [entry["step"] for entry in entries]
     assert steps == sorted(steps)
-    assert [e["epoch"] for e in entries if "eval_top1" in e] == [1, 2, 3, 4]
+    assert [e["epoch"] for e in entries if "eval_top1" in e] == [1, 2]
     assert [e["step"] for e in entries if "note" in e] == [7]
     assert 9 not in steps
     seconds = [row["seconds"] for row in summary_rows(folder)]
@@ -258,11 +222,11 @@ def test_saves_come_every_so_many_steps_and_after_each_epoch(tmp_path: Path, mon
         return save(folder, step, **parts)
 
     monkeypatch.setattr(checkpoint, "save_checkpoint", spy)
-    train(dataclasses.replace(TINY, epochs=2), tmp_path / "steps", saving=Saving(save_every="2", keep_last=3))
+    train(RECIPE, tmp_path / "steps", saving=Saving(save_every="2", keep_last=3))
     assert names == [2, 4, 5, 7, 9, 10]
     assert [p.name for p in saved(tmp_path / "steps" / "checkpoints")][-3:] == ["step-7", "step-9", "step-10"]
     names.clear()
-    train(dataclasses.replace(TINY, epochs=1), tmp_path / "seconds", saving=Saving(save_every="3600s"))
+    train(dataclasses.replace(RECIPE, epochs=1), tmp_path / "seconds", saving=Saving(save_every="3600s"))
     assert names == [5]
 
 
@@ -273,25 +237,25 @@ def test_savings_that_cannot_be(wrong: dict[str, Any]) -> None:
 
 
 def test_only_epochs_may_grow(stop_after: Stop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, short = tmp_path / "run", dataclasses.replace(TINY, epochs=2)
-    train(short, folder)
-    assert claim(folder, short) is True
-    with pytest.raises(UserError, match=r"different run .epochs 2 against 4"):
-        claim(folder, TINY)
-    assert claim(folder, TINY, may_grow=True) is False
+    folder, longer = tmp_path / "run", dataclasses.replace(RECIPE, epochs=3)
+    train(RECIPE, folder)
+    assert claim(folder, RECIPE) is True
+    with pytest.raises(UserError, match=r"different run .epochs 2 against 3"):
+        claim(folder, longer)
+    assert claim(folder, longer, may_grow=True) is False
     with pytest.raises(UserError, match=r"different run .epochs 2 against 1"):
-        claim(folder, dataclasses.replace(TINY, epochs=1), may_grow=True)
+        claim(folder, dataclasses.replace(RECIPE, epochs=1), may_grow=True)
     with pytest.raises(UserError, match=r"different run .lr 0.02 against 0.5"):
-        claim(folder, dataclasses.replace(TINY, epochs=4, lr=0.5), may_grow=True)
+        claim(folder, dataclasses.replace(longer, lr=0.5), may_grow=True)
     stop_after(12)
     with pytest.raises(Stopped):
-        train(TINY, folder)
-    assert "4 epochs instead of 2" in capsys.readouterr().out
-    assert claim(folder, TINY) is False  # the weights of two epochs do not count as finished
+        train(longer, folder)
+    assert "3 epochs instead of 2" in capsys.readouterr().out
+    assert claim(folder, longer) is False  # the weights of two epochs do not count as finished
     stop_after(0)
-    train(TINY, folder)
-    assert [row["epoch"] for row in summary_rows(folder)] == [1, 2, 3, 4]
-    assert claim(folder, TINY) is True
+    train(longer, folder)
+    assert [row["epoch"] for row in summary_rows(folder)] == [1, 2, 3]
+    assert claim(folder, longer) is True
 
 
 def test_another_set_up_is_said(
@@ -299,33 +263,26 @@ def test_another_set_up_is_said(
 ) -> None:
     stop_after(3)
     with pytest.raises(Stopped):
-        train(TINY, tmp_path / "run")
+        train(RECIPE, tmp_path / "run")
     stop_after(0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
-    row = train(TINY, tmp_path / "run")
+    row = train(RECIPE, tmp_path / "run")
     assert "may differ in its last bits: threads 7, was 1\n" in capsys.readouterr().out
-    assert row["epoch"] == 4
+    assert row["epoch"] == 2
 
 
 def test_another_training_set_is_refused(photos: Path, stop_after: Stop, tmp_path: Path) -> None:
-    recipe, _ = of_grid(photos, 0, "dgl", "4", "man")
     stop_after(3)
     with pytest.raises(Stopped):
-        train(recipe, tmp_path / "run")
-    fewer = tmp_path / "fewer"
-    for path in photos.rglob("*.png"):
-        if path.stem != "39":
-            place = fewer / path.relative_to(photos)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(path.read_bytes())
+        train(on_photos(photos), tmp_path / "run")
+    fewer = shutil.copytree(photos, tmp_path / "fewer", ignore=shutil.ignore_patterns("39.png"))
     with pytest.raises(UserError, match=r"the training set has 78 images, but .*step-3 was made with 80"):
-        train(dataclasses.replace(recipe, data_dir=str(fewer)), tmp_path / "run")
+        train(on_photos(fewer), tmp_path / "run")
 
 
 def test_a_killed_decoder_ends_the_run_with_a_sentence(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe, _ = of_grid(photos, 2, "dgl", "4", "man")
     call = Stepper.__call__
 
     def killing(self: Stepper, batches: Any) -> Any:
@@ -337,23 +294,11 @@ def test_a_killed_decoder_ends_the_run_with_a_sentence(
 
     monkeypatch.setattr(Stepper, "__call__", killing)
     with pytest.raises(RunError, match="a process that decodes images was killed: with fewer --workers less"):
-        train(recipe, tmp_path / "run")
+        train(on_photos(photos, workers=2), tmp_path / "run")
 
 
 def test_resume_never_begins_anew(stop_after: Stop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = [
-        "--model",
-        "resnet20",
-        "--limit-train",
-        "80",
-        "--batch-size",
-        "16",
-        "--precision",
-        "float32",
-        "--epochs",
-        "1",
-    ]
-    command = ["train", *flags, "--out", str(tmp_path / "run")]
+    command = ["train", *FLAGS, "--out", str(tmp_path / "run")]
     stop_after(3)
     assert main(command) == 143
     stop_after(0)
@@ -365,15 +310,10 @@ def test_resume_never_begins_anew(stop_after: Stop, tmp_path: Path, capsys: pyte
     assert "epoch 1/1" in capsys.readouterr().out
 
 
-def test_a_checkpoint_that_does_not_fit_is_named(
-    stop_after: Stop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = ["--model", "resnet20", "--limit-train", "80", "--batch-size", "16", "--precision", "float32"]
+def test_a_checkpoint_that_does_not_fit_is_named(stop_after: Stop, tmp_path: Path, fails: Callable[..., str]) -> None:
+    command = ["train", *FLAGS, "--out", str(tmp_path / "run")]
     stop_after(3)
-    assert main(["train", *flags, "--out", str(tmp_path / "run")]) == 143
-    (tmp_path / "run" / "config.yaml").write_text(
-        (tmp_path / "run" / "config.yaml").read_text().replace("resnet20", "resnet32")
-    )
-    flags[1] = "resnet32"
-    assert main(["train", *flags, "--out", str(tmp_path / "run")]) == 3
-    assert "step-3 does not fit this run" in capsys.readouterr().err
+    assert main(command) == 143
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("resnet8", "resnet20"))
+    assert "step-3 does not fit this run" in fails(*command, "--model", "resnet20", code=3)

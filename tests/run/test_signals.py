@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import QUICK
 from torch.utils.data import DataLoader, Dataset
 
 from localgrad.cli import main
 from localgrad.core.errors import RunError
-from localgrad.run import data as data_room
+from localgrad.run import data as datasets
 from localgrad.run import readers, signals
 from localgrad.run.signals import NOTICE, Stopped, StopRequest, outlive_signals, sigterm_raises
 from localgrad.run.step import Stepper
 
-QUICK = ["--model", "resnet20", "--limit-train", "64", "--batch-size", "16", "--epochs", "1", "--precision", "float32"]
 BOTH = pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 
 
@@ -64,13 +64,18 @@ def in_a_thread(job: Callable[[], None]) -> None:
 # The request
 
 
-def test_handlers_are_there_inside_the_context_only(others: list[object]) -> None:
+def test_handlers_are_there_inside_the_context_only_and_nothing_is_asked(
+    others: list[object], capfd: pytest.CaptureFixture[str]
+) -> None:
     request = StopRequest()
     assert handlers() == others
     with request as stop:
         assert stop is request
         assert not set(handlers()) & set(others)
+        stop.check()
+        assert stop.number is None
     assert handlers() == others
+    assert capfd.readouterr().err == ""
 
 
 def test_handlers_come_back_after_an_error_and_from_a_context_in_a_context(others: list[object]) -> None:
@@ -83,13 +88,6 @@ def test_handlers_come_back_after_an_error_and_from_a_context_in_a_context(other
             signal.raise_signal(signal.SIGTERM)
         assert handlers() == between
         assert (inner.number, outer.number) == (signal.SIGTERM, None)
-
-
-def test_without_a_signal_nothing_is_asked(capfd: pytest.CaptureFixture[str]) -> None:
-    with StopRequest() as stop:
-        stop.check()
-        assert stop.number is None
-    assert capfd.readouterr().err == ""
 
 
 @BOTH
@@ -189,16 +187,16 @@ def test_a_worker_that_was_to_end_and_hangs_ends_by_itself(monkeypatch: pytest.M
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> data_room.Data:
+def data(tmp_path: Path) -> datasets.Data:
     """Four test images of two classes, whose red is their number."""
     for split in ("train", "val"):
         for i, name in enumerate(("ant", "ant", "bee", "bee")):
             (tmp_path / split / name).mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (9, 9), (i, 0, 0)).save(tmp_path / split / name / f"{i}.png")
-    return data_room.load("image-folder", data_dir=str(tmp_path), image_size=8)
+    return datasets.load("image-folder", data_dir=str(tmp_path), image_size=8)
 
 
-def test_the_workers_of_an_image_folder_outlive_signals(data: data_room.Data, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_workers_of_an_image_folder_outlive_signals(data: datasets.Data, monkeypatch: pytest.MonkeyPatch) -> None:
     here, decode = os.getpid(), readers.decode
 
     def killed(path: Path) -> object:
@@ -208,19 +206,19 @@ def test_the_workers_of_an_image_folder_outlive_signals(data: data_room.Data, mo
         return decode(path)
 
     monkeypatch.setattr(readers, "decode", killed)
-    images = torch.cat([x for x, _ in data_room.eval_batches(data, batch_size=2, workers=2)])
+    images = torch.cat([x for x, _ in datasets.eval_batches(data, batch_size=2, workers=2)])
     np.testing.assert_array_equal(images[:, 0, 0, 0], np.arange(4))
 
 
 def test_workers_end_with_the_batches_even_while_an_error_is_looked_at(
-    data: data_room.Data, monkeypatch: pytest.MonkeyPatch
+    data: datasets.Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(path: Path) -> object:
         raise ZeroDivisionError
 
     monkeypatch.setattr(readers, "decode", broken)
     with pytest.raises(RunError) as caught:
-        list(data_room.eval_batches(data, batch_size=2, workers=2))
+        list(datasets.eval_batches(data, batch_size=2, workers=2))
     left = multiprocessing.active_children()  # the traceback still refers to the loader
     del caught
     assert left == []
@@ -238,7 +236,7 @@ def test_a_signal_while_the_data_is_read_ends_the_command(
         signal.raise_signal(number)
         pytest.fail("went on")
 
-    monkeypatch.setattr(data_room, "load", slow)
+    monkeypatch.setattr(datasets, "load", slow)
     assert main(["train", *QUICK, "--out", str(tmp_path / "run")]) == code
     assert capsys.readouterr().err == "localgrad: stopped\n"
     assert handlers() == others
