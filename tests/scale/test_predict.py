@@ -123,7 +123,7 @@ def test_the_prediction_is_what_is_measured(name: str, blocks: int) -> None:
         ({"step_as_you_go": True}, sgd_of_each_block, None),
         ({}, adamw, lg.DeepMAN()),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_the_prediction_knows_how_a_step_is_taken(how: Any, make: Any, coupling: lg.MAN | None) -> None:
     model = local("resnet14", 4, coupling, 16, method=lg.infopro())
