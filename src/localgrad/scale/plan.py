@@ -173,14 +173,15 @@ class Planner:
         """
         self._check(2 if several else blocks or 1)
         plans: dict[tuple, Plan] = {}
-        for n, go, blocks_of, several_of in self._ways(blocks, several, as_you_go):
-            high = 2 * self.bp.peak
-            low = high // 1000
+        for way in self._ways(blocks, several, as_you_go):
+            low, high = 0, 2 * self.bp.peak
+            while low + 1 < high:  # No plan stays below `low`.
+                middle = (low + high) // 2
+                low, high = (low, middle) if self._under(middle, *way) else (middle, high)
             for step in range(CAPS):
-                cap = int(low * (high / low) ** (step / (CAPS - 1)))
-                plan = self._under(cap, n, go, blocks_of, several_of)
+                plan = self._under(int(high * (2 * self.bp.peak / high) ** (step / (CAPS - 1))), *way)
                 if plan is not None:
-                    plans[plan.blocks, plan.units, plan.couplings, plan.step_as_you_go, n] = plan
+                    plans[plan.blocks, plan.units, plan.couplings, plan.step_as_you_go, plan.accumulate] = plan
         best: list[Plan] = []
         for plan in sorted(plans.values(), key=lambda p: (p.seconds, p.peak, p.step_as_you_go)):
             if not best or plan.peak < best[-1].peak:
