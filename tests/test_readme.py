@@ -66,9 +66,11 @@ def test_python_runs(page: str, code: str, tmp_path: Path) -> None:
     script = tmp_path / "snippet.py"
     script.write_text(code)
     names = runpy.run_path(str(script), init_globals={"x": x, "y": y, "loader": [(x, y), (x, y)]})
-    model, out = names["model"], names["out"]
+    exact = "fit" in names
+    model, out = names["fit"].model if exact else names["model"], names["out"]
     assert isinstance(model, lg.LocalModel)
-    assert len(out.losses) == len(model.blocks) > 1
+    assert len(out.losses) == len(model.blocks)
+    assert (len(model.blocks) == 1) == exact
     assert all(torch.isfinite(loss) for loss in out.losses)
     assert out.logits.shape == (8, 10)
     assert model.backbone is names["backbone"]
@@ -84,7 +86,8 @@ def test_command_parses(words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_p
     """Flags and values are what the command takes, and none of them is without effect (a warning is an error here)."""
     seen: list[Any] = []
     chosen = {"method": "dgl", "coupling": "man", "head": "1c2f", "blocks": "4", "recompute": "all"}
-    (tmp_path / "plan.yaml").write_text(yaml.safe_dump({"plan": {**chosen, "step_as_you_go": False}}))
+    chosen |= {"step_as_you_go": False, "batch_size": 64, "accumulate": 1}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump({"plan": chosen}))
     monkeypatch.chdir(tmp_path)
 
     def instead(command: Any) -> int:

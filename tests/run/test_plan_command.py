@@ -33,9 +33,12 @@ def ways() -> list[dict[str, Any]]:
 def test_a_run_follows_the_plan_and_takes_what_was_predicted(
     share: float, ways: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    bp, checkpointing, *_, chosen = ways
-    assert (bp["name"], checkpointing["name"], chosen["name"]) == ("BP", "checkpointing", "fits 1GiB")
+    rows = {row["name"]: row for row in ways}
+    parts = [f"BP in {n} parts" for n in (2, 4, 8)]
+    assert list(rows) == ["BP", *parts, "checkpointing", "exact", "exact, fits 1GiB", "local", "local, fits 1GiB"]
+    bp, chosen = rows["BP"], rows["exact, fits 1GiB"]
     assert chosen["blocks"] == bp["blocks"] == ["layer3.2"]  # nothing is faster than backpropagation, if it fits
+    assert len(rows["local, fits 1GiB"]["blocks"]) > 1
     budget, plan = int(share * bp["peak"]), tmp_path / "plan.yaml"
     assert main(["plan", *FLAGS, "--budget", str(budget), "--out", str(plan)]) == 0
     command = ["train", *FLAGS[:-2], "--limit-train", "256", "--epochs", "1", "--plan", str(plan)]
@@ -52,7 +55,7 @@ def test_the_table_names_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *QUICK[:2], "--budget", "1GiB"]) == 0
     out = capsys.readouterr().out
     assert "1.00 x BP" in out
-    assert "peaks and times are predicted, nothing was trained" in out
+    assert "Peaks and times are predicted, nothing was trained." in out
 
 
 def test_an_image_size_alone_means_images_as_of_imagenet(capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,10 +91,10 @@ def test_a_file_that_is_no_plan(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_one_call_plans_trains_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [*AUTO, "--budget", "5.2MiB", "--out", str(tmp_path)]
     assert main(command) == 0
-    assert "fits 5.2MiB: blocks" in capsys.readouterr().out
+    assert "fits 5.2MiB: exact training" in capsys.readouterr().out
     recipe = read_recipe(tmp_path / "config.yaml")
-    assert isinstance(recipe.cut, list)
-    assert len(recipe.cut) > 1
+    assert (recipe.method, recipe.cut) == ("bp", 1)
+    assert recipe.recompute
     assert summary_rows(tmp_path)[0]["peak_bytes"] <= 1.01 * 5.2 * 2**20
     assert main(command) == 0  # the plan of the run, not a new one
     assert "holds this run, finished" in capsys.readouterr().out

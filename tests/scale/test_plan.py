@@ -50,7 +50,9 @@ def measured(
 
 
 @pytest.mark.parametrize(
-    ("coupling", "share"), [(None, 0.5), (lg.MAN(), 0.7), (lg.MAN(), 0.4), (lg.DeepMAN(), 0.5)], ids=str
+    ("coupling", "share"),
+    [(None, 0.5), (lg.MAN(), 0.4), *(pytest.param(c, 0.7, marks=pytest.mark.slow) for c in (lg.MAN(), lg.DeepMAN()))],
+    ids=str,
 )
 def test_the_plan_fits_and_its_peak_is_the_real_steps(coupling: lg.MAN | None, share: float) -> None:
     made = planner(coupling=coupling)
@@ -64,11 +66,11 @@ def test_the_plan_fits_and_its_peak_is_the_real_steps(coupling: lg.MAN | None, s
 @pytest.mark.parametrize(
     ("name", "size", "how"),
     [
-        ("resnet32", 32, {}),
-        ("resnet32", 32, {"coupling": lg.DeepMAN(), "autocast": torch.bfloat16}),
-        ("resnet32", 32, {"method": lg.infopro(), "optimizer": torch.optim.AdamW}),
-        ("torchvision:resnet18", 64, {"coupling": lg.MANPlusPlus()}),
-        ("timm:resnet50", 64, {"coupling": None}),
+        ("resnet20", 32, {"coupling": lg.DeepMAN(), "autocast": torch.bfloat16}),
+        pytest.param("resnet32", 32, {}, marks=pytest.mark.slow),
+        pytest.param("resnet32", 32, {"method": lg.infopro(), "optimizer": torch.optim.AdamW}, marks=pytest.mark.slow),
+        pytest.param("torchvision:resnet18", 64, {"coupling": lg.MANPlusPlus()}, marks=pytest.mark.slow),
+        pytest.param("timm:resnet50", 64, {"coupling": None}, marks=pytest.mark.slow),
     ],
 )
 def test_peaks_put_together_from_pieces_are_the_exact_ones(name: str, size: int, how: Any) -> None:
@@ -78,7 +80,7 @@ def test_peaks_put_together_from_pieces_are_the_exact_ones(name: str, size: int,
 
 
 def test_the_frontier_trades_time_for_memory() -> None:
-    made = planner("resnet56")
+    made = planner("resnet32")
     plans = made.frontier()
     assert [p.seconds for p in plans] == sorted(p.seconds for p in plans)
     assert [p.peak for p in plans] == sorted((p.peak for p in plans), reverse=True)
@@ -94,6 +96,7 @@ def test_no_plan_fits_says_the_least_that_would() -> None:
         planner().fastest(2**20)
 
 
+@pytest.mark.slow
 def test_a_large_network_is_planned_in_seconds_and_no_memory() -> None:
     example = torch.zeros(128, 3, 224, 224, device="meta")
     made = Planner(
@@ -233,8 +236,12 @@ def classifier_alone(network: nn.Module) -> None:
     network.fc.requires_grad_(True)  # pyright: ignore[reportCallIssue]
 
 
-@pytest.mark.parametrize("coupling", [None, lg.MAN()], ids=str)
-@pytest.mark.parametrize("freeze", [stem_frozen, middle_frozen, biases_alone, adapted, classifier_alone])
+FROZEN = [stem_frozen, middle_frozen, biases_alone, adapted, classifier_alone]
+QUICK = [(classifier_alone, None), (adapted, lg.MAN())]
+LONGER = [pytest.param(f, c, marks=pytest.mark.slow) for f in FROZEN for c in (None, lg.MAN()) if (f, c) not in QUICK]
+
+
+@pytest.mark.parametrize(("freeze", "coupling"), [*QUICK, *LONGER])
 def test_a_network_with_frozen_parameters_has_plans_whose_peaks_are_those_of_the_step(
     freeze: Callable[[nn.Module], None], coupling: lg.MAN | None
 ) -> None:

@@ -136,7 +136,8 @@ def _fitted(args: Train) -> Recipe:
     planner = planner_for(recipe, machine_for(recipe), classes=info.classes if info else None)
     chosen = planner.fastest(budget, as_you_go=may_step_as_it_goes(recipe))
     times = chosen.seconds / planner.bp.seconds
-    print(f"fits {args.budget}: blocks {len(chosen.blocks)}, {mib(chosen.peak)} and {times:.2f} x BP's time predicted")
+    kind = "exact training" if len(chosen.blocks) == 1 else f"{len(chosen.blocks)} blocks"
+    print(f"fits {args.budget}: {kind}, {mib(chosen.peak)} and {times:.2f} x BP's time predicted")
     fields = planned_fields(recipe, chosen)
     return replace(recipe, **fields | {"step_as_you_go": fields["step_as_you_go"] or args.pipeline > 1})
 
