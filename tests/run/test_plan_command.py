@@ -91,10 +91,11 @@ def test_a_file_that_is_no_plan(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_one_call_plans_trains_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [*AUTO, "--budget", "5.2MiB", "--out", str(tmp_path)]
     assert main(command) == 0
-    assert "fits 5.2MiB: exact training" in capsys.readouterr().out
+    out = capsys.readouterr().out
     recipe = read_recipe(tmp_path / "config.yaml")
-    assert (recipe.method, recipe.cut) == ("bp", 1)
-    assert recipe.recompute
+    assert isinstance(recipe.cut, list)
+    assert len(recipe.cut) > 1
+    assert f"fits 5.2MiB: {len(recipe.cut)} blocks" in out
     assert summary_rows(tmp_path)[0]["peak_bytes"] <= 1.01 * 5.2 * 2**20
     assert main(command) == 0  # the plan of the run, not a new one
     assert "holds this run, finished" in capsys.readouterr().out
