@@ -21,7 +21,7 @@ from localgrad.run.arguments import Compare, parse_changes
 from localgrad.run.compare import Cell, grid, run_all
 from localgrad.run.folder import summary_rows
 from localgrad.run.recipe import Recipe, as_dict, read_recipe
-from localgrad.run.tables import paired, row_of, summarize
+from localgrad.run.tables import conclusion, paired, row_of, summarize
 from localgrad.run.train import train
 
 SET = ("model=resnet20", "limit-train=64", "batch-size=16", "epochs=1", "precision=float32")
@@ -79,9 +79,31 @@ def test_what_has_no_effect_on_a_run_does_not_repeat_it() -> None:
     assert [cell.name for cell in cells] == ["bp_k1_s0", "dgl+man_k2_s0_momentum-0.0", "dgl+man_k2_s0_momentum-0.9"]
 
 
+def test_a_method_may_have_a_field_of_its_own() -> None:
+    cells = grid(Compare(methods="bp,bp@recompute=all,dgl", blocks="2", vary=("momentum=0.5",)))
+    assert [cell.name for cell in cells] == ["bp_k1_s0", "bp_k1_s0_recompute-all", "dgl_k2_s0"]
+    assert [cell.recipe.recompute for cell in cells] == [None, "all", None]
+    assert [cell.setting for cell in cells] == ["", "recompute=all", ""]
+
+
+def test_what_to_conclude_names_exact_training_too() -> None:
+    same = {"n": 3, "error_std": 0.1, "seconds": 10.0, "setting": ""}
+    bp = {**same, "method": "bp", "blocks": 1, "error_mean": 9.0, "peak_bytes": 2**30}
+    man = {**same, "method": "dgl+man", "blocks": 4, "error_mean": 9.5, "peak_bytes": 2**29, "seconds": 12.0}
+    exact = {**bp, "setting": "recompute=all", "peak_bytes": 2**28, "seconds": 13.0}
+    assert "docs/memory.md" in conclusion([bp, man])
+    said = conclusion([bp, exact, man])
+    assert "docs/memory.md" not in said
+    assert "- recomputation is exact, and has bp recompute=all: +0.00 points, 0.25 times the memory, 1.30" in said
+    assert conclusion([bp]) == conclusion([man]) == ""
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
+        ({"methods": "bp@seed=1"}, "--methods bp@seed is given otherwise too"),
+        ({"methods": "bp@lr=0.1", "set": ("lr=0.2",)}, "--methods bp@lr is given otherwise too"),
+        ({"methods": "bp@recomput=all"}, "did you mean 'recompute'"),
         ({"vary": ("momentum=0,x",)}, "--vary momentum=x"),
         ({"vary": ("momentun=0",)}, "did you mean 'momentum'"),
         ({"vary": ("seed=0,1",)}, "--vary seed is given otherwise too"),

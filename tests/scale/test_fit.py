@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import random
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import localgrad as lg
 from localgrad.core.errors import UserError
@@ -78,6 +80,45 @@ def test_what_cannot_be_is_said_with_what_would_help() -> None:
         fit(0.5, exact=True, method=lg.dgl())
     with pytest.raises(UserError, match="budget takes bytes as 8GiB"):
         lg.fit(network(), X, "much")
+
+
+class Clock(nn.Module):
+    """Its result depends on how often any module of its class has run, which no copy of a module can undo."""
+
+    runs = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+
+    def forward(self, h: Tensor) -> Tensor:
+        type(self).runs += 1
+        return self.convs(h) * type(self).runs
+
+
+class Noisy(Clock):
+    """It draws from Python's and numpy's generators, which recomputation replays."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.convs(h) * random.random() * float(np.random.rand()) * torch.rand(())  # noqa: NPY002
+
+
+@pytest.mark.parametrize(("unit", "repeatable"), [(Clock, False), (Noisy, True)])
+def test_a_unit_that_cannot_be_run_twice_is_named(unit: type[nn.Module], repeatable: bool) -> None:
+    backbone = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        *[unit() for _ in range(4)],
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 10),
+    )
+    budget = int(0.6 * lg.Planner(backbone, X, method=lg.bp()).bp.peak)
+    how: Any = {"exact": True, "accumulate": "never", "speed": SPEED}
+    if repeatable:
+        assert lg.fit(backbone, X, budget, **how).plan.units
+        return
+    with pytest.raises(UserError, match=r"'\d' cannot be computed again: with the same input and state"):
+        lg.fit(backbone, X, budget, **how)
 
 
 def test_batches_in_parts_are_taken_if_they_are_allowed() -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from localgrad.core.copies import RESULT, copied_state
@@ -50,6 +51,24 @@ class Recomputed(nn.Module):
 
     def forward(self, *given: Any) -> Any:
         return recomputed(self.module, *given)
+
+
+def repeats(module: nn.Module, h: Tensor) -> bool:
+    """Whether a second run of `module` gives the result of the first one, as recomputation needs it.
+
+    Args:
+        module: A part of the network, or a copy of it: its state moves by one run.
+        h: Its input, which is not changed.
+    """
+    before = _Before(module)
+    devices = [h.device] if h.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        first = module(h.clone())
+    with torch.no_grad(), torch.random.fork_rng(devices), before:
+        second = module(h.clone())
+    _set_random_states(before.drawn)
+    pairs = zip(tree_leaves(first), tree_leaves(second), strict=True)
+    return all(torch.allclose(a, b, rtol=1e-3, equal_nan=True) for a, b in pairs if isinstance(a, Tensor))
 
 
 class _Before:

@@ -111,7 +111,13 @@ def grid(args: Compare) -> list[Cell]:
     for label, (blocks, names), seed, values in itertools.product(methods, cuts, seeds, itertools.product(*varied)):
         label, _, own = label.partition("@")
         method, _, coupling = label.partition("+")
-        values = (*values, *parse_changes([own] if own else [], "--methods").items())
+        own = parse_changes([own] if own else [], "--methods")
+        for name in ("method", "coupling", "blocks", "seed", *shared, *dict(values)):
+            if name in own:
+                raise UserError(
+                    f"--methods {label}@{name} is given otherwise too: by another flag of the grid, or --set"
+                )
+        values = (*values, *own.items())
         changes: dict[str, Any] = {"coupling": coupling or "none", "method": method, "seed": seed, **dict(values)}
         if method != "bp":
             changes["blocks"] = names or str(blocks)

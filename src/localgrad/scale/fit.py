@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.core.auxiliary import Method
+from localgrad.core.copies import duplicate
 from localgrad.core.couplings import MAN
 from localgrad.core.errors import UserError
 from localgrad.core.methods import bp, dgl
 from localgrad.core.model import LocalModel, localize
+from localgrad.core.recomputation import repeats
 from localgrad.core.sizes import bytes_of, mib
 from localgrad.core.task import Task
 from localgrad.scale.memory import MakeOptimizer
@@ -85,7 +87,8 @@ def fit(
         accumulate: whether the batch may be split; see `Planner`.
 
     Raises:
-        UserError: nothing fits. It says the least that would do, what holds it, and what would lower it.
+        UserError: nothing fits. It says the least that would do, what holds it, and what would lower it. Or a unit that
+            the plan recomputes cannot be run twice.
     """
     budget = bytes_of(budget)
     asked = method is not None and method.terms is not None
@@ -105,12 +108,12 @@ def fit(
         cut = _fewest_cuts(planner, budget, most)
         if cut is not None and (found is None or cut.seconds < found.seconds):
             model = localize(backbone, blocks=cut.blocks, method=own, coupling=beside, example=example, task=task)
-            return _fit(cut.apply(model), cut, whole.bp, budget)
+            return _fit(cut.apply(model), cut, whole.bp, budget, example)
         whole = planner
     if found is None:
         found = whole.fastest(budget, as_you_go=False)  # This says what would do, or finds it.
     model = localize(backbone, blocks=1, method=bp(), example=example, task=task)
-    return _fit(found.apply(model), found, whole.bp, budget)
+    return _fit(found.apply(model), found, whole.bp, budget, example)
 
 
 def _fewest_cuts(planner: Planner, budget: int, most: float) -> Plan | None:
@@ -127,7 +130,24 @@ def _fewest_cuts(planner: Planner, budget: int, most: float) -> Plan | None:
     return fastest
 
 
-def _fit(model: LocalModel, plan: Plan, baseline: Plan, budget: int) -> Fit:
+def _check_repeats(model: LocalModel, example: Tensor) -> None:
+    """Raises UserError for a recomputed unit whose second run would give another result than its first one."""
+    h = example[:2].detach()
+    with torch.no_grad():
+        for block in model.blocks:
+            for u, (name, module) in enumerate(zip(block.names, block, strict=False)):
+                copied = duplicate(module)
+                if any(a <= u <= b for a, b in block.ranges) and not repeats(copied, h):
+                    raise UserError(
+                        f"'{name}' cannot be computed again: with the same input and state it gives another result; "
+                        "let it draw random numbers with torch, numpy or random, and keep its state in its attributes"
+                    )
+                h = duplicate(module)(h)
+
+
+def _fit(model: LocalModel, plan: Plan, baseline: Plan, budget: int, example: Tensor) -> Fit:
+    if plan.units and not example.is_meta:
+        _check_repeats(model, example)
     times = plan.seconds / baseline.seconds
     count = len(plan.blocks)
     how = ["exact training" if count == 1 else f"local training in {count} blocks, which is not exact"]
