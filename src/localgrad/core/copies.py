@@ -24,6 +24,7 @@ from localgrad.core.hooks import BACKWARD, FORWARD, is_of_torch
 
 Module = TypeVar("Module", bound=nn.Module)
 SETTLE = 15  # PyTorch takes as many passes of the power iteration when it registers spectral norm.
+UNCHANGED = frozenset((bool, int, float, str, type(None)))  # No forward pass changes such a value in place.
 COLLECTIONS = frozenset((list, deque, dict, OrderedDict, defaultdict, Counter))
 COPIED_DEEPLY = frozenset((random.Random, np.random.Generator, np.random.RandomState, np.ndarray))
 RESULT = object()  # It stands in a copied state where a result of an earlier forward pass was.
@@ -210,6 +211,8 @@ def copied_state(value: Any, memo: dict[int, Any]) -> Any:
         memo: The copies until now, by the id of the original or of its storage, so that what was shared stays shared.
     """
     kind = type(value)
+    if kind in UNCHANGED:
+        return value
     if isinstance(value, nn.Parameter) or id(value) in memo:
         return memo.get(id(value), value)
     if isinstance(value, Tensor):
@@ -232,8 +235,11 @@ def _copied_tensor(value: Tensor, memo: dict[int, Any]) -> Tensor:
     if value.layout is not torch.strided:
         return value.clone()
     storage = value.untyped_storage()
+    if storage._cdata not in memo and value.is_contiguous() and storage.nbytes() == value.nbytes:
+        memo[storage._cdata] = value.detach().clone()
+        return memo[storage._cdata]
     if storage._cdata not in memo:
         whole = value.detach().as_strided((storage.nbytes() // value.element_size(),), (1,), 0)
         memo[storage._cdata] = whole.clone()
-    whole = memo[storage._cdata].view(value.dtype)
+    whole = memo[storage._cdata].view(-1).view(value.dtype)
     return whole.as_strided(value.shape, value.stride(), value.storage_offset())

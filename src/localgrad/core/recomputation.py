@@ -80,21 +80,26 @@ class _Before:
 
     def __init__(self, module: nn.Module) -> None:
         self.parts = _parts(module)
-        self.places = [place for part in self.parts for place in (vars(part), part._buffers)]
+        own = [vars(part) for part in self.parts if not _changes_buffers_alone(part)]
+        self.places = [*own, *(part._buffers for part in self.parts)]
         self.kept = copied_state([_state(place) for place in self.places], {})
         self.drawn = _random_states()
 
     def __enter__(self) -> None:
         self.left = [_state(place) for place in self.places]
         self.drawn_since = _random_states()
+        # Setting a state takes longer than comparing it, and most units draw nothing there.
+        self.drew = not _same_random_states(self.drawn, self.drawn_since)
         for place, left, own in zip(self.places, self.left, copied_state(self.kept, {}), strict=True):
             _put(place, {name: left.get(name) if value is RESULT else value for name, value in own.items()})
-        _set_random_states(self.drawn)
+        if self.drew:
+            _set_random_states(self.drawn)
 
     def __exit__(self, *exc_info: object) -> None:
         for place, left in zip(self.places, self.left, strict=True):
             _put(place, left)
-        _set_random_states(self.drawn_since)
+        if self.drew:
+            _set_random_states(self.drawn_since)
         del self.left, self.drawn_since
 
 
@@ -107,6 +112,13 @@ def _parts(module: nn.Module) -> list[nn.Module]:
         elif isinstance(part, TensorReference):
             parts.append(part.owner[0])
     return list(dict.fromkeys(parts))
+
+
+def _changes_buffers_alone(part: nn.Module) -> bool:
+    """Whether this is a layer of PyTorch without hooks: its forward pass leaves its attributes as they are."""
+    return type(part).__module__.startswith("torch.nn.modules.") and not (
+        part._forward_pre_hooks or part._forward_hooks
+    )
 
 
 def _state(place: Any) -> dict[str, Any]:
@@ -125,6 +137,11 @@ def _put(place: Any, state: dict[str, Any]) -> None:
 def _random_states() -> tuple[Any, Any]:
     """The states of Python's and numpy's random generators. `checkpoint` takes care of PyTorch's."""
     return random.getstate(), np.random.get_state()  # noqa: NPY002
+
+
+def _same_random_states(one: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
+    (_, keys, *rest), (_, other_keys, *others) = one[1], other[1]
+    return one[0] == other[0] and rest == others and np.array_equal(keys, other_keys)
 
 
 def _set_random_states(states: tuple[Any, Any]) -> None:
