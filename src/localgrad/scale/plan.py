@@ -264,10 +264,20 @@ class Planner:
         for go in (False, True) if as_you_go and blocks != 1 else (False,):
             yield 1, go, blocks, several
         for n in SPLITS if self._accumulate != "never" else ():
-            if self._batch % n == 0 and self._splits_exactly(several or blocks != 1):
+            if self._batch % n or not self._can_take(self._batch // n):
+                continue
+            if self._splits_exactly(several or blocks != 1):
                 yield n, False, blocks, several
-            elif self._batch % n == 0 and not several and blocks is None and self._splits_exactly(False):
+            elif not several and blocks is None and self._splits_exactly(False):
                 yield n, False, 1, False
+
+    def _can_take(self, batch_size: int) -> bool:
+        """Whether the network and all auxiliaries can be trained on so few samples."""
+        try:
+            self._model.checks.check_size(self._model, batch_size)
+        except UserError:
+            return False
+        return True
 
     def _splits_exactly(self, local: bool) -> bool:
         """Whether the mean over micro-batches is the result of the whole batch, or "any" result will do."""
