@@ -271,6 +271,6 @@ def test_a_wholly_frozen_network_has_no_plan(method: lg.Method) -> None:
 
 
 def test_parts_of_one_sample_are_left_out_where_a_batch_norm_could_not_take_them() -> None:
-    made = Planner(layer_norms(), torch.zeros(4, 3, 16, 16), method=lg.dgl("1c1f"), speed=lg.Speed(call=0.0))
+    made = Planner(layer_norms(), torch.zeros(4, 3, 16, 16), method=lg.dgl(), speed=lg.Speed(call=0.0))
     assert {way[0] for way in made._ways(None, False, True)} == {1, 2}
     assert made.frontier()[-1].accumulate == 2
