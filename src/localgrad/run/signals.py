@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import FrameType
+from typing import Any
 
 BOTH = (signal.SIGTERM, signal.SIGINT)
 GRACE = 300  # Seconds. A step and a save take less.
@@ -43,15 +44,18 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.number: int | None = None
-        self._handlers = contextlib.ExitStack()
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        heard = [number for number in BOTH if signal.getsignal(number) != signal.SIG_IGN]
-        self._handlers.enter_context(_handled(self._ask, heard))
+        if threading.current_thread() is threading.main_thread():
+            heard = [number for number in BOTH if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._ask) for number in heard}
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._handlers.close()
+        # Not by `_handled`: between this and the moment when `cli.main` ignores signals there must be little time.
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def check(self) -> None:
         """Raises Stopped if a signal has come."""
