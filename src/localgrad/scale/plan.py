@@ -119,7 +119,7 @@ class Planner:
         self._blocks = None if method.terms else 1
         self._optimizer = optimizer or partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)
         self._model = self._cut(blocks=len(units(shapes, one)), coupling=coupling)
-        self._searches: dict[int, Search] = {}
+        self._searches: dict[tuple[int, bool], Search] = {}
         self.costs = self._search(1).costs
         self._slots = optimizer_slots(self._optimizer)
 
@@ -154,7 +154,7 @@ class Planner:
     def balanced(self, blocks: int) -> Plan:
         """As many blocks as asked for, cut so that the step needs the least, nothing recomputed."""
         self._check(blocks)
-        search = Search(self.costs, coupled=False, recompute=False)
+        search = self._search(1, recompute=False)
         low, high = 0, 2 * self.bp.peak
         chain: list[BlockOption] | None = None
         while low + 1 < high:  # No cap of `low` will do.
@@ -248,15 +248,20 @@ class Planner:
         if not 1 <= blocks <= count:
             raise UserError(f"blocks={blocks} is out of range: this network has {count} units, so 1 to {count}")
 
-    def _search(self, micro_batches: int) -> Search:
-        """The tables for so many micro-batches. Gradients of more than one are live from the start."""
-        if micro_batches not in self._searches:
+    def _search(self, micro_batches: int, *, recompute: bool = True) -> Search:
+        """The tables for so many micro-batches, whose gradients are live from the start if they are more than one."""
+        if (micro_batches, recompute) in self._searches:
+            return self._searches[micro_batches, recompute]
+        if recompute:
             costs = trace_costs(self._model, self._batch // micro_batches, self._autocast)
             costs = self._speed.timed(costs)
             if micro_batches > 1:
                 costs = replace(without_gradients(costs), batch=costs.batch * micro_batches)
-            self._searches[micro_batches] = Search(costs, coupled=self._coupling is not None)
-        return self._searches[micro_batches]
+        else:
+            costs = self._search(micro_batches).costs
+        found = Search(costs, coupled=self._coupling is not None, recompute=recompute)
+        self._searches[micro_batches, recompute] = found
+        return found
 
     def _ways(self, blocks: int | None, several: bool, as_you_go: bool) -> Iterator[tuple[int, bool, int | None, bool]]:
         """Ways to plan: the number of micro-batches, whether to step as one goes, how many blocks, and not one."""
@@ -318,7 +323,10 @@ class Planner:
 
     def _under(self, cap: int, n: int, as_you_go: bool, blocks: int | None, several: bool) -> Plan | None:
         """The fastest plan none of whose blocks goes beyond `cap`."""
-        chain = self._search(n).fastest(cap, as_you_go=as_you_go, blocks=blocks, several=several)
+        search = self._search(n)
+        if (blocks or 1) > len(search.pieces):  # Blocks smaller than the pieces of a long chain recompute nothing.
+            search = self._search(n, recompute=False)
+        chain = search.fastest(cap, as_you_go=as_you_go, blocks=blocks, several=several)
         return None if chain is None else self._plan(chain, n, as_you_go=as_you_go and len(chain) > 1)
 
     def _whole(self, ranges: Sequence[tuple[int, int]], n: int = 1) -> Plan:

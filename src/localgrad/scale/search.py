@@ -1,9 +1,9 @@
 """The search behind a plan: the fastest recomputation of each possible block under a cap, and the fastest blocks.
 
-Within a block it is the dynamic programme for heterogeneous chains of Beaumont, Eyraud-Dubois, Herrmann, Joly and
-Shilova ("Optimal checkpointing for heterogeneous chains", 2019). To train the units s..t of a chain in m bytes, either
-all that unit s needs is kept, or units s..c-1 are run and only the input of unit c is kept; s..c-1 are then recomputed
-when the backward pass arrives there, for which the same question is asked once more:
+Within a block it is the dynamic programme for heterogeneous chains of Herrmann, Beaumont, Eyraud-Dubois, Joly and
+Shilova ("Optimal checkpointing for heterogeneous chains", 2019, arXiv 1911.13214). To train the units s..t of a chain
+in m bytes, either all that unit s needs is kept, or units s..c-1 are run and only the input of unit c is kept; s..c-1
+are then recomputed when the backward pass arrives there, for which the same question is asked once more:
 
     T[s, t](m) = min( forward[s] + backward[s] + T[s+1, t](m - kept[s]),
                       min over c of: forward[s..c-1] + T[c, t](m - output[c-1]) + T[s, c-1](m) )
@@ -105,7 +105,11 @@ class Search:
         # As much as nothing can need.
         top = self._kept.sum() + max(part.max() for part in one) + self._before[-1] + max(ends, default=0)
         top += 2 * (self._output.max() + self._copies[-1])
-        most = min(SLOTS, max(60.0, 6 * MOST_NUMBERS / n**3)) if recompute else 10 * SLOTS
+        most = (
+            min(SLOTS, max(60.0, 6 * MOST_NUMBERS / n**3))
+            if recompute
+            else min(10 * SLOTS, max(100.0, MOST_NUMBERS / n**2))
+        )
         slots = int(max(1.0, min(most, top)))
         self._slot = max(1.0, top / slots)  # bytes
         self._m = np.arange(slots + 1)
