@@ -107,7 +107,8 @@ def frontier() -> Figure:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("time of a step, times BP")
-    figure.axes[0].legend()
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4)
     return figure
 
 
