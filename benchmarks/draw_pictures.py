@@ -94,7 +94,7 @@ def frontier() -> Figure:
         for kind, marker, colour in KINDS:
             mine = [r for r in rows if r["row"].startswith(f"{kind}, in ") or (r["row"], kind) == ("BP", "exact")]
             mine.sort(key=lambda r: int(r["peak_bytes"]))
-            label = "exact: BP, recomputing more and more" if kind == "exact" else kind
+            label = "exact (BP, recomputed)" if kind == "exact" else kind
             places = [int(r["peak_bytes"]) / MIB for r in mine], [float(r["times_bp"]) for r in mine]
             axes.plot(*places, marker=marker, color=colour, label=label)
         for words, marker, label in RIVALS:
@@ -108,7 +108,7 @@ def frontier() -> Figure:
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("time of a step, times BP")
     handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=4)
+    figure.legend(*handles, loc="outside lower center", ncols=3)
     return figure
 
 
