@@ -18,6 +18,7 @@ from localgrad.core.errors import RunError, UserError
 from localgrad.run.arguments import Train
 from localgrad.run.files import check_system
 from localgrad.run.modes import MOST_SECONDS, check_pipeline
+from localgrad.run.ranks import check_timeout
 from localgrad.run.signals import Stopped
 
 SAVE = 30.0  # Seconds that a rank has to save after it was asked to end.
@@ -58,6 +59,7 @@ def launch(args: Sequence[str], command: Train) -> int:
 
 def _check(command: Train) -> None:
     """Raises UserError unless the processes can work together. It is checked once, and not by each rank."""
+    check_timeout(command.rank_timeout)
     check_system()
     for name, value, least in (
         ("--nproc", command.nproc, 1), ("--pipeline", command.pipeline, 1), ("--restarts", command.restarts, 0)

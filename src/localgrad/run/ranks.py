@@ -41,8 +41,7 @@ def joined(device: str, timeout: float) -> Iterator[Ranks]:
     if count == 1:
         yield Ranks()
         return
-    if not 0 < timeout <= 1e9:
-        raise UserError(f"--rank-timeout takes seconds above 0, not {timeout}")
+    check_timeout(timeout)
     limit = timedelta(seconds=timeout)
     _join(rank, count, limit, on_cuda=device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()))
     try:
@@ -58,6 +57,12 @@ def joined(device: str, timeout: float) -> Iterator[Ranks]:
         raise RunError(_lost(rank, count, timeout)) from error
     finally:
         _leave()
+
+
+def check_timeout(seconds: float) -> None:
+    """Raises UserError unless ranks can wait for each other so long."""
+    if not 0 < seconds <= 1e9:
+        raise UserError(f"--rank-timeout takes seconds above 0, not {seconds}")
 
 
 def _join(rank: int, count: int, limit: timedelta, *, on_cuda: bool) -> None:
