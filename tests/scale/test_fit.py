@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import localgrad as lg
 from localgrad.core.errors import UserError
+from localgrad.scale.fit import _check_repeats
 
 X, Y = torch.randn(32, 3, 32, 32), torch.arange(32) % 10
 SPEED = lg.Speed()  # No particular device, so that the choices are the same everywhere.
@@ -134,3 +135,23 @@ def test_batches_in_parts_are_taken_if_they_are_allowed() -> None:
 def test_the_speed_is_measured_by_default() -> None:
     found = lg.fit(network(), X, int(0.6 * bp()))
     assert 0.9 < found.times_bp < 2
+
+
+def test_what_was_asked_for_is_what_is_made() -> None:
+    found = fit(0.6, method=lg.dgl("0c1f"), coupling=lg.MAN(0.5))
+    assert all(auxiliary.coupling.spec.momentum == 0.5 for _, auxiliary in found.model.isolated)  # pyright: ignore
+    least = lg.Planner(network(), X, method=lg.bp(), speed=SPEED).frontier(1)[-1].peak
+    with pytest.raises(UserError, match="no plan fits"):  # Exact training would fit, but was not asked for.
+        lg.fit(network(), X, least + 2**17, method=lg.dgl(), coupling=lg.DeepMAN(), speed=SPEED)
+
+
+def test_trying_units_twice_moves_nothing() -> None:
+    units = nn.Sequential(*[nn.Sequential(Noisy(), nn.BatchNorm2d(8)) for _ in range(3)])
+    backbone = nn.Sequential(nn.Conv2d(3, 8, 3), *units, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    model = lg.recompute(lg.localize(backbone, method=lg.bp(), example=X))
+    before = [t.clone() for t in model.state_dict().values()]
+    states = torch.get_rng_state(), random.getstate()
+    _check_repeats(model, X)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))

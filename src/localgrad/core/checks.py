@@ -261,7 +261,7 @@ def _probes(model: LocalModel, k: int) -> tuple[nn.Parameter, nn.Parameter] | No
 
 
 @contextlib.contextmanager
-def _undisturbed(device: torch.device) -> Iterator[None]:
+def undisturbed(device: torch.device) -> Iterator[None]:
     """Puts the random generators back at the end."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
@@ -284,7 +284,7 @@ def _unhooked(module: nn.Module) -> nn.Module:
 def _fails(unit: nn.Module, x: Tensor, right: Tensor, autocast: torch.dtype | None) -> bool:
     """Whether a unit can take `right` but cannot take `x`."""
     cast_to = contextlib.nullcontext() if autocast is None else torch.autocast(right.device.type, autocast)
-    with _undisturbed(right.device), contextlib.suppress(*ODD), cast_to:
+    with undisturbed(right.device), contextlib.suppress(*ODD), cast_to:
         copied = _unhooked(duplicate(unit)).eval()
         wanted = copied(right)
         try:
@@ -297,7 +297,7 @@ def _fails(unit: nn.Module, x: Tensor, right: Tensor, autocast: torch.dtype | No
 def _refuses_one(model: LocalModel) -> str | None:
     """The part of a model that cannot be trained on one sample. A copy of the model runs on tensors without values."""
     what = ""
-    with _undisturbed(torch.device("cpu")), torch.device("meta"):
+    with undisturbed(torch.device("cpu")), torch.device("meta"):
         try:
             copied = without_values(model, "meta")
             dtype = input_dtype(copied.backbone, copied.blocks[0].entering.dtype)

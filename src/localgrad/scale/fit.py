@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.core.auxiliary import Method
+from localgrad.core.checks import undisturbed
 from localgrad.core.copies import duplicate
 from localgrad.core.couplings import MAN
 from localgrad.core.errors import UserError
@@ -100,20 +101,23 @@ def fit(
     how["accumulate"] = accumulate
     whole = Planner(backbone, example, method=bp(), **how)
     most = at_most * whole.bp.seconds
-    only_exact = exact or (method is not None and not asked)
-    found = None if asked else whole.within(budget, 1, several=False, as_you_go=False)
-    own, beside = (method, coupling) if method is not None else (dgl(), MAN())
-    if not only_exact and (found is None or found.seconds > most):
-        planner = Planner(backbone, example, method=own, coupling=beside, **how)
-        cut = _fewest_cuts(planner, budget, most)
-        if cut is not None and (found is None or cut.seconds < found.seconds):
-            model = localize(backbone, blocks=cut.blocks, method=own, coupling=beside, example=example, task=task)
-            return _fit(cut.apply(model), cut, whole.bp, budget, example)
-        whole = planner
-    if found is None:
-        found = whole.fastest(budget, as_you_go=False)  # This says what would do, or finds it.
-    model = localize(backbone, blocks=1, method=bp(), example=example, task=task)
-    return _fit(found.apply(model), found, whole.bp, budget, example)
+    plan = None if asked else whole.within(budget, 1, several=False, as_you_go=False)
+    own, beside = (dgl(), coupling or MAN()) if method is None else (method, coupling)
+    if own.terms is not None and not exact and (plan is None or plan.seconds > most):
+        local = Planner(backbone, example, method=own, coupling=beside, **how)
+        cut = _fewest_cuts(local, budget, most)
+        if cut is None and plan is None:
+            cut = local.fastest(budget, several=asked, as_you_go=False)  # It says what would do.
+        plan = min(filter(None, (plan, cut)), key=lambda found: found.seconds)
+    elif plan is None:
+        plan = whole.fastest(budget, 1, as_you_go=False)  # It says what would do.
+    if len(plan.blocks) == 1:
+        model = localize(backbone, blocks=1, method=bp(), example=example, task=task)
+    else:
+        model = localize(backbone, blocks=plan.blocks, method=own, coupling=beside, example=example, task=task)
+    if plan.units and not example.is_meta:
+        _check_repeats(plan.apply(model), example)
+    return _fit(plan.apply(model), plan, whole.bp, budget)
 
 
 def _fewest_cuts(planner: Planner, budget: int, most: float) -> Plan | None:
@@ -133,11 +137,10 @@ def _fewest_cuts(planner: Planner, budget: int, most: float) -> Plan | None:
 def _check_repeats(model: LocalModel, example: Tensor) -> None:
     """Raises UserError for a recomputed unit whose second run would give another result than its first one."""
     h = example[:2].detach()
-    with torch.no_grad():
+    with undisturbed(h.device):
         for block in model.blocks:
             for u, (name, module) in enumerate(zip(block.names, block, strict=False)):
-                copied = duplicate(module)
-                if any(a <= u <= b for a, b in block.ranges) and not repeats(copied, h):
+                if any(a <= u <= b for a, b in block.ranges) and not repeats(duplicate(module), h):
                     raise UserError(
                         f"'{name}' cannot be computed again: with the same input and state it gives another result; "
                         "let it draw random numbers with torch, numpy or random, and keep its state in its attributes"
@@ -145,9 +148,7 @@ def _check_repeats(model: LocalModel, example: Tensor) -> None:
                 h = duplicate(module)(h)
 
 
-def _fit(model: LocalModel, plan: Plan, baseline: Plan, budget: int, example: Tensor) -> Fit:
-    if plan.units and not example.is_meta:
-        _check_repeats(model, example)
+def _fit(model: LocalModel, plan: Plan, baseline: Plan, budget: int) -> Fit:
     times = plan.seconds / baseline.seconds
     count = len(plan.blocks)
     how = ["exact training" if count == 1 else f"local training in {count} blocks, which is not exact"]
