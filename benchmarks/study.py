@@ -32,6 +32,8 @@ FIRST = "stem/layer1.0/layer1.1/layer1.2/layer1.3/layer1.4"
 LAST = "/".join(["layer1.4"] + [f"layer2.{i}" for i in range(5)] + [f"layer3.{i}" for i in range(4)])
 FIRST_STAGE = "/".join(f"layer1.{i}" for i in range(5))
 DEEP = "dgl+deep-man"
+# A cut after the first unit of the second stage, and the cuts for 2 and for 4 blocks that balance the bytes of DGL.
+POSITIONS = "layer2.0,layer1.3,layer1.1/layer1.3/layer2.2"
 METHODS = "bp,dgl,dgl+man,dgl+man++,dgl+deep-man"
 
 
@@ -43,7 +45,7 @@ class Settings:
     out: Path = Path("runs/study")
     """The folder of the runs, for `localgrad probe` and `localgrad report`."""
     jobs: int = 2
-    parts: str = "main,gap,others,ablation,long,variants,local,exact"
+    parts: str = "main,heads,accumulate,gap,others,ablation,long,variants,local,exact"
     """The parts to train, in this order. `exact` comes last, because it starts from weights of `local`."""
 
 
@@ -73,6 +75,20 @@ PARTS: dict[str, list[Compare]] = {
         for seed in range(5)
         for compare in (_compare(METHODS, "16", str(seed)), _compare("dgl,dgl+man,dgl+deep-man", "4", str(seed)))
         if compare.blocks == "16" or seed < 3
+    ],
+    # Heads that keep position, at even cuts and at cuts that balance bytes.
+    "heads": [
+        compare
+        for seed in "012"
+        for compare in (
+            _compare("dgl", f"4,16,{POSITIONS}", seed, head="1c1f@4"),
+            _compare("dgl", POSITIONS, seed),
+            _compare("dgl", f"4,16,{POSITIONS}", seed, head="1c2f@4"),
+        )
+    ],
+    # What batch norm over parts of a batch costs BP: 128 images a step, in 2, 4 or 8 parts.
+    "accumulate": [
+        _compare("bp", "1", "0,1,2", batch_size=str(128 // parts), accumulate=str(parts)) for parts in (2, 4, 8)
     ],
     "others": [
         _compare("predsim,predsim+man,infopro,infopro+man,auglocal,auglocal+man", "16"),

@@ -64,6 +64,53 @@ def test_convolutional_heads_follow_the_rule(name: str, channels: int, side: int
     assert len(of(head, nn.BatchNorm2d)) == convolutions
 
 
+@pytest.mark.parametrize("boundary", BOUNDARIES, ids=lambda b: "x".join(map(str, b.shape)))
+@pytest.mark.parametrize("name", heads.HEADS)
+def test_a_side_changes_only_the_pooling_and_the_first_linear_layer(name: str, boundary: Boundary) -> None:
+    plain, head = (heads.classifier(n, boundary, TASK, width=24) for n in (name, f"{name}@4"))
+    assert head(crossing(boundary)).shape == (3, 7)
+    sizes: list[torch.Size] = []
+    of(head, nn.Flatten)[0].register_forward_hook(lambda m, args, out: sizes.append(args[0].shape))
+    head(crossing(boundary))
+    (first, *others), (first_plain, *others_plain) = of(head, nn.Linear), of(plain, nn.Linear)
+    assert sizes[0][2] <= 4
+    assert sizes[0][3] <= 4
+    assert first.in_features == sizes[0][1:].numel()
+    assert first.in_features == first_plain.in_features * sizes[0][2] * sizes[0][3]
+    assert [m.weight.shape for m in others] == [m.weight.shape for m in others_plain]
+    assert [m.weight.shape for m in of(head, nn.Conv2d)] == [m.weight.shape for m in of(plain, nn.Conv2d)]
+
+
+def test_a_side_tells_positions_apart() -> None:
+    h = torch.randn(3, 6, 8, 8, requires_grad=True)
+    head = heads.classifier("0c1f@4", square(6, 8), TASK, width=24)
+    logits = head(h)
+    (linear,) = of(head, nn.Linear)
+    cells = torch.stack(
+        [h[:, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].mean((2, 3)) for i in range(4) for j in range(4)], 2
+    )
+    torch.testing.assert_close(logits, cells.flatten(1) @ linear.weight.T + linear.bias)
+    (gradient,) = torch.autograd.grad(logits.sum(), h)
+    assert len(gradient[0, 0].unique()) == 16
+    (gradient,) = torch.autograd.grad(heads.classifier("0c1f", square(6, 8), TASK, width=24)(h).sum(), h)
+    assert len(gradient[0, 0].unique()) == 1
+
+
+def test_a_side_reads_the_grid_of_tokens_and_not_the_class_token() -> None:
+    tokens = Boundary((1 + 16, 6), "NLC", 0, prefix=1, grid=(4, 4))
+    for name, class_token in (("0c1f", True), ("0c1f@1", False), ("1c2f@2", False), ("dgl@4", False)):
+        h = crossing(tokens).requires_grad_()
+        (gradient,) = torch.autograd.grad(heads.classifier(name, tokens, TASK, width=24)(h)[:, 0].sum(), h)
+        assert bool(gradient[:, 0].any()) == class_token
+        assert bool(gradient[:, 1:].any()) != class_token
+
+
+@pytest.mark.parametrize("name", ["1c2f@", "1c2f@0", "1c2f@-1", "1c2f@4x4", "1c2f@4@4"])
+def test_a_side_is_a_number_from_1_on(name: str) -> None:
+    with pytest.raises(UserError, match="head takes the side of a pooled map behind @, as in 1c2f@4"):
+        heads.classifier(name, square(6, 8), TASK, width=24)
+
+
 @pytest.mark.parametrize("side", SIZES)
 def test_dgls_head_is_the_papers(side: int) -> None:
     head = heads.dgl_classifier(square(16, side), TASK, channels=32, hidden=20)

@@ -27,7 +27,7 @@ class Site:
         image: The shape of one input of the network, [C, H, W].
         width: The channels of the backbone's last unit.
         task: The task of the network.
-        head: The name of the classifier, one of `heads.HEADS`. Default: the method's own classifier.
+        head: The name of the classifier, as `heads.classifier` takes it. Default: the method's own classifier.
     """
 
     boundary: Boundary

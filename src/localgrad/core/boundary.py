@@ -52,15 +52,18 @@ class Boundary:
             return [nn.Unflatten(1, (self.channels, 1, 1) if self.layout == "NC" else (self.channels, 1))]
         return [] if self.layout == "NCHW" else [ToMap(self.size, self.prefix)]
 
-    def summary(self) -> tuple[list[nn.Module], Boundary]:
+    def summary(self, *, grid: bool = False) -> tuple[list[nn.Module], Boundary]:
         """Makes the modules that take a classifier's input from [B, *shape], and the boundary behind them.
 
         The input is the class token, or everything if there is none. Where channels come last, a layer norm comes
         first, as in transformers' own heads and in MAN++'s published code, because transformers do not normalise the
         tensors between their units.
+
+        Args:
+            grid: Whether to take everything even if there is a class token. Default: False.
         """
         norm: list[nn.Module] = [nn.LayerNorm(self.channels)] if self.layout in ("NLC", "NHWC") else []
-        if not self.prefix:
+        if grid or not self.prefix:
             return norm, self
         return [ClassToken(), *norm], Boundary((self.channels,), "NC", self.stage, dtype=self.dtype)
 

@@ -5,10 +5,12 @@ Each function takes the boundary that the head reads and returns an `nn.Sequenti
 
 from __future__ import annotations
 
+import re
+
 from torch import nn
 
 from localgrad.core.boundary import Boundary
-from localgrad.core.errors import unknown
+from localgrad.core.errors import UserError, unknown
 from localgrad.core.task import Task
 
 # Heads that `--head` names, with the numbers of their convolutions and linear layers.
@@ -19,25 +21,39 @@ HEADS = ("dgl", *CONVOLUTIONAL)
 def classifier(head: str, boundary: Boundary, task: Task, *, width: int, hidden: int = 128) -> nn.Sequential:
     """Makes a classifier by its name: [B, *boundary.shape] -> [B, classes].
 
+    `1c2f@4` is `1c2f`, but it pools to 4x4 before its linear layers. It has 16 weights for each channel there, so that
+    positions get gradients that differ. Of tokens it reads the grid, not the class token.
+
     Args:
-        head: One of `HEADS`.
+        head: One of `HEADS`, alone or with @ and the side of the pooled map. Default side: 1, as published.
         boundary: The input of the classifier.
         task: The task, which builds the last layer.
         width: The most channels of a convolution: those of the backbone's last unit.
         hidden: The features of hidden linear layers. Default: 128.
 
     Raises:
-        UserError: No head has this name.
+        UserError: No head has this name, or the side is no number from 1 on.
     """
-    if head == "dgl":
-        return dgl_classifier(boundary, task)
-    if head not in CONVOLUTIONAL:
-        raise unknown("head", head, HEADS)
-    return convolutional(boundary, task.output, *CONVOLUTIONAL[head], width=width, hidden=hidden)
+    name, at, number = head.partition("@")
+    if at and not re.fullmatch(r"[1-9]\d*", number):
+        raise UserError(f"head takes the side of a pooled map behind @, as in 1c2f@4, not '{head}'")
+    side = int(number) if at else None
+    if name == "dgl":
+        return dgl_classifier(boundary, task, side=side)
+    if name not in CONVOLUTIONAL:
+        raise unknown("head", name, HEADS)
+    return convolutional(boundary, task.output, *CONVOLUTIONAL[name], width=width, hidden=hidden, side=side)
 
 
 def convolutional(
-    boundary: Boundary, output, convolutions: int, linears: int, *, width: int, hidden: int = 128
+    boundary: Boundary,
+    output,
+    convolutions: int,
+    linears: int,
+    *,
+    width: int,
+    hidden: int = 128,
+    side: int | None = None,
 ) -> nn.Sequential:
     """`convolutions` x (3x3, norm, ReLU), pool, `linears` layers: [B, *boundary.shape] -> [B, outputs].
 
@@ -45,32 +61,36 @@ def convolutional(
     larger than 8. `output(features)` builds the last layer. Sources: `0c1f` is greedy learning (Belilovsky et al.,
     ICML 2019), `1c2f` with 128 hidden features is InfoPro's CIFAR auxiliary (ICLR 2021, appendix).
     """
-    layers, boundary = boundary.summary()
+    layers, boundary = boundary.summary(grid=side is not None)
     layers += boundary.to_map()
     channels, size = boundary.channels, boundary.size
     for _ in range(convolutions):
         out, stride = max(channels, min(2 * channels, width)), 2 if max(size) > 8 else 1
         layers += [nn.Conv2d(channels, out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
         channels, size = out, (-(-size[0] // stride), -(-size[1] // stride))
-    layers += [*_pool_to(1, size), nn.Flatten()]
+    pooled, features = _pooled(channels, size, side)
+    layers += pooled
     for _ in range(linears - 1):
-        layers += [nn.Linear(channels, hidden), nn.ReLU()]
-        channels = hidden
-    return nn.Sequential(*layers, output(channels))
+        layers += [nn.Linear(features, hidden), nn.ReLU()]
+        features = hidden
+    return nn.Sequential(*layers, output(features))
 
 
-def dgl_classifier(boundary: Boundary, task: Task, *, channels: int = 128, hidden: int = 512) -> nn.Sequential:
+def dgl_classifier(
+    boundary: Boundary, task: Task, *, channels: int = 128, hidden: int = 512, side: int | None = None
+) -> nn.Sequential:
     """Pool to at most 8x8, 3 x (1x1 convolution, norm, ReLU), pool, 3 x (linear, norm, ReLU), linear.
 
     [B, *boundary.shape] -> [B, classes]. Source: DGL (Belilovsky et al., ICML 2020), the "MLP-SR" auxiliary.
     """
-    layers, boundary = boundary.summary()
+    layers, boundary = boundary.summary(grid=side is not None)
     layers += [*boundary.to_map(), *_pool_to(8, boundary.size)]
     before = boundary.channels
     for _ in range(3):
         layers += [nn.Conv2d(before, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
         before = channels
-    layers += [*_pool_to(1, (min(8, boundary.size[0]), min(8, boundary.size[1]))), nn.Flatten()]
+    pooled, before = _pooled(channels, (min(8, boundary.size[0]), min(8, boundary.size[1])), side)
+    layers += pooled
     for _ in range(3):
         layers += [nn.Linear(before, hidden), nn.BatchNorm1d(hidden), nn.ReLU()]
         before = hidden
@@ -135,6 +155,13 @@ def imagenet_decoder(boundary: Boundary, image: tuple[int, int, int]) -> nn.Sequ
         layers += [nn.BatchNorm2d(out), nn.ReLU()]
         before = out
     return nn.Sequential(*layers[:-2])
+
+
+def _pooled(channels: int, size: tuple[int, int], side: int | None) -> tuple[list[nn.Module], int]:
+    """The layers that pool a map to at most side x side (default: 1) and flatten it, and the number of features."""
+    side = side or 1
+    features = channels * min(side, size[0]) * min(side, size[1])
+    return [*_pool_to(side, size), nn.Flatten()], features
 
 
 def _pool_to(side: int, size: tuple[int, int]) -> list[nn.Module]:

@@ -28,7 +28,7 @@ def dgl(head: str | None = None, *, channels: int = 128, hidden: int = 512) -> M
     Greedy learning (ICML 2019) is `dgl("0c1f")`.
 
     Args:
-        head: The name of another classifier, one of `heads.HEADS`. Default: the paper's.
+        head: The name of another classifier, as `heads.classifier` takes it. Default: the paper's.
         channels: The channels of the 1x1 convolutions in the paper's classifier. Default: 128.
         hidden: The features of its hidden linear layers. Default: 512.
     """
@@ -46,7 +46,7 @@ def predsim(head: str | None = None, *, beta: float = 0.99) -> Method:
     Source: Nokland & Eidnes, "Training neural networks with local error signals" (ICML 2019), eq. 3.
 
     Args:
-        head: The name of another classifier, one of `heads.HEADS`. Default: the paper's.
+        head: The name of another classifier, as `heads.classifier` takes it. Default: the paper's.
         beta: The weight of similarity matching, from 0 to 1. Default: 0.99.
 
     Raises:
@@ -81,7 +81,7 @@ def infopro(
     Source: Wang et al., "Revisiting locally supervised learning" (ICLR 2021).
 
     Args:
-        head: The name of another classifier, one of `heads.HEADS`. Default: the paper's.
+        head: The name of another classifier, as `heads.classifier` takes it. Default: the paper's.
         contrast: Whether to classify by the supervised contrastive loss instead of cross-entropy. Default: False.
         temperature: The temperature of the contrastive loss, above 0. Default: 0.07.
         features: The width of the CIFAR classifier's hidden layer, and of the vectors to contrast. Default: 128.
@@ -141,7 +141,8 @@ def auglocal(head: str | None = None, *, depth: int = 6, shrink: float = 0.5) ->
     Source: Ma et al., "Scaling supervised local learning with augmented auxiliary networks" (ICLR 2024).
 
     Args:
-        head: The classifier behind the copies, one of `heads.HEADS`. Default: "0c1f", pooling and a linear layer.
+        head: The classifier behind the copies, as `heads.classifier` takes it. Default: "0c1f", pooling and a linear
+            layer.
         depth: The number of units to copy at the first auxiliary. Default: 6.
         shrink: The depth falls linearly to `(1 - shrink) * depth` at the last auxiliary. From 0 to 1, default: 0.5.
 

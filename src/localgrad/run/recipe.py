@@ -52,7 +52,8 @@ class Recipe:
     blocks: str = "4"
     """How many blocks, or the last unit of each: layer1.4,layer2.4; auto fits a --budget."""
     head: str = "auto"
-    """Local classifier: dgl, 0c1f, 1c1f, 1c2f, 1c3f, 2c2f; auto is the method's own (deep MAN: pool + linear)."""
+    """Local classifier: dgl, 0c1f, 1c1f, 1c2f, 1c3f, 2c2f, which pool to 1x1, or 1c2f@4 to 4x4 and so on; auto is the
+    method's own (deep MAN: pool + linear)."""
     momentum: float = 0.995
     """Momentum of the coupling's EMA: 0 copies the source, 1 never moves."""
     branches: Literal["both", "learnable", "ema"] = "both"
@@ -122,9 +123,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for kind, options in (("method", METHODS), ("coupling", COUPLINGS), ("head", HEADS)):
-            name = getattr(self, kind)
+            name = getattr(self, kind).partition("@")[0] if kind == "head" else getattr(self, kind)
             if name not in options:
                 raise unknown(kind, name, options)
+        if not re.fullmatch(r"auto|\w+(@[1-9]\d*)?", self.head):
+            raise UserError(f"head takes the side of a pooled map behind @, as in 1c2f@4, not '{self.head}'")
         integers = (("epochs", 1), ("batch_size", 2), ("accumulate", 1), ("workers", 0), ("depth", 1), ("seed", 0),
                     ("learnable_units", 1), ("lag", 0), ("ema_every", 1), ("image_size", 1))  # fmt: skip
         ranges = [(name, low, 2**63 - 1, f"at least {low}") for name, low in integers]

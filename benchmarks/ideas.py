@@ -1,0 +1,190 @@
+"""Ideas to narrow the gap to backpropagation that are not in the package, tried on the recipe `fashion_small`.
+
+    python benchmarks/ideas.py
+
+Each idea is another training step. Writes results/ideas_fashion_small.csv, one row for each run as soon as it is
+finished. A run that has a row is not trained again.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from common import Table
+from torch import Tensor
+from torch.nn import functional as F
+
+import localgrad as lg
+from localgrad.core.engine import autocasting
+from localgrad.core.model import LocalModel
+from localgrad.run import data as data_room
+from localgrad.run.arguments import Compare
+from localgrad.run.build import build_model, machine_for, optimizer_of
+from localgrad.run.compare import Cell, grid
+from localgrad.run.evaluation import evaluate, to_device
+from localgrad.run.folder import environment
+from localgrad.run.step import rate
+
+KEY = ("idea", "weight", "method", "blocks", "setting", "seed")
+
+
+def _block(model: LocalModel, k: int, z: Tensor, autocast: torch.dtype | None) -> Tensor:
+    with autocasting(z, autocast):
+        return model.blocks[k](z)
+
+
+def _loss(model: LocalModel, k: int, h: Tensor, y: Tensor, autocast: torch.dtype | None) -> Tensor:
+    """The loss of block k, of its output h."""
+    if k == len(model.blocks) - 1:
+        return model.task.criterion(h.float(), y)
+    auxiliary: Any = model.auxiliaries[k]
+    with autocasting(h, autocast):
+        outputs = auxiliary(h)
+    return auxiliary.total(auxiliary.losses(outputs, y, None))
+
+
+def window(model: LocalModel, x: Tensor, y: Tensor, autocast: torch.dtype | None, weight: float) -> None:
+    """A block also gets the gradient of the next block's loss, times `weight`.
+
+    It is the cascade of HPFF (ECCV 2024) with one forward pass of a block and two backward passes, of which the first
+    gives the gradient of its input alone. The graphs of two neighbours live at a time.
+    """
+    before: tuple[Tensor, Tensor] | None = None
+    h = x
+    for k in range(len(model.blocks)):
+        z = h.detach().requires_grad_(k > 0)
+        h = _block(model, k, z, autocast)
+        leaf = h.detach().requires_grad_()
+        _loss(model, k, leaf, y, autocast).backward()
+        assert leaf.grad is not None
+        if before is not None:
+            (gradient,) = torch.autograd.grad(h, z, leaf.grad, retain_graph=True)
+            output, own = before
+            output.backward(own + weight * gradient)
+        before = h, leaf.grad
+    output, own = before  # pyright: ignore[reportGeneralTypeIssues]
+    output.backward(own)
+
+
+def feedback(model: LocalModel, x: Tensor, y: Tensor, autocast: torch.dtype | None, weight: float) -> None:
+    """An auxiliary also learns to give the gradient that the next block sends back.
+
+    After block k + 1 has its gradients, auxiliary k runs again on the detached boundary. One minus the cosine between
+    its gradient there and the gradient of block k + 1's input, times `weight`, goes back into the auxiliary alone.
+    """
+    h = x
+    for k in range(len(model.blocks)):
+        z = h.detach().requires_grad_(k > 0)
+        h = _block(model, k, z, autocast)
+        _loss(model, k, h, y, autocast).backward()
+        if k > 0:
+            assert z.grad is not None
+            again = z.detach().requires_grad_()
+            (own,) = torch.autograd.grad(_loss(model, k - 1, again, y, autocast), again, create_graph=True)
+            (weight * (1 - F.cosine_similarity(own.float().flatten(), z.grad.float().flatten(), dim=0))).backward()
+
+
+def sgr(model: LocalModel, x: Tensor, y: Tensor, autocast: torch.dtype | None, weight: float) -> None:
+    """Successive Gradient Reconciliation (Yang et al., ICML 2024): a block's input gradient follows the gradient that
+    the block before got from its own loss.
+
+    The squared distance of both, over the square of the latter, times `weight`, is added to the loss of the block. So
+    a block is differentiated twice, which keeps more of it in memory.
+    """
+    h, before = x, None
+    for k in range(len(model.blocks)):
+        z = h.detach().requires_grad_(k > 0)
+        h = _block(model, k, z, autocast)
+        loss = _loss(model, k, h, y, autocast)
+        following = None
+        if k < len(model.blocks) - 1:
+            (following,) = torch.autograd.grad(loss, h, retain_graph=True)
+        if before is not None:
+            (own,) = torch.autograd.grad(loss, z, create_graph=True)
+            loss = loss + weight * F.mse_loss(own.float(), before.float()) / before.float().square().mean()
+        loss.backward()
+        before = following
+
+
+Step = Callable[[LocalModel, Tensor, Tensor, torch.dtype | None, float], None]
+IDEAS: dict[str, Step] = {"window": window, "feedback": feedback, "sgr": sgr}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Train the runs that the table lacks. Ctrl-C stops the trials, and the same command continues them."""
+
+    out: Path = Path("results/ideas_fashion_small.csv")
+    jobs: int = 2
+
+
+def _runs(idea: str, weight: float, methods: str, blocks: str, seeds: str = "0", **changes: Any) -> Iterator[Any]:
+    vary = tuple(f"{name}={value}" for name, value in changes.items())
+    for cell in grid(Compare(methods=methods, blocks=blocks, seeds=seeds, recipe="fashion_small", vary=vary)):
+        yield idea, weight, cell
+
+
+def runs() -> list[tuple[str, float, Cell]]:
+    return [
+        *_runs("window", 1, "dgl", "4,16"),
+        *_runs("window", 1, "dgl", "4,16", head="1c1f@4"),
+        *_runs("window", 10, "dgl", "4,16", head="1c1f@4"),
+        *_runs("feedback", 1, "dgl", "4,16", head="1c1f@4"),
+        *_runs("sgr", 1, "dgl", "4", head="1c1f@4"),
+    ]
+
+
+def train(idea: str, weight: float, cell: Cell) -> dict[str, Any]:
+    """Trains a run with the step of an idea, and returns its error, the peak of its third step and its seconds."""
+    torch.set_num_threads(1)
+    recipe, step = cell.recipe, IDEAS[idea]
+    machine = machine_for(recipe)
+    data = data_room.load(recipe.data, limit_train=recipe.limit_train, seed=recipe.seed)
+    model = build_model(recipe, data, machine)
+    optimizer = optimizer_of(recipe)(lg.param_groups(model, weight_decay=recipe.weight_decay))
+    total = data_room.steps_per_epoch(data, recipe.batch_size) * recipe.epochs
+    began, done, peak = time.perf_counter(), 0, 0
+    for epoch in range(recipe.epochs):
+        for batch in data_room.train_batches(data, batch_size=recipe.batch_size, seed=recipe.seed, epoch=epoch):
+            x, y = to_device(batch, data.info, machine)
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.lr * rate(done, total, recipe.warmup)
+
+            def whole(x: Tensor = x, y: Tensor = y) -> None:
+                step(model, x, y, machine.autocast, weight)
+                optimizer.step()
+                optimizer.zero_grad()
+
+            if done == 2:
+                peak = lg.measure_peak(whole).total
+            else:
+                whole()
+            done += 1
+    error = 100 - evaluate(model.backbone, data, recipe, machine)["eval_top1"]
+    return {"error": f"{error:.2f}", "peak_bytes": peak, "seconds": f"{time.perf_counter() - began:.0f}"}
+
+
+def main(settings: Settings) -> None:
+    table = Table(settings.out, KEY, same={"epochs": 6, "precision": "bf16", **environment()})
+    with ProcessPoolExecutor(settings.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        names = {}
+        for idea, weight, cell in runs():
+            name = (idea, weight, cell.method, cell.blocks, cell.setting, cell.recipe.seed)
+            if name not in table:
+                names[pool.submit(train, idea, weight, cell)] = name
+        for finished in as_completed(names):
+            row = dict(zip(KEY, names[finished], strict=True)) | finished.result()
+            table.add(row)
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))
