@@ -8,30 +8,24 @@ finished. A run that has a row is not trained again.
 
 from __future__ import annotations
 
-import multiprocessing
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from common import Table
+from loop import run_missing, train
 from torch import Tensor
 from torch.nn import functional as F
 
-import localgrad as lg
 from localgrad.core.engine import autocasting
 from localgrad.core.model import LocalModel
 from localgrad.run import data as data_room
 from localgrad.run.arguments import Compare
-from localgrad.run.build import build_model, machine_for, optimizer_of
-from localgrad.run.compare import Cell, grid
-from localgrad.run.evaluation import evaluate, to_device
-from localgrad.run.folder import environment
-from localgrad.run.step import rate
+from localgrad.run.compare import grid
+from localgrad.run.recipe import Recipe
 
 KEY = ("idea", "weight", "method", "blocks", "setting", "seed")
 
@@ -114,8 +108,7 @@ def sgr(model: LocalModel, x: Tensor, y: Tensor, autocast: torch.dtype | None, w
         before = following
 
 
-Step = Callable[[LocalModel, Tensor, Tensor, torch.dtype | None, float], None]
-IDEAS: dict[str, Step] = {"window": window, "feedback": feedback, "sgr": sgr}
+IDEAS: dict[str, Callable[..., None]] = {"window": window, "feedback": feedback, "sgr": sgr}
 
 
 @dataclass(frozen=True)
@@ -126,64 +119,27 @@ class Settings:
     jobs: int = 2
 
 
-def _runs(idea: str, weight: float, methods: str, blocks: str, seeds: str = "0", **changes: Any) -> Iterator[Any]:
-    vary = tuple(f"{name}={value}" for name, value in changes.items())
-    for cell in grid(Compare(methods=methods, blocks=blocks, seeds=seeds, recipe="fashion_small", vary=vary)):
-        yield idea, weight, cell
+def _runs(idea: str, weight: float, blocks: str, head: str, seeds: str = "0") -> Iterator[tuple[Any, Any]]:
+    """The name of each run of DGL with this idea, and the function that trains it."""
+    compare = Compare(methods="dgl", blocks=blocks, seeds=seeds, recipe="fashion_small", vary=(f"head={head}",))
+    for cell in grid(compare):
+        name = (idea, weight, cell.method, cell.blocks, cell.setting, cell.recipe.seed)
+        yield name, partial(trained, idea, weight, cell.recipe)
 
 
-def runs() -> list[tuple[str, float, Cell]]:
-    return [
-        *_runs("window", 1, "dgl", "4,16"),
-        *_runs("window", 1, "dgl", "4,16", head="1c1f@4"),
-        *_runs("window", 10, "dgl", "4,16", head="1c1f@4"),
-        *_runs("feedback", 1, "dgl", "4,16", head="1c1f@4"),
-        *_runs("sgr", 1, "dgl", "4", head="1c1f@4"),
-    ]
-
-
-def train(idea: str, weight: float, cell: Cell) -> dict[str, Any]:
-    """Trains a run with the step of an idea, and returns its error, the peak of its third step and its seconds."""
-    torch.set_num_threads(1)
-    recipe, step = cell.recipe, IDEAS[idea]
-    machine = machine_for(recipe)
+def trained(idea: str, weight: float, recipe: Recipe) -> dict[str, Any]:
     data = data_room.load(recipe.data, limit_train=recipe.limit_train, seed=recipe.seed)
-    model = build_model(recipe, data, machine)
-    optimizer = optimizer_of(recipe)(lg.param_groups(model, weight_decay=recipe.weight_decay))
-    total = data_room.steps_per_epoch(data, recipe.batch_size) * recipe.epochs
-    began, done, peak = time.perf_counter(), 0, 0
-    for epoch in range(recipe.epochs):
-        for batch in data_room.train_batches(data, batch_size=recipe.batch_size, seed=recipe.seed, epoch=epoch):
-            x, y = to_device(batch, data.info, machine)
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.lr * rate(done, total, recipe.warmup)
-
-            def whole(x: Tensor = x, y: Tensor = y) -> None:
-                step(model, x, y, machine.autocast, weight)
-                optimizer.step()
-                optimizer.zero_grad()
-
-            if done == 2:
-                peak = lg.measure_peak(whole).total
-            else:
-                whole()
-            done += 1
-    error = 100 - evaluate(model.backbone, data, recipe, machine)["eval_top1"]
-    return {"error": f"{error:.2f}", "peak_bytes": peak, "seconds": f"{time.perf_counter() - began:.0f}"}
+    return train(recipe, data, partial(IDEAS[idea], weight=weight))
 
 
 def main(settings: Settings) -> None:
-    table = Table(settings.out, KEY, same={"epochs": 6, "precision": "bf16", **environment()})
-    with ProcessPoolExecutor(settings.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        names = {}
-        for idea, weight, cell in runs():
-            name = (idea, weight, cell.method, cell.blocks, cell.setting, cell.recipe.seed)
-            if name not in table:
-                names[pool.submit(train, idea, weight, cell)] = name
-        for finished in as_completed(names):
-            row = dict(zip(KEY, names[finished], strict=True)) | finished.result()
-            table.add(row)
-            print(row, flush=True)
+    runs = [
+        *_runs("window", 1, "4,16", "1c2f"),
+        *_runs("window", 1, "4,16", "1c1f@4"),
+        *_runs("feedback", 1, "4,16", "1c1f@4"),
+        *_runs("sgr", 1, "4", "1c1f@4"),
+    ]
+    run_missing(settings.out, KEY, dict(runs), settings.jobs)
 
 
 if __name__ == "__main__":
