@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with sigterm_raises(), _whole_output():
             return _run(args)
+        return 0  # Whoever read the output has gone before its end.
     except (UserError, RunError) as error:
         if not (error.shared and rank_here()):
             print(f"localgrad: {error}", file=sys.stderr)
@@ -69,17 +70,20 @@ class OutputLost(RunError):
 
 @contextlib.contextmanager
 def _whole_output() -> Iterator[None]:
-    """Raises OutputLost if standard output does not take what is printed, as on a full disk. A reader that has gone,
-    such as `head`, wants no more and loses nothing."""
+    """Raises OutputLost if standard output does not take what is printed, as on a full disk. If a reader such as `head`
+    has gone, it wants no more, and the context ends in silence."""
     ended = None
     try:
         yield
     except (OSError, SystemExit) as error:  # Printing may have failed, and --help ends in SystemExit.
         ended = error
     try:
+        if isinstance(ended, OSError):
+            print()  # If the error was that of standard output, it comes again.
         sys.stdout.flush()
     except BrokenPipeError:
-        pass
+        if isinstance(ended, OSError):
+            return
     except OSError as error:
         raise OutputLost(f"what was printed is not complete: {error.strerror}") from error
     if ended is not None:

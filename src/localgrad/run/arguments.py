@@ -143,7 +143,9 @@ class Predict:
 
     run: tyro.conf.Positional[RunFolder]
     """Run folder."""
-    files: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE [FILE ...]")]]
+    files: tyro.conf.Positional[
+        Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE [FILE ...]", help_behavior_hint="(required)")]
+    ]
     """Image files of any size. They are resized and normalised as the test images of the run."""
     top: int = 5
     """How many classes to show for each image, the most probable first."""
@@ -190,7 +192,8 @@ def parse_grouped(command: Any, args: Sequence[str], *, prog: str, description: 
     groups = [(name, Group[type(part)], field(default=part)) for name, part in parts.items()]
     own = ("command", Annotated[type(command), tyro.conf.arg(name="")], field(default=command))
     flags = dataclasses.make_dataclass("Flags", [own, *groups])
-    parsed: Any = tyro.cli(flags, args=args, prog=prog, description=description)
+    config = [tyro.conf.HelptextFromCommentsOff]  # Without it, tyro reads the sources again for fields without a text.
+    parsed: Any = tyro.cli(flags, args=args, prog=prog, description=description, config=config)
     return parsed.command, {name: value for group in GROUPS for name, value in vars(getattr(parsed, group)).items()}
 
 
