@@ -121,6 +121,7 @@ def test_exports_need_no_data_and_name_the_classes(
         session = onnxruntime.InferenceSession(str(tmp_path / name), providers=["CPUExecutionProvider"])
         kept = session.get_modelmeta().custom_metadata_map
         assert (json.loads(kept["classes"]) if "classes" in kept else None) == classes
+        assert classes is None or json.loads(kept["input"])["mean"] == [0.485, 0.456, 0.406]
         got.append(session.run(None, {"images": x})[0])
     np.testing.assert_array_equal(*got)
     backbone = build("resnet8", classes=6)
