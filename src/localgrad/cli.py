@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
 import tyro
 
 from localgrad.core.errors import RunError, UserError, unknown
-from localgrad.run.arguments import Compare, Eval, Export, List, Plan, Probe, Report, Train
+from localgrad.run.arguments import Compare, Eval, Export, List, Plan, Predict, Probe, Report, Train, parse_grouped
 from localgrad.run.recipe import Recipe, override, read_plan
 from localgrad.run.recipes import RECIPES, named_recipe
 from localgrad.run.signals import BOTH, Stopped, rank_here, sigterm_raises
 
 COMMANDS: dict[str, type] = {
     "train": Train, "plan": Plan, "eval": Eval, "compare": Compare, "probe": Probe, "report": Report,
-    "export": Export, "list": List,
+    "export": Export, "predict": Predict, "list": List,
 }  # fmt: skip
 USAGE = """usage: localgrad COMMAND [flags]    (localgrad COMMAND --help shows the flags)
 
@@ -32,12 +34,14 @@ Train a network as gradient-isolated blocks with momentum auxiliary networks.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command, by default that of the process, and returns the exit code: 0, 2 for an error that the user can
-    mend, 3 for a fault of the run, or 128 + the number of the signal that stopped it."""
+    mend, 3 for a fault of the run, 128 + the number of the signal that stopped it, or 1 if all went well but standard
+    output did not take what was printed."""
     args = [_expanded(arg) for arg in (sys.argv[1:] if argv is None else argv)]
     warnings.showwarning = _warnings_shown()
     try:
-        with sigterm_raises():
+        with sigterm_raises(), _whole_output():
             return _run(args)
+        return 0  # Whoever read the output has gone before its end.
     except (UserError, RunError) as error:
         if not (error.shared and rank_here()):
             print(f"localgrad: {error}", file=sys.stderr)
@@ -54,8 +58,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         try:
             sys.stdout.flush()
-        except OSError:  # The reader has gone. Without this, Python would print an error and exit with 120.
+        except OSError:  # Without this, Python would print an error and exit with 120.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class OutputLost(RunError):
+    """The command has done its work, but standard output did not take all that it printed."""
+
+    exit_code = 1
+
+
+@contextlib.contextmanager
+def _whole_output() -> Iterator[None]:
+    """Raises OutputLost if standard output does not take what is printed, as on a full disk. If a reader such as `head`
+    has gone, it wants no more, and the context ends in silence."""
+    ended = None
+    try:
+        yield
+    except (OSError, SystemExit) as error:  # Printing may have failed, and --help ends in SystemExit.
+        ended = error
+    try:
+        if isinstance(ended, OSError):
+            print()  # If the error was that of standard output, it comes again.
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if isinstance(ended, OSError):
+            return
+    except OSError as error:
+        raise OutputLost(f"what was printed is not complete: {error.strerror}") from error
+    if ended is not None:
+        raise ended
 
 
 def _run(args: list[str]) -> int:
@@ -80,7 +112,8 @@ def _run(args: list[str]) -> int:
 
     functions: dict[type, Callable[[Any], int]] = {
         Train: commands.run_train, Plan: commands.run_plan, Eval: commands.run_eval, Compare: commands.run_compare,
-        Probe: commands.run_probe, Report: commands.run_report, Export: commands.run_export, List: commands.run_list,
+        Probe: commands.run_probe, Report: commands.run_report, Export: commands.run_export,
+        Predict: commands.run_predict, List: commands.run_list,
     }  # fmt: skip
     return functions[type(command)](command)
 
@@ -94,21 +127,22 @@ def _expanded(arg: str) -> str:
 def _parse(name: str, args: list[str]) -> Any:
     """The command with this name and these arguments. It exits after `--help` and wrong arguments."""
     kind, prog = COMMANDS[name], f"localgrad {name}"
+    description = cleandoc(kind.__doc__ or "")
     if kind not in (Train, Plan):
-        return tyro.cli(kind, args=args, prog=prog)
+        return tyro.cli(kind, args=args, prog=prog, description=description)
     recipe_name, args = _take("--recipe", "a name or a YAML file", args)
     plan_file, args = _take("--plan", "a file that localgrad plan wrote", args) if kind is Train else (None, args)
     recipe = named_recipe(recipe_name) if recipe_name else Recipe()
     if plan_file:
         recipe = override(recipe, read_plan(Path(plan_file)))
-    description = f"{kind.__doc__}\n\n--recipe NAME starts from one of: {', '.join(RECIPES)}; or from a YAML file."
+    description += f"\n\n--recipe NAME starts from one of: {', '.join(RECIPES)}; or from a YAML file."
     if kind is Train:
         description += "\n--plan FILE follows what localgrad plan has written."
-    parsed = tyro.cli(kind, args=args, prog=prog, default=kind(recipe), description=description)
+    command, values = parse_grouped(kind(recipe), args, prog=prog, description=description)
     # Only the fields on the command line count as changes, because the others may be implied: `--method bp` implies one
     # block, unless `--blocks` is there too.
-    changes = {field: getattr(parsed.recipe, field) for field in _recipe_fields(args)}
-    return dataclasses.replace(parsed, recipe=override(recipe, changes))
+    changes = {field: values[field] for field in _recipe_fields(args)}
+    return dataclasses.replace(command, recipe=override(recipe, changes))
 
 
 def _recipe_fields(args: list[str]) -> set[str]:

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from tiny import TINY, tiny
 
 from localgrad.core.couplings import DeepMAN
 from localgrad.core.engine import local_backward
 from localgrad.core.errors import UserError
 from localgrad.core.model import LocalModel
-from localgrad.run.build import build_model, check_single, coupling_of, machine_for, method_of
-from localgrad.run.data import DATASETS, Data, Images
+from localgrad.run.build import build_model, check_single, coupling_of, freeze, machine_for, method_of, planner_for
+from localgrad.run.data import DATASETS, Data, Images, load
 from localgrad.run.recipe import Recipe
 from localgrad.run.recipes import RECIPES
+from localgrad.run.signals import Stopped
+from localgrad.run.train import train
+from localgrad.run.weights import read_weights
 
 
 def model_of(recipe: Recipe, size: int | None = None) -> LocalModel:
@@ -100,6 +106,48 @@ def test_the_memory_format_reaches_the_weights() -> None:
         model = model_of(Recipe(model="resnet8", channels_last=asked))
         weight = model.backbone.get_parameter("layer1.0.conv1.weight")
         assert weight.is_contiguous(memory_format=torch.channels_last) == asked
+
+
+def frozen(name: str) -> bool:
+    """Whether an entry of a resnet8's state belongs to the units stem and layer1.0."""
+    return name.startswith(("conv1", "bn1", "layer1"))
+
+
+@pytest.mark.parametrize("changes", [{}, {"method": "bp", "blocks": "1", "coupling": "none"}, {"coupling": "none"}])
+def test_frozen_units_stay_as_they_are(changes: dict, tmp_path: Path, stop_after: Callable[[int], None]) -> None:
+    """Weights, running statistics and counters, over evaluations and a stop; all else learns."""
+    recipe = tiny(freeze="stem:layer1.0", epochs=3, **changes)
+    data, machine = load("digits", limit_train=64), machine_for(recipe)
+    model = build_model(recipe, data, machine)
+    assert {n for n, p in model.backbone.named_parameters() if not p.requires_grad} == {
+        n for n, _ in model.backbone.named_parameters() if frozen(n)
+    }
+    norms = {n: m for n, m in model.backbone.named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
+    assert all(norm.training != frozen(name) for name, norm in norms.items())
+    before = {name: tensor.clone() for name, tensor in model.backbone.state_dict().items()}
+    stop_after(6)
+    with pytest.raises(Stopped):
+        train(recipe, tmp_path / "run")
+    stop_after(0)
+    train(recipe, tmp_path / "run")
+    after = read_weights(tmp_path / "run" / "model.safetensors")
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == {name for name in before if frozen(name)}
+
+
+def test_frozen_units_are_planned() -> None:
+    """Nothing of what the frozen units compute is kept for a backward pass."""
+    all_trained, few = (planner_for(tiny(freeze=units), machine_for(TINY)) for units in (None, "stem:layer2.0"))
+    assert few.bp.peak < 0.7 * all_trained.bp.peak
+
+
+def test_what_cannot_be_frozen() -> None:
+    network, example = torch.nn.Sequential(torch.nn.Linear(4, 2)), torch.zeros(2, 4)  # one unit without a head
+    with pytest.raises(UserError, match=r"unknown unit '2': choose one of \(0\)"):
+        freeze(network, "0,2", example)
+    assert all(p.requires_grad for p in network.parameters())
+    with pytest.raises(UserError, match="freeze leaves nothing of the network to train: leave out one of 0"):
+        freeze(network, "0", example)
 
 
 def test_the_seed_fixes_the_weights() -> None:

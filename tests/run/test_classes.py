@@ -121,6 +121,7 @@ def test_exports_need_no_data_and_name_the_classes(
         session = onnxruntime.InferenceSession(str(tmp_path / name), providers=["CPUExecutionProvider"])
         kept = session.get_modelmeta().custom_metadata_map
         assert (json.loads(kept["classes"]) if "classes" in kept else None) == classes
+        assert classes is None or json.loads(kept["input"])["mean"] == [0.485, 0.456, 0.406]
         got.append(session.run(None, {"images": x})[0])
     np.testing.assert_array_equal(*got)
     backbone = build("resnet8", classes=6)
@@ -135,7 +136,8 @@ def test_equal_weights_and_names_give_equal_bytes(names: list[str], tmp_path: Pa
     weights = {"b": torch.rand(3, 5), "a": torch.arange(7, dtype=torch.uint8), "\u00fc.bias": torch.rand(())}
     files = []
     for number in range(30):  # safetensors' own order of metadata is another one each time
-        save_weights(tmp_path / f"{number}.safetensors", weights, names)
+        about = {"input": "{}", "classes": json.dumps(names)}
+        save_weights(tmp_path / f"{number}.safetensors", weights, about)
         files.append((tmp_path / f"{number}.safetensors").read_bytes())
     assert len(set(files)) == 1
     assert int.from_bytes(files[0][:8], "little") % 8 == 0

@@ -137,6 +137,9 @@ def test_list_shows_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
         (["--init=~/nowhere.pth"], "no checkpoint at home/nowhere.pth"),
         (["--recipe=~/nowhere.yaml"], "no recipe at home/nowhere.yaml"),
         (["--plan", "~/nowhere.yaml"], "home/nowhere.yaml holds no plan"),
+        (["--freeze", "stem,layer1.1"], "unknown unit 'layer1.1': did you mean 'layer1.0'? (layer1.0, layer2.0, lay"),
+        (["--freeze", "layer2.0:stem"], "'layer2.0:stem' runs backwards: 'stem' comes first"),
+        (["--backbone-lr", "-1"], "backbone_lr must be at least 0"),
     ],
 )
 def test_mistakes_get_one_sentence(

@@ -29,6 +29,7 @@ CHANGED = {
     "decay_norms": False,
     "label_smoothing": 0.1, "clip": 0.1, "step_as_you_go": True, "precision": "bf16", "channels_last": False,
     "device": "cpu:0", "seed": 1, "deterministic": True, "workers": 1,
+    "freeze": "stem", "backbone_lr": 0.1, "mixup": 0.2, "cutmix": 1.0,
     "recompute": "all", "on_bad_image": "skip", "skip_nonfinite": True,
 }  # fmt: skip
 NEEDS = {  # the setting in which a field has an effect

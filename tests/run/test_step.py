@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import QUICK, TINY
+from tiny import BP, QUICK, TINY
 from torch import Tensor
 
+import localgrad as lg
 from localgrad.cli import main
 from localgrad.core.errors import RunError, UserError
 from localgrad.core.model import LocalModel
@@ -27,7 +28,7 @@ from localgrad.run.checkpoint import read_checkpoint, saved
 from localgrad.run.folder import summary_rows
 from localgrad.run.modes import Alone
 from localgrad.run.recipe import Recipe
-from localgrad.run.step import SKIPS, NotFinite, Stepper
+from localgrad.run.step import SKIPS, NotFinite, Stepper, rate, slowed
 from localgrad.run.train import to_device, train
 from localgrad.scale.replicas import Ranks
 
@@ -160,6 +161,39 @@ def test_a_skipped_step_is_as_if_it_had_not_been(
         assert stepper(batches).skipped == ""
         undisturbed(others)
     assert changed(everything(stepper), everything(undisturbed)) == set()
+
+
+@pytest.mark.parametrize("as_you_go", [False, True])
+@pytest.mark.parametrize("decay_norms", [False, True])
+def test_the_backbone_learns_at_a_rate_of_its_own(as_you_go: bool, decay_norms: bool) -> None:
+    """The head and the auxiliaries keep lr, and the factors of --block-lr multiply both."""
+    rates = {"lr": 0.02, "backbone_lr": 0.1, "block_lr": "1,2,1,0.5"}
+    stepper, batches = stepper_of(dataclasses.replace(TINY, step_as_you_go=as_you_go, decay_norms=decay_norms, **rates))
+    model = stepper.model
+    found = {id(p): group["peak_lr"] for o in stepper.optimizers for group in o.param_groups for p in group["params"]}
+    assert len(found) == sum(len(model.members(k)) for k in range(4))
+    head = {"fc.weight", "fc.bias"}
+    slow = {id(p) for name, p in model.backbone.named_parameters() if name not in head}
+    for k, factor in enumerate((1, 2, 1, 0.5)):
+        for p in model.members(k):
+            assert found[id(p)] == pytest.approx(0.02 * factor * (0.1 if id(p) in slow else 1))
+    assert stepper.lr == pytest.approx(0.02 * rate(stepper.step - 1, stepper.total, TINY.warmup))
+    stepper(batches)
+
+
+def test_one_block_has_the_rate_of_its_head() -> None:
+    stepper, batches = stepper_of(dataclasses.replace(TINY, **BP, backbone_lr=0.0))
+    before = {name: p.clone() for name, p in stepper.model.backbone.named_parameters()}
+    stepper(batches)
+    moved = {name for name, p in stepper.model.backbone.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"fc.weight", "fc.bias"}
+    assert stepper.lr > 0
+
+
+def test_a_network_of_one_unit_has_no_backbone() -> None:
+    model = lg.localize(torch.nn.Sequential(torch.nn.Linear(4, 2)), method=lg.bp(), example=torch.zeros(2, 4))
+    with pytest.raises(UserError, match="backbone-lr has no effect on this network, whose head cannot be told"):
+        slowed(lg.param_groups(model), model, 1.0, 0.5)
 
 
 def test_one_bad_batch_of_several_drops_the_whole_step() -> None:

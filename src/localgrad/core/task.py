@@ -55,7 +55,10 @@ class Classification:
             raise UserError(f"classification takes a label smoothing from 0 to below 1, not {self.label_smoothing}")
 
     def criterion(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy, mean over the batch, of logits [B, classes] in float32 or wider and int64 targets [B]."""
+        """Cross-entropy, mean over the batch, of logits [B, classes] in float32 or wider and int64 targets [B].
+
+        Targets may also be the share of each class, floats [B, classes].
+        """
         return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
 
     def metrics(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -71,12 +74,14 @@ class Classification:
         return {"top1": hits[:, :1].sum(), "top5": hits.sum(), "loss": loss}
 
     def check_targets(self, targets: Tensor) -> None:
-        """Raises UserError unless targets are int64 classes [B].
+        """Raises UserError unless targets are int64 classes [B], or the share of each class, floats [B, classes].
 
         Values are compared on the CPU only, because reading them from another device would make it wait.
         """
         if not isinstance(targets, Tensor):
             raise UserError(f"targets must be a tensor of one int64 class a sample, not a {type(targets).__name__}")
+        if targets.is_floating_point() and targets.ndim == 2 and targets.shape[1] == self.classes:
+            return
         if targets.ndim != 1 or targets.dtype != torch.int64:
             raise UserError(f"targets must be one int64 class a sample, not {tuple(targets.shape)} {targets.dtype}")
         if (

@@ -6,16 +6,24 @@ import contextlib
 import dataclasses
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
 from localgrad.core.errors import UserError, unknown
+from localgrad.run.fields import DataFields, MachineFields, MemoryFields, MethodFields, ModelFields, OptimizerFields
 from localgrad.run.recipe import Recipe, Saving
 
-LISTS = ("model_args", "block_lr", "recompute")  # The values of these fields contain commas.
+LISTS = ("model_args", "block_lr", "recompute", "freeze")  # The values of these fields contain commas.
+# The flags of a recipe, by the group under which --help lists them.
+GROUPS = {
+    "model": ModelFields, "data": DataFields, "method": MethodFields, "optimizer": OptimizerFields,
+    "memory": MemoryFields, "machine": MachineFields,
+}  # fmt: skip
+Kind = TypeVar("Kind")
+Group = tyro.conf.OmitArgPrefixes[Kind]  # A group's name is no part of its flags.
 RunFolder = Annotated[Path, tyro.conf.arg(metavar="RUN")]
 RunFolders = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN [RUN ...]")]
 
@@ -24,10 +32,10 @@ RunFolders = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN [RUN ...]")]
 class Train:
     """Train a network and write the run into a folder. Flags override the fields of the recipe."""
 
-    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    recipe: Annotated[Recipe, tyro.conf.Fixed, tyro.conf.Suppress]  # `parse` adds its flags, in groups.
     out: Path = Path("runs/train")
     """Run folder. If it holds an unfinished run of the same recipe, that run is resumed."""
-    saving: Annotated[Saving, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Saving)
+    saving: Group[Saving] = field(default_factory=Saving)
     tensorboard: bool = False
     """Also write TensorBoard events (needs localgrad[tensorboard])."""
     budget: str | None = None
@@ -49,7 +57,7 @@ class Plan:
     Nothing is trained, and the data may be missing. With --image-size, images have 3 channels and 1000 classes.
     """
 
-    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    recipe: Annotated[Recipe, tyro.conf.Fixed, tyro.conf.Suppress]  # `parse` adds its flags, in groups.
     budget: str = "8GiB"
     """Memory that a training step may take, such as 8GiB or 500MiB."""
     out: Path | None = None
@@ -78,8 +86,7 @@ class Compare:
     """
 
     methods: str = "bp,dgl,dgl+man,dgl+deep-man"
-    """Methods, separated by commas. Each is METHOD or METHOD+COUPLING, with names from localgrad list. @FIELD=VALUE
-    behind one sets a field of its runs alone, as in bp@recompute=all."""
+    """METHOD or METHOD+COUPLING, split by commas. @FIELD=VALUE sets a field of its runs alone: bp@recompute=all."""
     blocks: str = "4"
     """Numbers of blocks, or units after which to cut, joined by slashes: 4,16,layer1.0/layer1.2/layer1.4."""
     seeds: str = "0"
@@ -131,6 +138,24 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Predict:
+    """Predict the classes of image files by the trained network of a run."""
+
+    run: tyro.conf.Positional[RunFolder]
+    """Run folder."""
+    files: tyro.conf.Positional[
+        Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE [FILE ...]", help_behavior_hint="(required)")]
+    ]
+    """Image files of any size. They are resized and normalised as the test images of the run."""
+    top: int = 5
+    """How many classes to show for each image, the most probable first."""
+    out: Path | None = None
+    """CSV file to write, with a row for each image and class. By default a table is printed."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+
+@dataclass(frozen=True)
 class Export:
     """Export the trained network of a run, without auxiliaries."""
 
@@ -148,6 +173,28 @@ class List:
 
     data_dir: str | None = None
     """Folder to search for data sets."""
+
+
+def parse_grouped(command: Any, args: Sequence[str], *, prog: str, description: str) -> tuple[Any, dict[str, Any]]:
+    """Parses the arguments of a command that has a recipe. It exits after `--help` and wrong arguments.
+
+    Args:
+        command: The command with the values that hold without flags.
+        args: The arguments behind the name of the command.
+        prog: The command as the usage line shows it.
+        description: The text above the flags.
+
+    Returns:
+        The command with the values of its own flags, and the values of all fields of the recipe.
+    """
+    values = vars(command.recipe)
+    parts = {name: kind(**{f.name: values[f.name] for f in fields(kind)}) for name, kind in GROUPS.items()}
+    groups = [(name, Group[type(part)], field(default=part)) for name, part in parts.items()]
+    own = ("command", Annotated[type(command), tyro.conf.arg(name="")], field(default=command))
+    flags = dataclasses.make_dataclass("Flags", [own, *groups])
+    config = [tyro.conf.HelptextFromCommentsOff]  # Without it, tyro reads the sources again for fields without a text.
+    parsed: Any = tyro.cli(flags, args=args, prog=prog, description=description, config=config)
+    return parsed.command, {name: value for group in GROUPS for name, value in vars(getattr(parsed, group)).items()}
 
 
 def parse_lists(pairs: Sequence[str]) -> dict[str, list[Any]]:
@@ -168,7 +215,7 @@ def parse_lists(pairs: Sequence[str]) -> dict[str, list[Any]]:
 def parse_changes(pairs: Sequence[str], flag: str = "--set") -> dict[str, Any]:
     """Reads KEY=VALUE pairs into recipe fields of the right types. Raises UserError for a pair that is none."""
     changes = {}
-    names = {f.name for f in dataclasses.fields(Recipe)}
+    names = {f.name for f in fields(Recipe)}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         name = key.replace("-", "_")

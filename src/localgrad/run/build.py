@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from localgrad.core.auxiliary import Method
 from localgrad.core.backbones import build
+from localgrad.core.blocks import trace_units
 from localgrad.core.couplings import COUPLINGS, MAN
 from localgrad.core.engine import local_backward
 from localgrad.core.errors import UserError
@@ -26,11 +27,12 @@ from localgrad.core.task import Classification
 from localgrad.run.checkpoint import load_backbone, read_weights
 from localgrad.run.data import DATASETS, Data, DataInfo, check_classes, load
 from localgrad.run.files import MODEL
-from localgrad.run.folder import read_classes
+from localgrad.run.folder import read_classes, read_input
+from localgrad.run.own import build_own, is_own
 from localgrad.run.recipe import Recipe
 from localgrad.scale.memory import MakeOptimizer, on_fake_tensors
 from localgrad.scale.plan import Planner
-from localgrad.scale.recompute import recompute
+from localgrad.scale.recompute import recompute, unit_range
 from localgrad.scale.replicas import sync_batch_norm
 from localgrad.scale.speed import calibrate
 
@@ -83,7 +85,29 @@ def machine_for(recipe: Recipe) -> Machine:
 
 def backbone_of(recipe: Recipe, info: DataInfo) -> nn.Module:
     """The recipe's network with fresh weights, for a data set."""
-    return build(recipe.model, classes=info.classes, in_channels=info.channels, **recipe.arguments)
+    make = build_own if is_own(recipe.model) else build
+    return make(recipe.model, classes=info.classes, in_channels=info.channels, **recipe.arguments)
+
+
+def freeze(backbone: nn.Module, units: str, example: Tensor) -> None:
+    """Freezes units of a network: their parameters need no gradient, and their modules are in evaluation mode, in which
+    `localize` and a run leave them.
+
+    Args:
+        units: Names of units and ranges FIRST:LAST of them, split by commas.
+        example: An input batch, of which only the shape counts.
+
+    Raises:
+        UserError: A name is that of no unit, or nothing is left to train.
+    """
+    found = trace_units(backbone, example).units
+    names = [unit.name for unit in found]
+    backbone.train()
+    for first, last in [unit_range(word.strip(), names) for word in units.split(",")]:
+        for unit in found[first : last + 1]:
+            unit.module.eval().requires_grad_(False)
+    if not any(p.requires_grad for p in backbone.parameters()):
+        raise UserError(f"freeze leaves nothing of the network to train: leave out one of {', '.join(names)}")
 
 
 def data_of(run: Path, recipe: Recipe) -> Data:
@@ -100,6 +124,8 @@ def info_of(run: Path, recipe: Recipe) -> DataInfo:
     classes, their number follows from the weights: the network is built for another number, and shapes are compared."""
     info = DATASETS[recipe.data]
     info = replace(info, classes=info.classes or len(read_classes(run)), size=recipe.image_size or info.size)
+    if recorded := read_input(run):
+        info = replace(info, **{name: tuple(recorded[name]) for name in ("mean", "std")})
     if info.classes:
         return info
     trial, saved = 1009, read_weights(run / MODEL)
@@ -130,13 +156,16 @@ def build_model(
         other = replace(info, classes=info.classes + 1)
         for sentence in load_backbone(backbone, Path(recipe.init), resized=lambda: backbone_of(recipe, other)):
             say(sentence)
+    example = torch.zeros(2, info.channels, info.size, info.size)
     if recipe.sync_batch_norm:
         sync_batch_norm(backbone)
+    if recipe.freeze is not None:
+        freeze(backbone, recipe.freeze, example)
     machine.place(backbone)
     model = localize(
         backbone,
         blocks=recipe.cut, method=method_of(recipe, info), coupling=coupling_of(recipe),
-        example=torch.zeros(2, info.channels, info.size, info.size),
+        example=example,
         task=Classification(info.classes, recipe.label_smoothing),
     )  # fmt: skip
     if recipe.sync_batch_norm:
@@ -176,6 +205,8 @@ def planner_for(recipe: Recipe, machine: Machine, classes: int | None = None) ->
     machine.place(backbone)
     example = torch.zeros(recipe.batch_size, info.channels, size, size, device=machine.device)
     example = example.contiguous(memory_format=machine.memory_format)
+    if recipe.freeze is not None:
+        freeze(backbone, recipe.freeze, example)
     return Planner(
         backbone, example, method=method_of(recipe, info), coupling=coupling_of(recipe),
         task=Classification(info.classes, recipe.label_smoothing), optimizer=optimizer_of(recipe),

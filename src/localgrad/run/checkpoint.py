@@ -15,7 +15,7 @@ import os
 import random
 import shutil
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,9 +59,9 @@ class Checkpoint:
     environment: dict[str, str]
 
 
-def save_weights(path: Path, state: Mapping[str, Tensor], classes: Sequence[str] = ()) -> None:
-    """Writes tensors as safetensors, with the names of the classes in the metadata. Equal weights give equal bytes.
-    Raises RunError if the disk does not take the file. Then nothing is left of it."""
+def save_weights(path: Path, state: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> None:
+    """Writes tensors as safetensors, with `about` in the metadata. Equal weights give equal bytes. Raises RunError if
+    the disk does not take the file. Then nothing is left of it."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
     owners = {t.untyped_storage().data_ptr(): name for name, t in tensors.items()}
     # The format cannot express that tensors share memory, so each of them is written.
@@ -70,7 +70,7 @@ def save_weights(path: Path, state: Mapping[str, Tensor], classes: Sequence[str]
     start = 8 + int.from_bytes(content[:8], "little")  # The tensors begin after the header.
     try:
         with replacing(path) as part, part.open("wb") as file:
-            file.write(_header(content[8:start], classes))
+            file.write(_header(content[8:start], about or {}))
             file.write(content[start:])
     except OSError as error:
         raise RunError(f"cannot write {path}: {_reason(error)}") from error
@@ -98,7 +98,8 @@ def save_checkpoint(
         make_folder(folder)
         remove(part)
         part.mkdir()
-        save_weights(part / MODEL, model, state.get("classes", ()))
+        names = state.get("classes", ())
+        save_weights(part / MODEL, model, {"classes": json.dumps(names)} if names else None)
         save_weights(part / AUXILIARIES, auxiliaries)
         text, tensors = to_json(dict(state))
         save_weights(part / STATE_TENSORS, tensors)
@@ -249,23 +250,18 @@ def _size(file: Path) -> int:
     return status.st_size if stat.S_ISREG(status.st_mode) else -1
 
 
-def _header(written: memoryview, classes: Sequence[str]) -> bytes:
-    """The header of a safetensors file, with its length before it and the names of the classes in its metadata.
+def _header(written: memoryview, about: Mapping[str, str]) -> bytes:
+    """The header of a safetensors file, with its length before it and `about` in its metadata.
 
-    The names are not given to safetensors, because the order in which it writes several entries is not always the same.
+    It is not given to safetensors, because the order in which that writes several entries is not always the same.
     """
     header = bytes(written)
-    if classes:
+    if about:
         content = json.loads(header)
-        content["__metadata__"]["classes"] = classes_json(classes)
+        content["__metadata__"].update(about)
         header = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
         header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header
-
-
-def classes_json(classes: Sequence[str]) -> str:
-    """The names of the classes for the metadata: a JSON list in the order of the logits."""
-    return json.dumps(list(classes))
 
 
 def _reason(error: BaseException) -> str:

@@ -18,11 +18,11 @@ from localgrad.core.backbones import CIFAR_RESNETS
 from localgrad.core.errors import RunError, UserError
 from localgrad.core.sizes import mib, parse_bytes
 from localgrad.run import data as data_room
-from localgrad.run.arguments import Compare, Eval, Export, List, Plan, Probe, Report, Train
+from localgrad.run.arguments import Compare, Eval, Export, List, Plan, Predict, Probe, Report, Train
 from localgrad.run.build import backbone_of, data_of, info_of, machine_for, planner_for
-from localgrad.run.checkpoint import classes_json, load_backbone, read_weights, save_weights
+from localgrad.run.checkpoint import load_backbone, read_weights, save_weights
 from localgrad.run.files import MODEL, check_folder, check_system, replacing, write_text
-from localgrad.run.folder import claim, finished_runs, open_run, read_classes, summary_rows
+from localgrad.run.folder import claim, evaluated, finished_runs, open_run, read_classes, summary_rows
 from localgrad.run.ranks import joined
 from localgrad.run.recipe import COUPLINGS, HEADS, METHODS, PLANNED, Recipe, read_recipe, settle
 from localgrad.run.recipes import RECIPES
@@ -159,11 +159,9 @@ def show_plans(rows: list[tuple[str, plans.Plan]], bp: float) -> None:
 
 
 def run_eval(args: Eval) -> int:
-    recipe = replace(open_run(args.run), device=args.device)
+    recipe = evaluated(args.run, args.device)
     if args.data_dir is not None:
         recipe = replace(recipe, data_dir=args.data_dir)
-    if recipe.precision == "fp16":  # It needs a CUDA device, and the weights can be evaluated in any precision.
-        recipe = replace(recipe, precision="auto")
     data = data_of(args.run, recipe)
     machine = machine_for(recipe)
     backbone = backbone_of(recipe, data.info)
@@ -183,11 +181,22 @@ def run_export(args: Export) -> int:
     weights = args.run / MODEL
     check_folder(path)
     if args.format == "safetensors":
-        save_weights(path, read_weights(weights), read_classes(args.run))
+        save_weights(path, read_weights(weights), _about(args.run, recipe))
     else:
         _export_onnx(args.run, recipe, path)
     print(f"wrote {path}")
     return 0
+
+
+def _about(run: Path, recipe: Recipe) -> dict[str, str]:
+    """What an exported file says about the data: the names of the classes, and how to make an input of an image."""
+    return data_room.described(info_of(run, recipe), read_classes(run))
+
+
+def run_predict(args: Predict) -> int:
+    from localgrad.run.predict import predict
+
+    return predict(args)
 
 
 def run_compare(args: Compare) -> int:
@@ -244,7 +253,7 @@ def run_list(args: List) -> int:
     console = Console()
     for title, names in (("methods", METHODS), ("couplings", COUPLINGS), ("heads", HEADS), ("recipes", RECIPES)):
         console.print(f"[bold]{title}[/]  {', '.join(names)}", highlight=False)
-    models = f"{', '.join(CIFAR_RESNETS)}, torchvision:NAME, timm:NAME"
+    models = f"{', '.join(CIFAR_RESNETS)}, torchvision:NAME, timm:NAME, PACKAGE.MODULE:FUNCTION"
     console.print(f"[bold]backbones[/]  {models} (classification networks)", highlight=False)
     table = Table("data set", "images", "classes", "present", title="data sets", title_justify="left")
     for name, info in data_room.DATASETS.items():
@@ -272,8 +281,7 @@ def _export_onnx(run: Path, recipe: Recipe, path: Path) -> None:
             backbone.eval(), (example,), dynamo=True, dynamic_shapes=({0: batch},),
             input_names=["images"], output_names=["logits"], verbose=False,
         )  # fmt: skip
-        if names := read_classes(run):
-            program.model.metadata_props["classes"] = classes_json(names)
+        program.model.metadata_props.update(_about(run, recipe))
         with replacing(path) as part:
             program.save(str(part), external_data=False)
     except Exception as error:  # The exporter raises many kinds of errors.

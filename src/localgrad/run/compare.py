@@ -21,7 +21,7 @@ from localgrad.core.errors import RunError, UserError
 from localgrad.core.sizes import mib
 from localgrad.run import data as data_room
 from localgrad.run.arguments import Compare, parse_changes, parse_lists
-from localgrad.run.build import backbone_of, machine_for
+from localgrad.run.build import backbone_of, freeze, machine_for
 from localgrad.run.files import MODEL, check_system
 from localgrad.run.folder import claim, summary_rows
 from localgrad.run.recipe import Recipe, as_dict, idle, override, settle
@@ -89,7 +89,10 @@ def check(cells: Sequence[Cell]) -> None:
             info = replace(info, classes=2)  # An image folder has not been read yet. Cuts do not depend on the number.
         backbone = backbone_of(recipe, info)
         size = recipe.image_size or info.size
-        split(trace_units(backbone, torch.zeros(1, info.channels, size, size)), recipe.cut)
+        example = torch.zeros(1, info.channels, size, size)
+        split(trace_units(backbone, example), recipe.cut)
+        if recipe.freeze is not None:
+            freeze(backbone, recipe.freeze, example)
 
 
 def grid(args: Compare) -> list[Cell]:

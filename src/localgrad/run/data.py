@@ -7,12 +7,14 @@ each random draw of the augmentation depend on seed, epoch and index only, so a 
 
 from __future__ import annotations
 
+import json
 import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,6 +53,11 @@ class DataInfo:
     std: tuple[float, ...]
     pad: int
     flip: bool
+
+    @property
+    def input(self) -> dict[str, Any]:
+        """What a program must know to make an input of the network from an image."""
+        return {"channels": self.channels, "size": self.size, "mean": list(self.mean), "std": list(self.std)}
 
 
 DATASETS: dict[str, DataInfo] = {
@@ -167,6 +174,12 @@ def check_classes(data: Data, recorded: Sequence[str], whose: object) -> str | N
         f"the classes of {data.info.name} are other than those of {whose}: {' and '.join(changes)}; name the data that "
         "it was trained on with --data-dir, or give the classes their names back"
     )
+
+
+def described(info: DataInfo, names: Sequence[str]) -> dict[str, str]:
+    """What the metadata of a file of weights say about its data, as JSON: `classes` lists the names in the order of the
+    logits, and `input` has the channels, the side in pixels, and the mean and std of pixels in [0, 1]."""
+    return {"classes": json.dumps(list(names)), "input": json.dumps(info.input)} if names else {}
 
 
 def find(name: str, data_dir: str | None = None, *, download: bool = False) -> DataInfo:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from localgrad.core.engine import autocasting
 from localgrad.core.errors import RunError
+from localgrad.core.model import LocalModel
 from localgrad.core.task import Classification
 from localgrad.run import data as datasets
 from localgrad.run.build import Machine
@@ -40,6 +41,7 @@ def evaluate(
         The loss, and the top-1 and top-5 accuracy in percent.
     """
     ranks = ranks or Ranks()
+    modes = [(module, module.training) for module in _modules(model)]
     was_training = model.training
     model.eval()
     task = Classification(data.info.classes)
@@ -57,10 +59,18 @@ def evaluate(
             count += len(y)
             between()
     model.train(was_training)
+    for module, mode in modes:  # Frozen parts stay in evaluation mode.
+        module.training = mode
     loss, top1, top5, images = ranks.all_reduce_sum([*sums.values(), count], machine.device)
     if not images:
         raise RunError("no image of the test set can be read")
     return {"eval_loss": loss / images, "eval_top1": 100 * top1 / images, "eval_top5": 100 * top5 / images}
+
+
+def _modules(model: nn.Module) -> list[nn.Module]:
+    """All modules of a network, and those that only the blocks of a local model have."""
+    blocks = model.blocks if isinstance(model, LocalModel) else ()
+    return [module for part in (model, *blocks) for module in part.modules()]
 
 
 def to_device(batch: tuple[Tensor, Tensor], info: datasets.DataInfo, machine: Machine) -> tuple[Tensor, Tensor]:

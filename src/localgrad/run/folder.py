@@ -56,6 +56,11 @@ def read_classes(folder: Path) -> list[str]:
     return names
 
 
+def read_input(folder: Path) -> dict[str, Any]:
+    """What a run has recorded about its images: `channels`, `size`, `mean` and `std`. Older runs have nothing."""
+    return _section(folder, "input")
+
+
 def _section(folder: Path, name: str) -> dict[str, Any]:
     """A section of config.yaml. It is empty if an older version has not written it."""
     found = _config(folder).get(name)
@@ -122,6 +127,13 @@ def open_run(run: Path) -> Recipe:
     if not (run / MODEL).is_file():
         raise UserError(f"{run} holds a run that is not finished: train it to its end first")
     return read_recipe(run / CONFIG)
+
+
+def evaluated(run: Path, device: str) -> Recipe:
+    """The recipe of a finished run, to evaluate its network on a device. fp16 needs a CUDA device, but weights can be
+    evaluated in any precision. Raises UserError if `run` is not the folder of a finished run."""
+    recipe = replace(open_run(run), device=device)
+    return replace(recipe, precision="auto") if recipe.precision == "fp16" else recipe
 
 
 def claim(folder: Path, recipe: Recipe, *, may_grow: bool = False) -> bool:

@@ -126,6 +126,7 @@ def decoded(
     epoch: int = 0,
     workers: int = 0,
     on_bad: OnBad | None = None,
+    whole: bool = False,
 ) -> Batches:
     """Decodes the batches `chunks` of a split: images uint8 [B, 3, size, size] and labels int64 [B].
 
@@ -139,12 +140,13 @@ def decoded(
         workers: How many processes decode.
         on_bad: Called with an unreadable file and the reason, each time that it is drawn. With a seed, another sample
             takes its place.
+        whole: Without a seed, whether a crop has the whole shorter side of its image, and not 224/256 of it.
 
     Raises:
         RunError: A file is no readable image and there is no `on_bad`, or no replacement can be read either.
     """
     loader = DataLoader(
-        _Decoder(split, size, seed, on_bad is not None),
+        _Decoder(split, size, seed, on_bad is not None, whole),
         batch_sampler=_Batches(chunks, epoch),  # pyright: ignore[reportArgumentType]  (Any iterable of batches works.)
         num_workers=workers,
         collate_fn=_collate,
@@ -313,8 +315,8 @@ class _Decoder(Dataset):
     With `replace`, another sample takes the place of an unreadable training image.
     """
 
-    def __init__(self, split: Files, size: int, seed: int | None, replace: bool) -> None:
-        self.split, self.size, self.seed, self.replace = split, size, seed, replace
+    def __init__(self, split: Files, size: int, seed: int | None, replace: bool, whole: bool) -> None:
+        self.split, self.size, self.seed, self.replace, self.whole = split, size, seed, replace, whole
 
     def __getitem__(self, pair: tuple[int, int]) -> _Item:
         epoch, index = pair
@@ -344,7 +346,8 @@ class _Decoder(Dataset):
 
         if self.seed is None:
             # As in torchvision's evaluation: a crop of 224 pixels is cut from an image whose short side is 256.
-            image = F.center_crop(F.resize(image, [round(self.size * 256 / 224)]), [self.size])
+            side = self.size if self.whole else round(self.size * 256 / 224)
+            image = F.center_crop(F.resize(image, [side]), [self.size])
         else:
             box, mirrored = resized_crop_box(image.height, image.width, seed=self.seed, epoch=epoch, index=index)
             image = F.resized_crop(image, *box, size=[self.size, self.size])

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import yaml
 
 from localgrad.core.errors import UserError, unknown
+from localgrad.run.fields import DataFields, MachineFields, MemoryFields, MethodFields, ModelFields, OptimizerFields
 
 SMALLEST, LARGEST = sys.float_info.min, sys.float_info.max
 METHODS = ("bp", "dgl", "predsim", "infopro", "auglocal")
@@ -27,99 +28,8 @@ HEADS = ("auto", "dgl", "0c1f", "1c1f", "1c2f", "1c3f", "2c2f")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """Everything that determines a run's result, and where its data lies."""
-
-    model: str = "resnet32"
-    """resnet20/32/44/56/110/1202, torchvision:NAME or timm:NAME."""
-    model_args: str | None = None
-    """Arguments of the network's constructor: img_size=28,patch_size=7."""
-    data: str = "digits"
-    """digits, fashion-mnist, cifar10, cifar100, svhn, stl10 or image-folder."""
-    data_dir: str | None = None
-    """Where the data lies; each set has a default."""
-    download: bool = False
-    """Fetch a missing data set."""
-    image_size: int | None = None
-    """Side of the images in pixels (image-folder only)."""
-    limit_train: int | None = None
-    """Number of training images to use, balanced over the classes."""
-
-    method: str = "dgl"
-    """bp, dgl, predsim, infopro or auglocal."""
-    coupling: str = "man"
-    """none, man, man++ or deep-man."""
-    blocks: str = "4"
-    """How many blocks, or the last unit of each: layer1.4,layer2.4; auto fits a --budget."""
-    head: str = "auto"
-    """Local classifier: dgl, 0c1f, 1c1f, 1c2f, 1c3f, 2c2f, which pool to 1x1, or 1c2f@4 to 4x4 and so on; auto is the
-    method's own (deep MAN: pool + linear)."""
-    momentum: float = 0.995
-    """Momentum of the coupling's EMA: 0 copies the source, 1 never moves."""
-    branches: Literal["both", "learnable", "ema"] = "both"
-    """Which branches of the coupling exist."""
-    form: Literal["branches", "pull"] = "branches"
-    """The coupling as published in code, or after the ECCV text."""
-    depth: int | None = None
-    """How many units deep MAN or auglocal uses; each has a default."""
-    learnable_units: int = 1
-    """How many units man's and man++'s learnable branch has; those after the first stand alone."""
-    lag: int = 0
-    """Steps by which the coupling's EMA is behind its source, so that a pipeline need not wait."""
-    ema_every: int = 1
-    """The coupling's EMA reads its source once in this many steps."""
-    contrast: bool = False
-    """InfoPro: supervised contrastive instead of cross-entropy."""
-
-    epochs: int = 20
-    """Passes over the training images."""
-    batch_size: int = 128
-    """Images of one forward pass."""
-    accumulate: int = 1
-    """Number of batches whose gradients are averaged for a step."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """sgd is with Nesterov momentum 0.9."""
-    lr: float = 0.1
-    """The peak of the cosine schedule."""
-    block_lr: str | None = None
-    """Factors on lr, one for each block: 1,1,0.5,0.5."""
-    warmup: float = 0.05
-    """Share of the steps in which lr rises linearly."""
-    weight_decay: float = 1e-4
-    """Weight decay of blocks and auxiliaries."""
-    decay_norms: bool = True
-    """Weight decay on norms, biases and scales too."""
-    label_smoothing: float = 0.0
-    """Label smoothing of all cross-entropies, the auxiliaries' too."""
-    clip: float | None = None
-    """Largest gradient norm of a block with its auxiliary."""
-    step_as_you_go: bool = False
-    """Step each block right after its backward pass, so that gradients are freed too."""
-
-    recompute: str | None = None
-    """Units to recompute in the backward pass, or all. FIRST:LAST are recomputed together, and may lie within another
-    such range. coupling.K is the coupling of block K."""
-
-    precision: Literal["auto", "bf16", "fp16", "float32"] = "auto"
-    """auto is bf16 where the processor is fast at it."""
-    channels_last: bool = True
-    """Memory format of images and weights."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    seed: int = 0
-    """Seed of the weights, the order, the augmentation and the subset."""
-    deterministic: bool = False
-    """Only deterministic kernels."""
-    sync_batch_norm: bool = False
-    """With several processes: batch norm over the images of all processes."""
-    workers: int = 0
-    """Processes that decode images (image-folder only)."""
-    on_bad_image: Literal["error", "skip"] = "error"
-    """error: an unreadable image ends the run; skip: it is replaced and listed (image-folder only)."""
-    skip_nonfinite: bool = False
-    """Leave out steps whose losses or gradients are not finite, instead of ending the run."""
-    init: str | None = None
-    """Checkpoint of the backbone to start from."""
+class Recipe(MachineFields, MemoryFields, OptimizerFields, MethodFields, DataFields, ModelFields):
+    """Everything that determines a run's result, and where its data lies. The fields of the last base come first."""
 
     def __post_init__(self) -> None:
         for kind, options in (("method", METHODS), ("coupling", COUPLINGS), ("head", HEADS)):
@@ -133,7 +43,8 @@ class Recipe:
         ranges = [(name, low, 2**63 - 1, f"at least {low}") for name, low in integers]
         ranges += [(name, 0, 1, "between 0 and 1") for name in ("momentum", "warmup", "label_smoothing")]
         ranges += [(name, SMALLEST, LARGEST, "above 0 and finite") for name in ("lr", "clip")]
-        ranges += [("weight_decay", 0, LARGEST, "at least 0 and finite")]
+        rest = ("weight_decay", "backbone_lr", "mixup", "cutmix")
+        ranges += [(name, 0, LARGEST, "at least 0 and finite") for name in rest]
         for name, low, high, allowed in ranges:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -143,10 +54,20 @@ class Recipe:
         _ = self.recomputed, self.arguments  # These properties check their fields.
         if self.init is not None:  # The same file has the same name, whether a shell or a YAML file names it.
             object.__setattr__(self, "init", os.path.expanduser(self.init))
+        self._check_pairs()
+
+    def _check_pairs(self) -> None:
+        """Raises UserError for two fields that cannot go together."""
         if self.step_as_you_go and self.accumulate > 1:
             raise UserError("step-as-you-go frees gradients after each batch, but accumulate keeps them: drop one")
         if self.step_as_you_go and self.skip_nonfinite:
             raise UserError("step-as-you-go has stepped the first blocks when a later one fails: drop skip-nonfinite")
+        if self.mixes and (self.method == "predsim" or (self.method == "infopro" and self.contrast)):
+            compares = "predsim" if self.method == "predsim" else "infopro's contrastive loss"
+            raise UserError(
+                f"{compares} compares the classes of two images, and mixup and cutmix give an image several: "
+                "drop them, or take another method"
+            )
 
     @property
     def cut(self) -> int | list[str]:
@@ -190,6 +111,11 @@ class Recipe:
             return [float(f) for f in self.block_lr.split(",")]
         except ValueError:
             raise UserError(f"block-lr takes numbers split by commas, not '{self.block_lr}'") from None
+
+    @property
+    def mixes(self) -> bool:
+        """Whether training images are mixed with each other, so that targets are shares of the classes."""
+        return bool(self.mixup or self.cutmix)
 
     @property
     def label(self) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from localgrad.core.errors import UserError
 from localgrad.core.sizes import mib
+from localgrad.run.data import DataInfo
 from localgrad.run.files import MODEL, PART, write_text
 from localgrad.run.folder import BAD_IMAGES, CONFIG, METRICS, SUMMARY, TABLE, TIMELINE
 from localgrad.run.recipe import Recipe, as_dict
@@ -58,6 +59,7 @@ class RunLog:
         recipe: The recipe, for config.yaml.
         total: The number of steps of the whole run.
         environment, sizes, classes: The other sections of config.yaml.
+        info: What is known about the images, for its section `input`.
         start: The step and the number of finished epochs from which the run goes on; (0, 0) for a new run.
         tensorboard: Whether to write TensorBoard events too.
     """
@@ -71,12 +73,14 @@ class RunLog:
         sizes: dict[str, int],
         *,
         classes: Sequence[str] = (),
+        info: DataInfo | None = None,
         start: tuple[int, int] = (0, 0),
         tensorboard: bool = False,
     ) -> None:
         self.folder, self.recipe, self.total = folder, recipe, total
         self.start, self._epochs = start
         self.environment, self.sizes, self.classes = environment, sizes, list(classes)
+        self.info = info
         self.console = _Console()
         self._writer = _tensorboard() if tensorboard else None
         self.tensorboard: Any = None
@@ -105,8 +109,9 @@ class RunLog:
                 (self.folder / old).unlink(missing_ok=True)
             if not self.start:
                 shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
-            config = {"recipe": as_dict(self.recipe), "model": self.sizes, "environment": self.environment}
-            config["classes"] = self.classes
+            config: dict[str, Any] = {"recipe": as_dict(self.recipe), "model": self.sizes}
+            config |= {"environment": self.environment, "classes": self.classes}
+            config |= {"input": self.info.input} if self.info else {}
             write_text(self.folder / CONFIG, yaml.safe_dump(config, sort_keys=False))
             write_text(self.folder / METRICS, _until(self.start, self._epochs, self.folder / METRICS))
             self.metrics = (self.folder / METRICS).open("a")

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from localgrad.core.errors import RunError, is_out_of_memory
-from localgrad.core.model import param_groups
+from localgrad.core.errors import RunError, UserError, is_out_of_memory
+from localgrad.core.model import LocalModel, param_groups
 from localgrad.core.sizes import mib
 from localgrad.run.build import Machine, optimizer_of
 from localgrad.run.modes import Alone
@@ -58,6 +58,7 @@ class Stepper:
         factors = recipe.block_factors
         rates = None if factors is None else [recipe.lr * f for f in factors]
         groups = param_groups(model, weight_decay=recipe.weight_decay, no_decay=not recipe.decay_norms, lr=rates)
+        groups = slowed(groups, model, recipe.lr, recipe.backbone_lr)
         self._blocks = mode.blocks
         self.optimizers = optimizers_for(groups, optimizer_of(recipe), as_you_go=recipe.step_as_you_go)
         for group in self._groups():
@@ -71,7 +72,7 @@ class Stepper:
 
     @property
     def lr(self) -> float:
-        """The first block's learning rate in the last step."""
+        """The learning rate of the first block's auxiliary in the last step, or of the head if there is one block."""
         return next(self._groups())["lr"]
 
     def state_dict(self) -> dict[str, Any]:
@@ -149,7 +150,8 @@ class Stepper:
                 for ready in self._ready_after(k) if as_you_go else ():
                     values += self._step_blocks([ready], losses)
                 if k == len(self.model.blocks) - 1:
-                    correct += float(self.model.task.metrics(done.output, y)["top1"])
+                    classes = y.argmax(1) if y.is_floating_point() else y  # Of a mixed image, the larger share counts.
+                    correct += float(self.model.task.metrics(done.output, classes)["top1"])
                 self._enter(k + 1, meter)
             images += len(y)
         if not as_you_go:
@@ -262,6 +264,36 @@ class Stepper:
     def _groups(self) -> Iterator[dict]:
         for optimizer in self.optimizers:
             yield from optimizer.param_groups
+
+
+def slowed(groups: Sequence[dict[str, Any]], model: LocalModel, lr: float, factor: float) -> list[dict[str, Any]]:
+    """Divides groups of parameters, so that the backbone without its head learns at `factor` times a group's rate.
+
+    Args:
+        groups: The groups of `param_groups`.
+        model: The model whose parameters they are.
+        lr: The rate of the groups that have none of their own.
+        factor: At least 0. With 1, the groups stay as they are.
+
+    Raises:
+        UserError: The network has no head behind its last unit.
+    """
+    if factor == 1:
+        return list(groups)
+    last = model.blocks[-1]
+    head = {id(p) for module in list(last)[len(last.names) :] for p in module.parameters()}
+    if not head:
+        raise UserError("backbone-lr has no effect on this network, whose head cannot be told from the rest: drop it")
+    slow = {id(p) for p in model.backbone.parameters()} - head
+    divided = []
+    for group in groups:
+        fast = [p for p in group["params"] if id(p) not in slow]
+        rest = [p for p in group["params"] if id(p) in slow]
+        if fast or not rest:
+            divided.append({**group, "params": fast})
+        if rest:
+            divided.append({**group, "params": rest, "lr": group.get("lr", lr) * factor})
+    return divided
 
 
 def rate(step: int, total: int, warmup: float) -> float:

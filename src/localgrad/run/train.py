@@ -21,6 +21,7 @@ from localgrad.run.evaluation import evaluate, to_device
 from localgrad.run.files import locked
 from localgrad.run.folder import SUMMARY, environment, read_environment
 from localgrad.run.image_folder import listed
+from localgrad.run.mixing import Mixing
 from localgrad.run.modes import Alone, check_batch_share, mode_for
 from localgrad.run.recipe import Recipe, Saving, shown
 from localgrad.run.runlog import NoLog, RunLog, StepRecord
@@ -68,7 +69,8 @@ def train(
             run.train_epochs(log, stop)
             run.mode.finish()
             if ranks.first:
-                checkpoints.save_weights(folder / checkpoints.MODEL, run.model.backbone.state_dict(), run.data.names)
+                about = datasets.described(run.data.info, run.data.names)
+                checkpoints.save_weights(folder / checkpoints.MODEL, run.model.backbone.state_dict(), about)
     return run.rows[-1]
 
 
@@ -204,7 +206,7 @@ class Run:
         sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
         used = read_environment(folder) if self.stepper.step else self.environment
         start = (self.stepper.step, len(self.rows))
-        how = {"classes": self.data.names, "start": start, "tensorboard": tensorboard}
+        how = {"info": self.data.info, "classes": self.data.names, "start": start, "tensorboard": tensorboard}
         return RunLog(folder, self.recipe, self.stepper.total, used, sizes, **how)
 
     def announce(self, log: RunLog | NoLog, notes: Sequence[str]) -> None:
@@ -235,7 +237,6 @@ class Run:
         """Takes the steps that are left of the current epoch."""
         stepper, epoch = self.stepper, len(self.rows)
         done, end = stepper.step - epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch
-        self.model.train()
         with self._batches(epoch, done * self.recipe.accumulate) as batches:
             records: list[StepRecord] = []
             while stepper.step < end:
@@ -254,12 +255,22 @@ class Run:
         which = {"batch_size": recipe.batch_size, "seed": recipe.seed, "epoch": epoch, "start": start}
         # When an image is replaced, its label changes too. Then every rank has to read the images.
         if not self.mode.reads_images and on_bad is None:
-            yield ((None, y.to(self.machine.device)) for y in datasets.train_labels(self.data, **which))
+            labels = datasets.train_labels(self.data, **which)
+            yield self._mixed(((None, y.to(self.machine.device)) for y in labels), epoch, start)
             return
         how = {"shard": self.mode.shard, "workers": recipe.workers, "on_bad": on_bad}
         batches = datasets.train_batches(self.data, **which, **how)
         with contextlib.closing(batches):
-            yield (to_device(batch, self.data.info, self.machine) for batch in batches)
+            on_device = (to_device(batch, self.data.info, self.machine) for batch in batches)
+            yield self._mixed(on_device, epoch, start)
+
+    def _mixed(self, batches: Iterator[Batch], epoch: int, start: int) -> Iterator[Batch]:
+        """The batches of an epoch from number `start` on, mixed if the recipe says so."""
+        recipe, info = self.recipe, self.data.info
+        if not recipe.mixes:
+            return batches
+        mix = Mixing(recipe.mixup, recipe.cutmix, info.classes, info.size, recipe.seed)
+        return (mix(x, y, epoch, number) for number, (x, y) in enumerate(batches, start))
 
     def _synchronise(self, records: list[StepRecord], log: RunLog | NoLog, stop: StopRequest) -> bool:
         """Merges and logs the ranks' records since the last call, and returns whether a save is due. Raises Stopped on

@@ -36,7 +36,7 @@ def recompute(
     """
     model = localized(model, "recompute")
     names = [name for block in model.blocks for name in block.names]
-    ranges = [_range(text, names) for text in (names if units is True else units or ())]
+    ranges = [unit_range(text, names) for text in (names if units is True else units or ())]
     _check_nested(ranges, names)
     start = 0
     for block in model.blocks:
@@ -57,19 +57,23 @@ def recompute(
     return model
 
 
-def _range(text: str, names: Sequence[str]) -> Range:
+def unit_range(text: str, names: Sequence[str]) -> Range:
+    """The numbers of the first and the last unit of "FIRST:LAST", or of a single unit.
+
+    Raises:
+        UserError: A name is that of no unit, or the range runs backwards.
+    """
     first, _, last = text.partition(":")
     for name in (first, last or first):
         if name not in names:
             raise unknown("unit", name, names)
+    if last and names.index(last) < names.index(first):
+        raise UserError(f"'{text}' runs backwards: '{last}' comes first")
     return names.index(first), names.index(last or first)
 
 
 def _check_nested(ranges: Sequence[Range], names: Sequence[str]) -> None:
     """Raises UserError unless each two ranges lie apart or one within the other."""
-    for first, last in ranges:
-        if last < first:
-            raise UserError(f"'{names[first]}:{names[last]}' runs backwards: '{names[last]}' comes first")
     ordered = sorted(ranges, key=lambda r: (r[0], -r[1]))
     around: list[Range] = []
     for this in ordered:
