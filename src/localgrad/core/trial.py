@@ -84,10 +84,10 @@ def _kind(targets: Any, device: torch.device) -> Hashable:
 
 
 def _pieces(model: LocalModel) -> list[Piece]:
-    """Runs a copy of the model without values: each loss of targets with what it reads. None if the copy cannot run."""
+    """Runs a copy of the model without values: each loss of targets, with what it reads. Nothing if that fails."""
     found: list[Piece] = []
-    copied = without_values(model, "meta")
     try:
+        copied = without_values(model, "meta")
         with undisturbed(torch.device("cpu")), torch.device("meta"):
             h: Any = torch.empty(
                 BATCH, *copied.image, dtype=input_dtype(copied.backbone, copied.blocks[0].entering.dtype)
