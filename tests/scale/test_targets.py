@@ -125,6 +125,18 @@ def test_any_output_is_planned_in_one_block() -> None:
     assert measured(plan, model, x, torch.rand(BATCH, 8, 16, 16)) == pytest.approx(plan.peak, rel=0.001)
 
 
+@pytest.mark.parametrize("criterion", [F.mse_loss, F.smooth_l1_loss, F.soft_margin_loss, F.l1_loss, F.huber_loss])
+def test_the_peak_of_a_loss_of_maps_is_predicted_to_the_byte(criterion: Any) -> None:
+    x, y = torch.randn(4, 3, 16, 16), torch.rand(4, 8, 16, 16)
+    backbone = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
+    model = lg.localize(backbone, method=lg.bp(), example=x, criterion=criterion)
+    optimizers = [SGD(lg.param_groups(model))]
+    step = partial(training_step, model, optimizers, x, y)
+    step()
+    predicted = lg.predict_peak(model, 4, lambda m: [SGD(lg.param_groups(m))], targets=y[:1])
+    assert predicted.total == lg.measure_peak(step).total
+
+
 # What is frozen, and integers
 
 
