@@ -24,11 +24,12 @@ if TYPE_CHECKING:
     from localgrad.core.errors import RunError, UserError
     from localgrad.core.methods import auglocal, bp, dgl, infopro, infopro_weights, predsim
     from localgrad.core.model import LocalModel, localize, param_groups
-    from localgrad.core.task import Classification
+    from localgrad.core.task import Classification, Task
     from localgrad.scale.fit import Fit, fit
     from localgrad.scale.memory import PeakBytes, measure_peak, predict_peak
     from localgrad.scale.pipeline import Stage, least_lag
-    from localgrad.scale.plan import Plan, Planner, plan
+    from localgrad.scale.plan import Planner, plan
+    from localgrad.scale.planned import Plan
     from localgrad.scale.recompute import recompute
     from localgrad.scale.replicas import Replicas, SyncBatchNorm, sync_batch_norm
     from localgrad.scale.shares import block_seconds, shares_of
@@ -44,11 +45,12 @@ _NAMES_OF = {
     "core.errors": ("RunError", "UserError"),
     "core.model": ("LocalModel", "localize", "param_groups"),
     "core.methods": ("auglocal", "bp", "dgl", "infopro", "infopro_weights", "predsim"),
-    "core.task": ("Classification",),
+    "core.task": ("Classification", "Task"),
     "scale.fit": ("Fit", "fit"),
     "scale.memory": ("PeakBytes", "measure_peak", "predict_peak"),
     "scale.pipeline": ("Stage", "least_lag"),
-    "scale.plan": ("Plan", "Planner", "plan"),
+    "scale.plan": ("Planner", "plan"),
+    "scale.planned": ("Plan",),
     "scale.recompute": ("recompute",),
     "scale.replicas": ("Replicas", "SyncBatchNorm", "sync_batch_norm"),
     "scale.shares": ("block_seconds", "shares_of"),
@@ -60,9 +62,9 @@ __all__ = [  # noqa: RUF022 (in the order of the modules)
     "Auxiliary", "Method", "Site", "Term", "CifarResNet", "build", "Block", "Boundary", "Unit", "units",
     "DeepMAN", "MAN", "MANPlusPlus", "update_ema", "BlockResult", "LocalModel", "StepResult", "block_steps",
     "local_backward", "localize", "param_groups", "RunError", "UserError", "auglocal", "bp", "dgl", "infopro",
-    "infopro_weights", "predsim", "Classification", "Fit", "fit", "PeakBytes", "measure_peak", "predict_peak", "Stage",
-    "block_seconds", "least_lag", "shares_of", "Plan", "Planner", "plan", "recompute", "Replicas", "SyncBatchNorm",
-    "sync_batch_norm", "Speed", "calibrate",
+    "infopro_weights", "predsim", "Classification", "Task", "Fit", "fit", "PeakBytes", "measure_peak", "predict_peak",
+    "Stage", "block_seconds", "least_lag", "shares_of", "Plan", "Planner", "plan", "recompute", "Replicas",
+    "SyncBatchNorm", "sync_batch_norm", "Speed", "calibrate",
 ]  # fmt: skip
 
 

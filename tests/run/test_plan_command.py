@@ -65,6 +65,13 @@ def test_an_image_size_alone_means_images_as_of_imagenet(capsys: pytest.CaptureF
     assert bp["lasting"] > 5_400_000 * 4 * 2  # all parameters of the network with 1000 classes, and their momenta
 
 
+def test_the_table_is_printed_where_no_plan_fits_a_share_of_bp(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *QUICK[:2], "--budget", "1%"]) == 2
+    said = capsys.readouterr()
+    assert "1.00 x BP" in said.out
+    assert "no plan fits" in said.err
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from localgrad.core.blocks import Unit
 from localgrad.core.boundary import Boundary
@@ -54,13 +56,13 @@ class Term:
     """
 
     head: nn.Module
-    objective: Callable[[Tensor, Tensor], Tensor]
+    objective: Callable[[Any, Any], Tensor]
     weight: float = 1.0
     against: str = "targets"
     pairs: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Method:
     """A paper's choice of heads, objectives and their weights over depth.
 
@@ -81,6 +83,11 @@ class Method:
     head: str | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+
+    def __repr__(self) -> str:
+        """The call that makes it, such as `dgl(channels=128, hidden=512)`."""
+        options = {**getattr(self.terms, "keywords", {}), "head": self.head, "mean": self.mean, "std": self.std}
+        return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in options.items() if value is not None)})"
 
     def __post_init__(self) -> None:
         if (self.mean is None) != (self.std is None):
@@ -114,18 +121,19 @@ class Auxiliary(nn.Module):
     def needs_images(self) -> bool:
         return any(term.against == "images" for term in self.terms.values())
 
-    def forward(self, h: Tensor) -> dict[str, Tensor]:
+    def forward(self, h: Tensor) -> dict[str, Any]:
         if self.coupling is not None:
             h = self.coupling(h)
         return {name: head(h) for name, head in self.heads.items()}
 
-    def losses(self, outputs: dict[str, Tensor], targets: Tensor, images: Tensor | None) -> dict[str, Tensor]:
+    def losses(self, outputs: dict[str, Any], targets: Any, images: Tensor | None) -> dict[str, Tensor]:
         """The value of each objective by name, unweighted, in float32 or wider."""
         references = {"targets": targets, "images": images}
-        return {
-            name: self.terms[name].objective(full_precision(output), references[self.terms[name].against])  # pyright: ignore[reportArgumentType]
-            for name, output in outputs.items()
-        }
+        values = {}
+        for name, output in outputs.items():
+            term = self.terms[name]
+            values[name] = term.objective(tree_map_only(Tensor, full_precision, output), references[term.against])
+        return values
 
     def move(self, *, stepped: bool) -> None:
         """Moves the coupling's averages once.

@@ -7,9 +7,8 @@ looks odd is tried on a copy of a unit, once.
 from __future__ import annotations
 
 import contextlib
-import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,12 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from localgrad.core.copies import duplicate, without_values
+from localgrad.core.copies import duplicate, undisturbed, without_values
 from localgrad.core.errors import UserError, callers_level
 from localgrad.core.hooks import is_of_torch
 from localgrad.core.task import Classification
 from localgrad.core.trace import input_dtype
+from localgrad.core.trial import Trial
 
 if TYPE_CHECKING:
     from localgrad.core.auxiliary import Auxiliary
@@ -53,19 +54,42 @@ def check_network(backbone: object, example: object) -> None:
         raise UserError(f"example takes a batch of one sample or more, such as [B, C, H, W], not shape {shape}")
 
 
-def check_making(backbone: nn.Module, example: object, task: object) -> None:
+def check_making(backbone: nn.Module, example: object, task: object, criterion: object) -> None:
     """Raises UserError if no trainable model can be made of these arguments of `localize`."""
     check_network(backbone, example)
     if torch.is_inference_mode_enabled() or any(p.is_inference() for p in backbone.parameters()):
         raise UserError(
             "what is made under torch.inference_mode() cannot be trained: make the network and localize it outside"
         )
-    missing = [name for name in ("criterion", "check_targets") if not callable(getattr(task, name, None))]
+    missing = [name for name in ("criterion", "check_targets", "output") if not callable(getattr(task, name, None))]
     if task is not None and (missing or isinstance(task, type)):
         raise UserError(
-            f"task takes an object with the methods of lg.Classification(classes), not {_kind(task)}: a loss of your "
-            "own belongs into the criterion of a subclass"
+            f"task takes an object with the methods of lg.Classification(classes), not {_kind(task)}: give a loss of "
+            "your own as criterion"
         )
+    if task is not None and criterion is not None:
+        raise UserError("a task has a criterion of its own: give task or criterion, not both")
+    if criterion is not None and (isinstance(criterion, type) or not callable(criterion)):
+        raise UserError(f"criterion takes a function of (output, targets), as nn.MSELoss(), not {_kind(criterion)}")
+
+
+def check_example_targets(model: LocalModel, targets: object, count: int, device: torch.device) -> None:
+    """Raises UserError unless a model can be trained on targets like these.
+
+    Args:
+        model: The model.
+        targets: The targets of an example.
+        count: The number of samples in the example.
+        device: Where the network is. The targets may be elsewhere.
+    """
+    if device.type != "meta":
+        targets = tree_map_only(Tensor, lambda t: t.to(device), targets)
+    model.task.check_targets(targets)
+    tensors = [leaf for leaf in tree_leaves(targets) if isinstance(leaf, Tensor)]
+    for tensor in tensors:
+        if tensor.ndim and len(tensor) != count:
+            raise UserError(f"targets of {len(tensor)} samples do not belong to an example of {count}")
+    model.checks.trial.check(model, targets, next((t.device for t in tensors), device))
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -83,7 +107,7 @@ def check_call(x: object, y: object, scale: object, autocast: object, backward: 
     if not torch.is_grad_enabled():
         raise UserError(f"gradients are switched off, so nothing can be trained: {OUTSIDE}")
     check_tensor("x", x)
-    for name, value in (("x", x), ("y", y)):
+    for name, value in [("x", x), *(("y", leaf) for leaf in tree_leaves(y))]:
         if isinstance(value, Tensor) and value.is_inference():
             raise UserError(f"{name} was made under torch.inference_mode(): train on {name}.clone()")
     if not (autocast is None or (isinstance(autocast, torch.dtype) and autocast.is_floating_point)):
@@ -123,6 +147,7 @@ class StepChecks:
     """Checks the steps of one model, and remembers what it has found. A copy of the model begins without memory.
 
     Attributes:
+        trial: Tries the losses on the targets.
         _tried: The kinds of odd inputs that the network takes.
         _modules: All modules of the model.
         _alone: The part that refuses a batch of one sample, or None, by the training modes of all modules.
@@ -133,6 +158,7 @@ class StepChecks:
     """
 
     def __init__(self) -> None:
+        self.trial = Trial()
         self._tried: set[tuple[Any, ...]] = set()
         self._modules: list[nn.Module] = []
         self._alone: dict[tuple[bool, ...], str | None] = {}
@@ -185,6 +211,7 @@ class StepChecks:
         ):
             raise UserError("every parameter is frozen, so nothing can be trained: requires_grad_() on some of them")
         self.check_size(model, len(x))
+        self.trial.check(model, y, x.device)
         self._watch(model, blocks)
 
     def check_size(self, model: LocalModel, batch_size: int) -> None:
@@ -258,18 +285,6 @@ def _probes(model: LocalModel, k: int) -> tuple[nn.Parameter, nn.Parameter] | No
     own = next((p for p in model.blocks[k].parameters() if p.requires_grad), None)
     heads = [p for p in cast("Auxiliary", model.auxiliaries[k]).heads.parameters() if p.requires_grad]
     return None if own is None or not heads else (own, heads[-1])
-
-
-@contextlib.contextmanager
-def undisturbed(device: torch.device) -> Iterator[None]:
-    """Puts the random generators back at the end."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
 
 
 def _unhooked(module: nn.Module) -> nn.Module:

@@ -30,6 +30,18 @@ COPIED_DEEPLY = frozenset((random.Random, np.random.Generator, np.random.RandomS
 RESULT = object()  # It stands in a copied state where a result of an earlier forward pass was.
 
 
+@contextlib.contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Puts the random generators back at the end."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
 def held_tensors(module: nn.Module) -> Iterator[Tensor]:
     """Yields the tensors of a module and of its parts: parameters, buffers and attributes, also those in lists."""
     for part in module.modules():
@@ -56,7 +68,11 @@ def duplicate(module: Module) -> Module:
 
 
 def without_values(
-    module: Module, device: str | None = None, *, hooks: Callable[[Callable], bool] = is_of_torch
+    module: Module,
+    device: str | None = None,
+    *,
+    hooks: Callable[[Callable], bool] = is_of_torch,
+    copies: Mapping[int, Any] | None = None,
 ) -> Module:
     """A copy whose tensors have the shapes, strides and dtypes of the module's, but no values.
 
@@ -64,8 +80,9 @@ def without_values(
         module: The module to copy.
         device: Where the copy's tensors are. By default where the module's are, with the CPU for the meta device.
         hooks: Which of the hooks around forward passes the copy has, too.
+        copies: By the id of an object, what the copy holds in its place. Default: nothing.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = dict(copies or {})
     attributes = [v for m in module.modules() for v in vars(m).values() if isinstance(v, Tensor)]
     attributes += [t for t in held_tensors(module) if t.grad_fn is not None]  # An LSTM has its weights in a list.
     for tensor in (*module.parameters(), *module.buffers(), *attributes):

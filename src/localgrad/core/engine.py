@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from localgrad.core.auxiliary import Auxiliary, full_precision
 from localgrad.core.checks import check_call
@@ -34,25 +34,33 @@ class BlockResult:
     output: Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StepResult:
     """The result of all blocks in a step. All tensors are detached.
 
     Attributes:
         losses: The loss of each block, a scalar: the weighted sum of its objectives.
         parts: For each block the value of each objective by name, unweighted. It is empty for the last block.
-        logits: The output of the network, [B, classes].
+        logits: The output of the network, such as [B, classes].
     """
 
     losses: list[Tensor]
     parts: list[dict[str, Tensor]]
-    logits: Tensor
+    logits: Any
+
+    def __repr__(self) -> str:
+        """A line for each block, with its loss and the objectives that it is made of."""
+        lines = []
+        for k, (loss, parts) in enumerate(zip(self.losses, self.parts, strict=True)):
+            made = ", ".join(f"{name} {float(value):.4g}" for name, value in parts.items())
+            lines.append(f"block {k}  loss {float(loss):.4g}" + (f" ({made})" if made else ""))
+        return "\n".join(lines)
 
 
 def block_steps(
     model: LocalModel,
     x: Tensor,
-    y: Tensor,
+    y: Any,
     *,
     images: Tensor | None = None,
     scale: float | Tensor = 1.0,
@@ -80,7 +88,8 @@ def block_steps(
     Args:
         model: The result of `localize`.
         x: Normalised inputs, [B, C, H, W].
-        y: Targets, [B].
+        y: Targets, [B], or what the criterion takes: a tensor or a tuple, list or dictionary of tensors, each with the
+            batch as its first dimension. A number in it belongs to the whole batch.
         images: The images that decoders reconstruct, [B, C, H, W] in [0, 1]. Default: x, un-normalised with the
             method's mean and std.
         scale: A factor for every loss before its backward pass, such as 1 / n to accumulate the gradients of n
@@ -107,7 +116,7 @@ def block_steps(
 def local_backward(
     model: LocalModel,
     x: Tensor,
-    y: Tensor,
+    y: Any,
     *,
     images: Tensor | None = None,
     scale: float | Tensor = 1.0,
@@ -119,12 +128,13 @@ def local_backward(
     It loops over `block_steps` and moves the averages of the couplings. Call it once before each optimizer step. To
     accumulate gradients over several batches, loop over `block_steps` instead, and call `model.move_averages()` once
     before the optimizer steps. If `model.accumulate` is n, it takes the batch in n parts, one after another, so that
-    only the activations of one part are in memory. The gradients are those of the mean loss over the batch.
+    only the activations of one part are in memory. The gradients are those of the mean loss over the batch, if the
+    criterion is a mean over samples.
 
     Args:
         model: The result of `localize`.
         x: Normalised inputs, [B, C, H, W].
-        y: Targets, [B].
+        y: Targets, [B], or what the criterion takes, as in `block_steps`.
         images: As in `block_steps`, like the following arguments.
         scale: A factor for every loss before its backward pass. Default: 1.
         autocast: The dtype of each block's forward pass. Default: the model's own.
@@ -147,13 +157,14 @@ def local_backward(
         own = {"images": None if images is None else images[rows], "autocast": autocast, "backward": backward}
         share = 1.0 if count == 1 else (rows.stop - rows.start) / len(x)
         losses, parts, output = [], [], None
-        for done in block_steps(model, x[rows], y[rows], scale=scale if count == 1 else scale * share, **own):
+        own_y = tree_map_only(Tensor, lambda t, rows=rows: t[rows] if t.ndim else t, y)
+        for done in block_steps(model, x[rows], own_y, scale=scale if count == 1 else scale * share, **own):
             if part == count - 1:
                 model.move_averages(done.block)
             losses.append(done.loss)
             parts.append(done.parts)
             output = done.output
-        results.append(StepResult(losses, parts, cast(Tensor, output)))
+        results.append(StepResult(losses, parts, output))
         shares.append(share)
     return results[0] if count == 1 else _mean(results, shares)
 
@@ -175,7 +186,7 @@ def check_step(
     model: LocalModel,
     blocks: Sequence[int],
     h: Tensor,
-    y: Tensor,
+    y: Any,
     *,
     images: Tensor | None,
     scale: float | Tensor,
@@ -187,10 +198,12 @@ def check_step(
     model.watch.check(model.backbone)
     shape = tuple(model.blocks[blocks[0] - 1].boundary.shape) if blocks[0] else model.image
     model.task.check_targets(y)
-    if tuple(h.shape[1:]) != shape or len(h) != len(y):
+    counts = {len(leaf): None for leaf in tree_leaves(y) if isinstance(leaf, Tensor) and leaf.ndim}
+    if tuple(h.shape[1:]) != shape or any(count != len(h) for count in counts):
         expected = " x ".join(map(str, ("batch", *shape)))
         raise UserError(
-            f"inputs of shape {tuple(h.shape)} for {len(y)} targets: this model was localized for {expected}"
+            f"inputs of shape {tuple(h.shape)} for {' and '.join(map(str, counts))} targets: this model was localized "
+            f"for {expected}"
         )
     model.checks.check_step(model, blocks, h, y, images, autocast)
 
@@ -199,7 +212,7 @@ def run_blocks(
     model: LocalModel,
     blocks: Iterable[int],
     h: Tensor,
-    y: Tensor,
+    y: Any,
     *,
     images: Tensor | None,
     scale: float | Tensor = 1.0,
@@ -212,7 +225,7 @@ def run_blocks(
         model: The result of `localize`.
         blocks: The numbers of neighbouring blocks.
         h: The input of the first of these blocks, [B, *shape], without a graph.
-        y: Targets, [B].
+        y: Targets, as in `block_steps`.
         images: The images that decoders reconstruct, or None if no block has a decoder.
         scale: As in `block_steps`, like the following arguments.
         autocast: The dtype of each block's forward pass.
@@ -228,7 +241,7 @@ def block_backward(
     model: LocalModel,
     k: int,
     h: Tensor,
-    y: Tensor,
+    y: Any,
     *,
     images: Tensor | None = None,
     scale: float | Tensor = 1.0,

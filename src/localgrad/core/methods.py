@@ -23,7 +23,7 @@ def bp() -> Method:
 
 
 def dgl(head: str | None = None, *, channels: int = 128, hidden: int = 512) -> Method:
-    """Decoupled Greedy Learning (Belilovsky, Eickenberg, Oyallon, ICML 2020): a local classifier and cross-entropy.
+    """Decoupled Greedy Learning (Belilovsky, Eickenberg, Oyallon, ICML 2020): a local classifier and the criterion.
 
     Greedy learning (ICML 2019) is `dgl("0c1f")`.
 
@@ -58,7 +58,10 @@ def predsim(head: str | None = None, *, beta: float = 0.99) -> Method:
 
 
 def _predsim(site: Site, *, beta: float) -> dict[str, Term]:
-    matching = partial(objectives.similarity_matching, classes=site.task.classes)
+    classes = getattr(site.task, "classes", None)
+    if classes is None or classes < 2:
+        raise UserError("predsim compares samples by their classes, and this task has no two: take lg.dgl()")
+    matching = partial(objectives.similarity_matching, classes=classes)
     return {
         "classifier": Term(_classifier(site, heads.predsim_classifier), site.task.criterion, 1 - beta),
         "similarity": Term(heads.similarity(site.boundary), matching, beta, pairs=True),

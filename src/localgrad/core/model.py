@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from localgrad.core.auxiliary import Auxiliary, Method, Site, cast_head
 from localgrad.core.blocks import Block, Traced, Unit, split, trace_units
-from localgrad.core.checks import StepChecks, check_making, no_local_model
+from localgrad.core.checks import StepChecks, check_example_targets, check_making, no_local_model
 from localgrad.core.copies import computed
 from localgrad.core.couplings import MAN
 from localgrad.core.errors import UserError
 from localgrad.core.rebuild import TensorReference
-from localgrad.core.task import Classification, Task
+from localgrad.core.task import AnyLoss, Classification, Task
 from localgrad.core.watch import Watch
 
 
@@ -133,6 +133,8 @@ def localize(
     method: Method,
     coupling: MAN | None = None,
     example: Tensor,
+    criterion: Callable[[Any, Any], Tensor] | None = None,
+    targets: Any = None,
     task: Task | None = None,
 ) -> LocalModel:
     """Cuts a network into gradient-isolated blocks and builds their auxiliaries, on the network's device and dtype.
@@ -150,7 +152,12 @@ def localize(
         method: What gives each block its own loss, such as `dgl()`.
         coupling: `MAN()`, `MANPlusPlus()`, `DeepMAN()` or None. Default: None.
         example: A normalised input batch, [B, C, H, W]. Only its shape counts.
-        task: The task of the network. Default: classification into as many classes as the backbone has logits.
+        criterion: The loss, called as `criterion(output, targets)`, which returns a scalar. The output is that of the
+            network, or that of a head, which has the same shape: [B, n], or [B] if the network gives one number a
+            sample. Default: cross-entropy with as many classes as the backbone has logits.
+        targets: The targets of the example, for which the criterion is tried now. Default: it is tried at the first
+            step, before anything has changed.
+        task: A task of your own instead of a criterion, for a network that returns several tensors. See `Task`.
 
     Returns:
         The model to train. Its `backbone` is the network itself.
@@ -158,30 +165,33 @@ def localize(
     Raises:
         UserError: An argument is wrong, the network cannot be cut there, or its output does not fit the task.
     """
-    check_making(backbone, example, task)
+    check_making(backbone, example, task, criterion)
     for name, value, kind in (("method", method, Method), ("coupling", coupling, MAN | None)):
         if not isinstance(value, kind):
             raise UserError(f"{name} takes what its function gives, such as lg.dgl() or lg.MAN(), not {value!r}")
+    traced = trace_units(backbone, example)
     if method.terms is None:
-        if blocks not in (None, 1):
+        if blocks not in (None, 1) and blocks != (traced.units[-1].name,):  # A plan of one block names its last unit.
             warnings.warn(f"{method.name} trains end to end: blocks={blocks} has no effect, there is 1", stacklevel=2)
         blocks = 1
-    traced = trace_units(backbone, example)
     groups = split(traced, 4 if blocks is None else blocks)
     if coupling is not None and len(groups) == 1:
         warnings.warn("a coupling has no effect on a single block", stacklevel=2)
-    task = _task(traced, task)
+    task = _task(traced, task) if criterion is None else AnyLoss(criterion, traced.cut.gives)
     built = [*map(Block, groups[:-1]), Block(groups[-1], traced.head, traced.checkpoint)]
     auxiliaries = _auxiliaries(groups, method, coupling, task)
     device = next(backbone.parameters()).device
     for auxiliary in auxiliaries:
         auxiliary.to(device).train()
-    _to_training(backbone)
     watch = traced.cut.watch
     for source in (s for auxiliary in auxiliaries if auxiliary.coupling for s in auxiliary.coupling.sources):
         watch.copies(source.name, source.module)
+    model = LocalModel(backbone, built, auxiliaries, method, task, tuple(example.shape[1:]), watch)
+    if targets is not None:
+        check_example_targets(model, targets, len(example), device)
+    _to_training(backbone)
     _warn_of_hooks(traced)
-    return LocalModel(backbone, built, auxiliaries, method, task, tuple(example.shape[1:]), watch)
+    return model
 
 
 def _task(traced: Traced, task: Task | None) -> Task:
@@ -192,7 +202,9 @@ def _task(traced: Traced, task: Task | None) -> Task:
         case (int() as logits,):
             pass
         case other:
-            raise UserError(f"the backbone gives {other}, not one vector of logits a sample: pass a task of your own")
+            raise UserError(
+                f"the backbone gives {other}, not one vector of logits a sample: pass a criterion or a task of your own"
+            )
     if task is None:
         return Classification(logits)
     if logits != task.classes:

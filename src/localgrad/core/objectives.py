@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
+
+from localgrad.core.errors import UserError
 
 
 def reconstruction(logits: Tensor, images: Tensor) -> Tensor:
@@ -30,9 +33,19 @@ def supervised_contrastive(features: Tensor, targets: Tensor, *, temperature: fl
 
     Args:
         features: [B, D]. They are normalised here.
-        targets: [B].
+        targets: The class of each sample, [B].
         temperature: t, above 0. Default: 0.07.
+
+    Raises:
+        UserError: The targets are soft, or say several classes a sample, so that it is open what a positive is.
     """
+    if not isinstance(targets, Tensor) or targets.ndim != 1 or targets.is_floating_point():
+        raise UserError(
+            "the supervised contrastive loss compares samples by one class each, as integers [B], not by "
+            f"{_said(targets)}: leave contrast out"
+        )
+    if _ignores(targets):
+        raise UserError("the supervised contrastive loss cannot leave samples out, as an ignored index asks for")
     if len(features) < 2:
         return features.sum() * 0
     z = F.normalize(features, dim=1)
@@ -58,15 +71,38 @@ def similarity_matching(features: Tensor, targets: Tensor, *, classes: int) -> T
     Args:
         features: [B, D] or [B, C, H, W]. Of a map each channel's standard deviation is compared, or its value if the
             map has one pixel.
-        targets: [B].
+        targets: Classes [B], or for each sample its soft or multi-label vector [B, classes], which is then taken in the
+            place of the one-hot vector.
         classes: The number of classes.
+
+    Raises:
+        UserError: The targets are others.
     """
+    if not isinstance(targets, Tensor) or (targets.ndim, targets.is_floating_point()) not in ((1, False), (2, True)):
+        raise UserError(
+            "similarity matching compares samples by their classes, as integers [B] or as vectors [B, classes] of "
+            f"floating point, not by {_said(targets)}: lg.dgl() takes any targets"
+        )
+    if targets.ndim == 2 and targets.shape[1] != classes:
+        raise UserError(f"similarity matching takes targets [B, {classes}], not {_said(targets)}")
+    if targets.ndim == 1 and _ignores(targets):
+        raise UserError("similarity matching cannot leave samples out, as an ignored index asks for")
     if features.ndim == 4:
         flat = features.flatten(2)
         # The square root of a variance of exactly 0 (a dead channel) has no finite gradient, hence the small floor.
         features = flat.var(dim=2).clamp(min=1e-12).sqrt() if flat.shape[2] > 1 else flat.flatten(1)
-    onehot = F.one_hot(targets, classes).to(features.dtype)
-    return F.mse_loss(similarity_matrix(features), similarity_matrix(onehot))
+    vectors = F.one_hot(targets, classes) if targets.ndim == 1 else targets
+    return F.mse_loss(similarity_matrix(features), similarity_matrix(vectors.to(features.dtype)))
+
+
+def _ignores(targets: Tensor) -> bool:
+    """Whether a class is negative. Values are compared on the CPU only, because another device would make it wait."""
+    readable = targets.device.type == "cpu" and not isinstance(targets, FakeTensor)
+    return readable and len(targets) > 0 and int(targets.min()) < 0
+
+
+def _said(targets: object) -> str:
+    return f"{tuple(targets.shape)} {targets.dtype}" if isinstance(targets, Tensor) else f"a {type(targets).__name__}"
 
 
 def ramp(first: float, last: float, index: int, count: int) -> float:

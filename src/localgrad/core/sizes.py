@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from numbers import Real
 
 from localgrad.core.errors import UserError
@@ -20,15 +21,31 @@ def parse_bytes(text: str, what: str = "--budget") -> int:
     return size
 
 
-def bytes_of(budget: object) -> int:
-    """Reads a budget in bytes from a number or from text like "2GiB". Raises UserError.
+def bytes_of(budget: object, whole: Callable[[], int] = lambda: 0, what: str = "budget") -> int:
+    """Reads a budget in bytes from a number, from text like "2GiB", or from a share like "50%".
 
-    >>> bytes_of("2GiB"), bytes_of(5e8)
-    (2147483648, 500000000)
+    >>> bytes_of("2GiB"), bytes_of(5e8), bytes_of("50%", lambda: 300)
+    (2147483648, 500000000, 150)
+
+    Args:
+        budget: The budget.
+        whole: What a share is a share of, in bytes. It is called for a share only.
+        what: The name of the argument for the error.
+
+    Raises:
+        UserError: The budget is none of these.
     """
+    if isinstance(budget, str) and budget.strip().endswith("%"):
+        try:
+            share = float(budget.strip()[:-1]) / 100
+        except ValueError:
+            share = 0.0
+        if not 0 < share < float("inf"):
+            raise UserError(f"{what} takes a share of backpropagation's memory as 50%, not '{budget}'")
+        return int(share * whole())
     if isinstance(budget, str | Real) and not isinstance(budget, bool):
-        return parse_bytes(str(budget), "budget")
-    raise UserError(f'budget takes a number of bytes, or text such as "2GiB", not {budget!r}')
+        return parse_bytes(str(budget), what)
+    raise UserError(f'{what} takes a number of bytes, or text such as "2GiB" or "50%", not {budget!r}')
 
 
 def mib(size: float) -> str:

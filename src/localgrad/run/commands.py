@@ -16,7 +16,7 @@ from rich.table import Table
 
 from localgrad.core.backbones import CIFAR_RESNETS
 from localgrad.core.errors import RunError, UserError
-from localgrad.core.sizes import mib, parse_bytes
+from localgrad.core.sizes import bytes_of, mib
 from localgrad.run import data as data_room
 from localgrad.run.arguments import Compare, Eval, Export, List, Plan, Predict, Probe, Report, Train
 from localgrad.run.build import backbone_of, data_of, info_of, machine_for, planner_for
@@ -60,15 +60,18 @@ def run_train(args: Train) -> int:
 
 def run_plan(args: Plan) -> int:
     recipe = settle(args.recipe)
-    budget = parse_bytes(args.budget)
+    bytes_of(args.budget, what="--budget")
     if args.out is not None:
         check_folder(args.out)
     planner = planner_for(recipe, machine_for(recipe))
+    budget = planner.bytes_of(args.budget, "--budget")
     rows, chosen = planned_rows(planner, recipe, budget, args.budget)
     if args.json:
-        print(json.dumps([{"name": name, **asdict(plan)} for name, plan in rows]))
+        print(json.dumps([{"name": name, **asdict(replace(plan, how={}))} for name, plan in rows]))
     else:
         show_plans(rows, planner.bp.seconds)
+    if chosen is None:
+        chosen = planner.fastest(budget, as_you_go=may_step_as_it_goes(recipe))  # It says what would do.
     if args.out is not None:
         fields = planned_fields(recipe, chosen)
         predicted = {"model": recipe.model, "batch_size": recipe.batch_size, "peak_bytes": chosen.peak}
@@ -79,8 +82,8 @@ def run_plan(args: Plan) -> int:
 
 def planned_rows(
     planner: plans.Planner, recipe: Recipe, budget: int, text: str
-) -> tuple[list[tuple[str, plans.Plan]], plans.Plan]:
-    """The rows of the table of plans, exact ones beside local ones, and the fastest plan within the budget."""
+) -> tuple[list[tuple[str, plans.Plan]], plans.Plan | None]:
+    """The rows of the table of plans, exact ones beside local ones, and the fastest plan within the budget, if any."""
     go = may_step_as_it_goes(recipe)
     rows = [("BP", planner.bp)]
     parts = (n for n in plans.SPLITS if recipe.batch_size % n == 0 and recipe.batch_size // n > 1)
@@ -96,9 +99,7 @@ def planned_rows(
         if plan is not None:
             rows.append((f"{kind}, fits {text}", plan))
             fitting.append(plan)
-    if not fitting:
-        return rows, planner.fastest(budget, as_you_go=go)  # It says what would do.
-    return rows, min(fitting, key=lambda plan: (plan.seconds, plan.peak))
+    return rows, min(fitting, key=lambda plan: (plan.seconds, plan.peak), default=None)
 
 
 def planned_fields(recipe: Recipe, chosen: plans.Plan) -> dict[str, Any]:
@@ -126,7 +127,7 @@ def _fitted(args: Train) -> Recipe:
         raise UserError("--blocks auto and --budget belong together: give both, as --blocks auto --budget 8GiB")
     if args.budget is None:
         return recipe
-    budget = parse_bytes(args.budget)
+    bytes_of(args.budget, what="--budget")
     if args.saving.resume == "auto" and (args.out / "config.yaml").is_file():
         earlier = read_recipe(args.out / "config.yaml")
         print(f"going on with the plan of {args.out}: blocks {earlier.blocks}")
@@ -134,6 +135,7 @@ def _fitted(args: Train) -> Recipe:
     folder = recipe.data == "image-folder"
     info = data_room.load(recipe.data, data_dir=recipe.data_dir, image_size=recipe.image_size).info if folder else None
     planner = planner_for(recipe, machine_for(recipe), classes=info.classes if info else None)
+    budget = planner.bytes_of(args.budget, "--budget")
     chosen = planner.fastest(budget, as_you_go=may_step_as_it_goes(recipe))
     times = chosen.seconds / planner.bp.seconds
     kind = "exact training" if len(chosen.blocks) == 1 else f"{len(chosen.blocks)} blocks"

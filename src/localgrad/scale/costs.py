@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from localgrad.core.auxiliary import Auxiliary, full_precision
@@ -97,7 +97,7 @@ class Costs:
             the criterion with it.
         auxiliaries: what the auxiliary costs that a cut after each unit but the last would add, as it is and with its
             coupling recomputed.
-        batch: bytes of a batch.
+        batch: bytes of a batch, its targets included.
         images: bytes of the images that decoders compare with, 0 without decoders.
     """
 
@@ -108,15 +108,15 @@ class Costs:
     images: int = 0
 
 
-def trace_costs(model: LocalModel, batch_size: int, autocast: torch.dtype | None = None) -> Costs:
+def trace_costs(model: LocalModel, batch_size: int, autocast: torch.dtype | None = None, targets: Any = None) -> Costs:
     """Costs of `model`, which has a block for each unit. Pieces that look alike are traced once; nothing is run."""
     model.checks.check_size(model, batch_size)
-    plain, again = (_trace(model, batch_size, autocast, again=again) for again in (False, True))
+    plain, again = (_trace(model, batch_size, autocast, targets, again=again) for again in (False, True))
     names = tuple(block.names[0] for block in model.blocks)
     dtype = input_dtype(model.backbone, model.blocks[0].entering.dtype)
-    batch = batch_size * math.prod(model.image) * dtype.itemsize
-    images = batch if any(auxiliary.needs_images for _, auxiliary in model.isolated) else 0
-    return Costs(names, (plain[0], again[0]), (plain[1], again[1]), batch, images)
+    inputs = batch_size * math.prod(model.image) * dtype.itemsize
+    images = inputs if any(auxiliary.needs_images for _, auxiliary in model.isolated) else 0
+    return Costs(names, (plain[0], again[0]), (plain[1], again[1]), inputs + plain[2], images)
 
 
 def without_gradients(costs: Costs) -> Costs:
@@ -131,8 +131,9 @@ def without_gradients(costs: Costs) -> Costs:
 
 
 def _trace(
-    model: LocalModel, batch_size: int, autocast: torch.dtype | None, *, again: bool
-) -> tuple[list[Cost], list[Cost]]:
+    model: LocalModel, batch_size: int, autocast: torch.dtype | None, targets: Any, *, again: bool
+) -> tuple[list[Cost], list[Cost], int]:
+    """What the units and the auxiliaries cost, and the bytes of the targets."""
     seen: dict[str, Cost] = {}
 
     def once(what: nn.Module, run: Callable[[Tensor], Tensor], h: Tensor) -> Cost:
@@ -141,7 +142,7 @@ def _trace(
             seen[key] = _traced(what, run, h, autocast)
         return seen[key]
 
-    with on_fake_tensors(model, batch_size) as (copied, x, y):
+    with on_fake_tensors(model, batch_size, targets) as (copied, x, y):
         recompute(copied, units=again, couplings=again)
         images = copied.method.images(x) if any(a.needs_images for _, a in copied.isolated) else None
         units, auxiliaries, h, trained = [], [], x, False
@@ -157,8 +158,12 @@ def _trace(
 
             auxiliaries.append(once(auxiliary, local_loss, h))
         last = copied.blocks[-1]
-        units.append(once(last, lambda h: copied.task.criterion(full_precision(last(h)), y), h))
-    return units, auxiliaries
+
+        def loss(h: Tensor) -> Tensor:
+            return copied.task.criterion(tree_map_only(Tensor, full_precision, last(h)), y)
+
+        units.append(once(last, loss, h))
+        return units, auxiliaries, _bytes([leaf for leaf in tree_leaves(y) if isinstance(leaf, Tensor)])
 
 
 def looks(module: nn.Module) -> str:

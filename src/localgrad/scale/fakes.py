@@ -1,4 +1,4 @@
-"""Corrects the sizes of PyTorch's fake tensors in recurrent layers and in sparse gradients."""
+"""Corrects the sizes of PyTorch's fake tensors in recurrent layers, in some losses and in sparse gradients."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ PAGE = 4096
 CLONE = torch.ops.aten.clone.default
 ONEDNN = torch.ops.aten.mkldnn_rnn_layer.default
 BACKWARD = torch.ops.aten.mkldnn_rnn_layer_backward.default
+ATEN = torch.ops.aten
+LOSSES = (ATEN.mse_loss.default, ATEN.smooth_l1_loss.default, ATEN.soft_margin_loss.default)
 UNKNOWN = (torch.ops.aten._cudnn_rnn.default, torch.ops.aten.miopen_rnn.default)
 
 
@@ -29,6 +31,10 @@ class RealSizes(TorchDispatchMode):
         if func is CLONE and out.is_sparse:  # The fake copy has no values.
             indices, values = args[0]._indices().clone(), args[0]._values().clone()
             return torch.sparse_coo_tensor(indices, values, out.shape, check_invariants=False)
+        if func in LOSSES and out.ndim == 0 and out.device.type == "cpu":
+            # The real kernel makes the mean in the storage of all the losses, which stays as large as they were.
+            losses = torch.broadcast_tensors(args[0], args[1])[0]
+            out.untyped_storage().resize_(max(1, losses.numel()) * out.element_size())
         if func is BACKWARD:  # The real kernel makes two gradients for the two biases, and the fake one makes one.
             return *out[:4], torch.empty_like(out[4]), *out[5:]
         if (func is ONEDNN or func in UNKNOWN) and torch.is_grad_enabled():

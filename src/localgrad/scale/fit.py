@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.core.auxiliary import Method
-from localgrad.core.checks import undisturbed
-from localgrad.core.copies import duplicate
+from localgrad.core.copies import duplicate, undisturbed
 from localgrad.core.couplings import MAN
 from localgrad.core.errors import UserError
 from localgrad.core.methods import bp, dgl
-from localgrad.core.model import LocalModel, localize
+from localgrad.core.model import LocalModel
 from localgrad.core.recomputation import repeats
 from localgrad.core.sizes import bytes_of, mib
 from localgrad.core.task import Task
 from localgrad.scale.memory import MakeOptimizer
-from localgrad.scale.plan import Accumulate, Plan, Planner
+from localgrad.scale.plan import Accumulate, Loss, Planner
+from localgrad.scale.planned import Plan
 from localgrad.scale.speed import Speed, calibrate
 
 
@@ -52,6 +52,8 @@ def fit(
     coupling: MAN | None = None,
     exact: bool = False,
     at_most: float = 1.3,
+    criterion: Loss | None = None,
+    targets: Any = None,
     task: Task | None = None,
     optimizer: MakeOptimizer | None = None,
     autocast: torch.dtype | None = None,
@@ -75,12 +77,14 @@ def fit(
     Args:
         backbone: the network to train.
         example: a batch [B, ...] of the size of a step, on the device that trains.
-        budget: bytes, as a number or as text such as "2GiB".
+        budget: bytes, as a number or as text such as "2GiB", or a share of what backpropagation takes, such as "50%".
         method: local losses that are wanted. By default exact training is preferred, and `dgl()` with `MAN()` is taken
             where blocks are needed.
         coupling: what goes with `method`.
         exact: whether training must be exact, whatever time it takes.
         at_most: the time of a step that is accepted, over that of backpropagation, before the other kind is looked at.
+        criterion: as for `localize`.
+        targets: an example of the targets, or those of the batch. By default an int64 class a sample.
         task: as for `localize`.
         optimizer: makes the optimizer from groups of parameters; its state counts. By default SGD with momentum.
         autocast: as for `local_backward`.
@@ -91,15 +95,16 @@ def fit(
         UserError: nothing fits. It says the least that would do, what holds it, and what would lower it. Or a unit that
             the plan recomputes cannot be run twice.
     """
-    budget = bytes_of(budget)
+    bytes_of(budget)  # It is checked before anything runs.
     asked = method is not None and method.terms is not None
     if exact and asked:
         raise UserError("exact=True is backpropagation: leave the method of local losses out, or exact=True")
     if speed is None and not example.is_meta:
         speed = calibrate(backbone, example, autocast=autocast)
-    how: dict[str, Any] = {"task": task, "optimizer": optimizer, "autocast": autocast, "speed": speed}
-    how["accumulate"] = accumulate
+    how: dict[str, Any] = {"criterion": criterion, "targets": targets, "task": task, "optimizer": optimizer}
+    how |= {"autocast": autocast, "speed": speed, "accumulate": accumulate}
     whole = Planner(backbone, example, method=bp(), **how)
+    budget = whole.bytes_of(budget)
     most = at_most * whole.bp.seconds
     plan = None if asked else whole.within(budget, 1, several=False, as_you_go=False)
     own, beside = (dgl(), coupling or MAN()) if method is None else (method, coupling)
@@ -111,13 +116,10 @@ def fit(
         plan = min(filter(None, (plan, cut)), key=lambda found: found.seconds)
     elif plan is None:
         plan = whole.fastest(budget, 1, as_you_go=False)  # It says what would do.
-    if len(plan.blocks) == 1:
-        model = localize(backbone, blocks=1, method=bp(), example=example, task=task)
-    else:
-        model = localize(backbone, blocks=plan.blocks, method=own, coupling=beside, example=example, task=task)
+    model = plan.localize(backbone, example)
     if plan.units and not example.is_meta:
-        _check_repeats(plan.apply(model), example)
-    return _fit(plan.apply(model), plan, whole.bp, budget)
+        _check_repeats(model, example)
+    return _fit(model, plan, whole.bp, budget)
 
 
 def _fewest_cuts(planner: Planner, budget: int, most: float) -> Plan | None:
@@ -152,16 +154,7 @@ def _fit(model: LocalModel, plan: Plan, baseline: Plan, budget: int) -> Fit:
     times = plan.seconds / baseline.seconds
     count = len(plan.blocks)
     how = ["exact training" if count == 1 else f"local training in {count} blocks, which is not exact"]
-    recomputed = sum(
-        any(a <= u <= b for a, b in block.ranges) for block in model.blocks for u in range(len(block.names))
-    )
-    if recomputed:
-        units = sum(len(block.names) for block in model.blocks)
-        how.append(f"{recomputed} of {units} units recomputed")
-    if plan.couplings:
-        how.append(f"couplings of {len(plan.couplings)} blocks recomputed")
-    if plan.accumulate > 1:
-        how.append(f"each batch in {plan.accumulate} parts")
+    how += plan.measures
     if len(how) == 1 and count == 1:
         how.append("nothing recomputed")
     why = (

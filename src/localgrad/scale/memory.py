@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +20,9 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from localgrad.core.checks import check_example_targets
 from localgrad.core.copies import without_values
 from localgrad.core.engine import block_steps, local_backward
 from localgrad.core.errors import UserError
@@ -213,6 +215,7 @@ def predict_peak(
     batch_size: int,
     optimizers: Callable[[LocalModel], Optimizers],
     *,
+    targets: Any = None,
     step_as_you_go: bool = False,
     autocast: torch.dtype | None = None,
 ) -> PeakBytes:
@@ -225,15 +228,30 @@ def predict_peak(
         model: The result of `localize`.
         batch_size: The number of images in a batch.
         optimizers: Makes the optimizers of the copy: one, or with `step_as_you_go` one for each block.
+        targets: An example of the targets, with any number of samples. Default: an int64 class a sample.
         step_as_you_go: Whether each block's optimizer steps before the next block runs. Default: False.
         autocast: The dtype of each block's forward pass. Default: the model's own.
 
     Raises:
-        UserError: The memory depends on values, so it must be measured.
+        UserError: The memory depends on values, so it must be measured, or the criterion does not take the targets.
     """
     model = localized(model, "predict_peak")
     model.checks.check_size(model, batch_size)
-    with on_fake_tensors(model, batch_size) as (copied, x, y):
+    check_targets(model, targets, next(model.backbone.parameters()).device)
+    return predicted(model, batch_size, optimizers, targets, step_as_you_go=step_as_you_go, autocast=autocast)
+
+
+def predicted(
+    model: LocalModel,
+    batch_size: int,
+    optimizers: Callable[[LocalModel], Optimizers],
+    targets: Any,
+    *,
+    step_as_you_go: bool,
+    autocast: torch.dtype | None,
+) -> PeakBytes:
+    """What `predict_peak` returns, for arguments that were checked."""
+    with on_fake_tensors(model, batch_size, targets) as (copied, x, y):
         own = optimizers(copied)
 
         def step() -> None:
@@ -243,16 +261,36 @@ def predict_peak(
         return measure_peak(step, model=copied, optimizers=own)
 
 
+def check_targets(model: LocalModel, targets: Any, device: torch.device) -> None:
+    """Raises UserError unless a model can be trained on an example of the targets.
+
+    Args:
+        model: The model.
+        targets: The example, or None if no one has given any. Then a class a sample is tried.
+        device: Where the network is.
+    """
+    if targets is not None:
+        sizes = [len(leaf) for leaf in tree_leaves(targets) if isinstance(leaf, Tensor) and leaf.ndim]
+        return check_example_targets(model, targets, max(sizes, default=0), device)
+    try:
+        return model.checks.trial.check(model, torch.zeros(2, dtype=torch.int64), torch.device("cpu"))
+    except UserError as error:
+        raise UserError(f"{error}; give an example of the targets, as targets=y") from error
+
+
 @contextlib.contextmanager
-def on_fake_tensors(model: LocalModel, batch_size: int) -> Iterator[tuple[LocalModel, Tensor, Tensor]]:
-    """Copies a model to fake tensors, and makes inputs and targets for it.
+def on_fake_tensors(
+    model: LocalModel, batch_size: int, targets: Any = None
+) -> Iterator[tuple[LocalModel, Tensor, Any]]:
+    """Copies a model to fake tensors, and makes inputs and targets for it, the latter like the example `targets`.
 
     Fake tensors have shapes, devices and memory formats, but no values. Those of the meta device count as if they were
     on the CPU. Raises UserError if an operation depends on values.
     """
+    task = copy.deepcopy(model.task)  # The copy of a criterion that holds tensors keeps their values.
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), RealSizes():
-            yield _faked(model, batch_size)
+            yield _faked(model, task, batch_size, targets)
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
         raise UserError(
             f"the memory of a step cannot be predicted where it depends on values, as that of {error} does: measure it "
@@ -260,22 +298,28 @@ def on_fake_tensors(model: LocalModel, batch_size: int) -> Iterator[tuple[LocalM
         ) from error
 
 
-def _faked(model: LocalModel, batch_size: int) -> tuple[LocalModel, Tensor, Tensor]:
-    copied = without_values(model)
-    copied.task = cast(Task, SimpleNamespace(criterion=model.task.criterion, check_targets=lambda targets: None))
+def _faked(model: LocalModel, task: Task, batch_size: int, targets: Any) -> tuple[LocalModel, Tensor, Any]:
+    copied = without_values(model, copies={id(model.task): task})
+    copied.task = cast(Task, SimpleNamespace(criterion=task.criterion, check_targets=lambda targets: None))
     weight = next((p for p in copied.parameters() if p.ndim == 4), next(copied.parameters()))
     last = weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if last and len(model.image) == 3 else torch.contiguous_format
     dtype = input_dtype(copied.backbone, model.blocks[0].entering.dtype)
     x = torch.empty(batch_size, *model.image, device=weight.device, dtype=dtype).to(memory_format=layout)
-    return copied, x, torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
+    like = torch.zeros(1, dtype=torch.int64) if targets is None else targets
+
+    def faked(t: Tensor) -> Tensor:
+        shape = (batch_size, *t.shape[1:]) if t.ndim else ()
+        return torch.zeros(shape, dtype=t.dtype, device=weight.device)
+
+    return copied, x, tree_map_only(Tensor, faked, like)
 
 
 def training_step(
     model: LocalModel,
     optimizers: Optimizers,
     x: Tensor,
-    y: Tensor,
+    y: Any,
     *,
     step_as_you_go: bool = False,
     autocast: torch.dtype | None = None,

@@ -8,28 +8,28 @@ from the costs of its pieces (`peaks.py`); that of the chosen plan is predicted 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from localgrad.core.auxiliary import Auxiliary, Method
+from localgrad.core.auxiliary import Auxiliary, Method, Term
 from localgrad.core.blocks import units
 from localgrad.core.checks import check_network
 from localgrad.core.copies import without_values
 from localgrad.core.couplings import MAN
 from localgrad.core.errors import UserError
-from localgrad.core.methods import bp, dgl
+from localgrad.core.methods import bp
 from localgrad.core.model import LocalModel, localize, param_groups
 from localgrad.core.sizes import bytes_of
-from localgrad.core.task import Task
+from localgrad.core.task import Classification, Task
 from localgrad.scale.costs import Cost, trace_costs, without_gradients
-from localgrad.scale.memory import MakeOptimizer, optimizer_slots, optimizers_for, predict_peak
-from localgrad.scale.recompute import recompute
+from localgrad.scale.memory import MakeOptimizer, check_targets, optimizer_slots, optimizers_for, predicted
+from localgrad.scale.planned import Plan
 from localgrad.scale.search import BlockOption, Search
 from localgrad.scale.speed import Speed
 
@@ -38,40 +38,7 @@ CAPS = 48  # on the peak of a block, evenly spread in the logarithm
 SPLITS = (2, 4, 8, 16)  # into how many micro-batches a batch may be split
 
 Accumulate = Literal["never", "exact", "any"]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How to train a network.
-
-    Attributes:
-        blocks: the last unit of each block, as `localize` takes them. One block is backpropagation, which is exact.
-        units: what `recompute` takes: units and ranges of units that are recomputed.
-        couplings: the blocks whose coupling is recomputed.
-        step_as_you_go: whether each block steps right after its backward pass.
-        accumulate: into how many micro-batches the batch is split, whose gradients are added up.
-        peak: bytes of a step, with everything counted.
-        lasting: those of them that parameters, averages and the optimizer's state hold.
-        seconds: the predicted time of a step.
-        flops: its floating-point operations.
-        exact: whether `peak` was predicted on the whole step, and not put together from its pieces.
-    """
-
-    blocks: tuple[str, ...]
-    units: tuple[str, ...]
-    couplings: tuple[int, ...]
-    step_as_you_go: bool
-    accumulate: int
-    peak: int
-    lasting: int
-    seconds: float
-    flops: float
-    exact: bool = False
-
-    def apply(self, model: LocalModel) -> LocalModel:
-        """Sets what `model`, which was localized with `blocks`, recomputes, and how `local_backward` splits a batch."""
-        model.accumulate = self.accumulate
-        return recompute(model, units=self.units, couplings=self.couplings)
+Loss = Callable[[Any, Any], Tensor]
 
 
 class Planner:
@@ -82,15 +49,17 @@ class Planner:
         example: a batch [B, ...] of the size of a step.
         method: the local losses, as for `localize`; `lg.bp()` plans exact training alone.
         coupling: as for `localize`.
+        criterion: as for `localize`.
+        targets: an example of the targets, or those of the batch. By default an int64 class a sample.
         task: as for `localize`.
         optimizer: makes an optimizer from groups of parameters. By default SGD with Nesterov momentum.
         autocast: as for `local_backward`.
         speed: of the device (`calibrate`). By default one that ranks plans, but tells no seconds.
         accumulate: whether a plan may split the batch into micro-batches: "never"; "exact", where that changes no
-            result, as there are no batch statistics; or "any".
+            result, as there are no batch statistics and the loss is the default one; or "any".
 
     Raises:
-        UserError: the network cannot be cut or trained.
+        UserError: the network cannot be cut or trained, or the criterion does not take the targets.
     """
 
     def __init__(
@@ -100,6 +69,8 @@ class Planner:
         *,
         method: Method,
         coupling: MAN | None = None,
+        criterion: Loss | None = None,
+        targets: Any = None,
         task: Task | None = None,
         optimizer: MakeOptimizer | None = None,
         autocast: torch.dtype | None = None,
@@ -113,12 +84,14 @@ class Planner:
             raise UserError(f"accumulate takes never, exact or any, not '{accumulate}'")
         shapes, one = without_values(backbone, "meta"), torch.empty_like(example[:1], device="meta")
         self._coupling, self._speed, self._autocast, self._accumulate = coupling, speed or Speed(), autocast, accumulate
-        cuttable = method if method.terms else dgl("0c1f")  # to tell the units' costs; no head of it is in a plan
-        self._cut = partial(localize, shapes, method=cuttable, example=one, task=task)
-        self._batch = len(example)
+        cuttable = method if method.terms else Method("units", _no_loss)
+        self._how = {"method": method, "coupling": coupling, "criterion": criterion, "task": task}
+        self._cut = partial(localize, shapes, method=cuttable, example=one, criterion=criterion, task=task)
+        self._batch, self._targets = len(example), targets
         self._blocks = None if method.terms else 1
         self._optimizer = optimizer or partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)
         self._model = self._cut(blocks=len(units(shapes, one)), coupling=coupling)
+        check_targets(self._model, targets, next(backbone.parameters()).device)
         self._searches: dict[tuple[int, bool], Search] = {}
         self.costs = self._search(1).costs
         self._slots = optimizer_slots(self._optimizer)
@@ -207,7 +180,7 @@ class Planner:
         """The fastest plan whose step takes at most `budget` bytes, by exact prediction.
 
         Args:
-            budget: bytes, as a number or as text such as "2GiB".
+            budget: bytes, as a number or as text such as "2GiB", or a share of backpropagation's peak, such as "50%".
             blocks: how many, or None for any number. 1 is exact training.
             several: whether backpropagation, which is one block, is left out.
             as_you_go: whether blocks may step right after their backward pass.
@@ -215,7 +188,7 @@ class Planner:
         Raises:
             UserError: no plan fits. It says the least that would do, what holds it, and what would lower it.
         """
-        budget = bytes_of(budget)
+        budget = self.bytes_of(budget)
         found = self.within(budget, blocks, several=several, as_you_go=as_you_go)
         if found is not None:
             return found
@@ -238,10 +211,12 @@ class Planner:
         def optimizers(own: LocalModel) -> list[torch.optim.Optimizer]:
             return optimizers_for(param_groups(own), self._optimizer, as_you_go=plan.step_as_you_go)
 
-        found = predict_peak(
-            model, self._batch, optimizers, step_as_you_go=plan.step_as_you_go, autocast=self._autocast
-        )
-        return replace(plan, peak=found.total, exact=True)
+        how = {"step_as_you_go": plan.step_as_you_go, "autocast": self._autocast}
+        return replace(plan, peak=predicted(model, self._batch, optimizers, self._targets, **how).total, exact=True)
+
+    def bytes_of(self, budget: int | float | str, what: str = "budget") -> int:
+        """Reads a budget, of which a share such as "50%" is one of backpropagation's peak."""
+        return bytes_of(budget, lambda: self.exactly(self.bp).peak, what)
 
     def _check(self, blocks: int) -> None:
         count = len(self.costs.names)
@@ -253,7 +228,7 @@ class Planner:
         if (micro_batches, recompute) in self._searches:
             return self._searches[micro_batches, recompute]
         if recompute:
-            costs = trace_costs(self._model, self._batch // micro_batches, self._autocast)
+            costs = trace_costs(self._model, self._batch // micro_batches, self._autocast, self._targets)
             costs = self._speed.timed(costs)
             if micro_batches > 1:
                 costs = replace(without_gradients(costs), batch=costs.batch * micro_batches)
@@ -290,7 +265,7 @@ class Planner:
         terms = [t for a in self._model.auxiliaries if isinstance(a, Auxiliary) for t in a.terms.values()]
         pairs = local and any(term.pairs for term in terms)
         norms = any(isinstance(m, _BatchNorm) and (m.training or not m.track_running_stats) for m in model.modules())
-        return self._accumulate == "any" or not (pairs or norms)
+        return self._accumulate == "any" or (type(self._model.task) is Classification and not (pairs or norms))
 
     def _estimate(self, target: int, n: int, as_you_go: bool, blocks: int | None, several: bool) -> Plan | None:
         """The plan of the highest cap whose peak, put together from pieces, stays within `target`."""
@@ -353,6 +328,9 @@ class Planner:
             lasting=lasting,
             seconds=n * sum(option.seconds(costs) for option in chain),
             flops=n * sum(option.work(costs).flops for option in chain),
+            recomputed=sum(any(a <= u <= b for a, b in o.ranges) for o in chain for u in range(o.i, o.j + 1)),
+            count=len(names),
+            how=self._how,
         )
 
     def _lasting(self, ends: Sequence[Cost]) -> tuple[int, int]:
@@ -369,6 +347,8 @@ def plan(
     *,
     method: Method | None = None,
     coupling: MAN | None = None,
+    criterion: Loss | None = None,
+    targets: Any = None,
     task: Task | None = None,
     optimizer: MakeOptimizer | None = None,
     autocast: torch.dtype | None = None,
@@ -377,10 +357,10 @@ def plan(
 ) -> Plan:
     """The fastest plan for `backbone` whose step on a batch like `example` takes at most `budget` bytes.
 
-    Train it with `plan.apply(localize(backbone, blocks=plan.blocks, ...))`, or let `fit` do both.
+    `plan.localize(backbone, example)` makes the model to train, and `fit` does both.
 
     Args:
-        budget: bytes, as a number or as text such as "2GiB".
+        budget: bytes, as a number or as text such as "2GiB", or a share of what backpropagation takes, such as "50%".
         method: local losses. By default `bp()`: exact training.
 
     The other arguments are those of `Planner`.
@@ -388,12 +368,17 @@ def plan(
     Raises:
         UserError: no plan fits. It says the least that would do.
     """
-    budget = bytes_of(budget)
+    bytes_of(budget)  # It is checked before anything is traced.
     planner = Planner(
-        backbone, example, method=method or bp(), coupling=coupling, task=task, optimizer=optimizer,
-        autocast=autocast, speed=speed, accumulate=accumulate,
+        backbone, example, method=method or bp(), coupling=coupling, criterion=criterion, targets=targets, task=task,
+        optimizer=optimizer, autocast=autocast, speed=speed, accumulate=accumulate,
     )  # fmt: skip
     return planner.fastest(budget)
+
+
+def _no_loss(site: Any) -> dict[str, Term]:
+    """An auxiliary without parameters, to tell the costs of units in a plan of one block, which has no auxiliary."""
+    return {"none": Term(nn.Flatten(), lambda output, targets: output.sum())}
 
 
 def _name(names: Sequence[str], first: int, last: int) -> str:

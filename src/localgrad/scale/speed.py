@@ -74,7 +74,7 @@ def calibrate(backbone: nn.Module, example: Tensor, *, autocast: torch.dtype | N
     keys = [f"{looks(unit.module)} {unit.input.shape}" for unit in units]
     timed = {key: _timed(unit, example, autocast) for key, unit in dict(zip(keys, units, strict=True)).items()}
     # Relative errors count, so each row is divided by its time. No speed can be negative.
-    runs = [run for passes in timed.values() for ways in passes for run in ways]
+    runs = [run for passes in timed.values() for ways in passes for run in ways if run[0].calls]
     rows = np.array([[work.flops, work.moved, work.calls] for work, _ in runs]) / [[seconds] for _, seconds in runs]
     scale = rows.max(axis=0)
     costs = nnls(rows / scale, np.ones(len(rows)))[0] / scale
@@ -85,7 +85,7 @@ def calibrate(backbone: nn.Module, example: Tensor, *, autocast: torch.dtype | N
 
 
 def _factors(speed: Speed, ways: Sequence[tuple[Work, float]]) -> Ways:
-    forward, backward = (seconds / speed.seconds(work) for work, seconds in ways)
+    forward, backward = (seconds / speed.seconds(work) if work.calls else 1.0 for work, seconds in ways)
     return forward, backward
 
 
@@ -95,8 +95,14 @@ def _timed(unit: Unit, example: Tensor, autocast: torch.dtype | None) -> list[li
     layout = torch.channels_last if last and len(unit.input.shape) == 3 else torch.contiguous_format
 
     def batch(size: int) -> Tensor:
-        h = torch.randn(size, *unit.input.shape, device=example.device, dtype=example.dtype)
+        if not unit.input.dtype.is_floating_point:  # A table may hold no other numbers than those of the example.
+            return example.detach()[torch.arange(size, device=example.device) % len(example)]
+        h = torch.randn(size, *unit.input.shape, device=example.device, dtype=unit.input.dtype)
         return h.contiguous(memory_format=layout).requires_grad_()
+
+    def back(out: Tensor) -> None:
+        if out.requires_grad:  # A frozen unit that reads numbers of words has nothing to compute.
+            out.backward(torch.ones_like(out))
 
     def run(h: Tensor) -> list[float]:
         times = [time.perf_counter()]
@@ -104,7 +110,7 @@ def _timed(unit: Unit, example: Tensor, autocast: torch.dtype | None) -> list[li
             out = unit.module(h)
         _wait(h)
         times.append(time.perf_counter())
-        out.backward(torch.ones_like(out))
+        back(out)
         _wait(h)
         return [times[1] - times[0], time.perf_counter() - times[1]]
 
@@ -114,7 +120,7 @@ def _timed(unit: Unit, example: Tensor, autocast: torch.dtype | None) -> list[li
         with forward, autocasting(h, autocast):
             out = unit.module(h)
         with backward:
-            out.backward(torch.ones_like(out))
+            back(out)
         run(h)
         times = [run(h) for _ in range(REPEATS)]
         medians = [statistics.median(way) for way in zip(*times, strict=True)]
