@@ -176,7 +176,7 @@ def localize(
     device = next(backbone.parameters()).device
     for auxiliary in auxiliaries:
         auxiliary.to(device).train()
-    _to_training(backbone)
+    to_training(backbone)
     watch = traced.cut.watch
     for source in (s for auxiliary in auxiliaries if auxiliary.coupling for s in auxiliary.coupling.sources):
         watch.copies(source.name, source.module)
@@ -251,7 +251,7 @@ def _warn_of_hooks(traced: Traced) -> None:
         )
 
 
-def _to_training(backbone: nn.Module) -> None:
+def to_training(backbone: nn.Module) -> None:
     """Puts a network into training mode. If it is in that mode already, frozen parts of it stay in evaluation mode."""
     frozen = [m for m in backbone.modules() if backbone.training and not m.training]
     backbone.train()
