@@ -82,7 +82,7 @@ def fit(
             where blocks are needed.
         coupling: what goes with `method`.
         exact: whether training must be exact, whatever time it takes.
-        at_most: the time of a step that is accepted, over that of backpropagation, before the other kind is looked at.
+        at_most: how slow exact training may be before cuts are tried: the time of a step over that of backpropagation.
         task: as for `localize`.
         optimizer: makes the optimizer from groups of parameters; its state counts. By default SGD with momentum.
         autocast: as for `local_backward`.
@@ -109,6 +109,7 @@ def fit(
     whole = Planner(backbone, example, method=bp(), **how)
     most = at_most * whole.bp.seconds
     plan = None if asked else whole.within(budget, 1, several=False, as_you_go=False)
+    # The method and the coupling of local training, if it comes to that.
     own, beside = (dgl(), coupling or MAN()) if method is None else (method, coupling)
     if own.terms is not None and not exact and (plan is None or plan.seconds > most):
         local = Planner(backbone, example, method=own, coupling=beside, **how)
