@@ -155,10 +155,7 @@ def show_plans(rows: list[tuple[str, plans.Plan]], bp: float) -> None:
     console.print(table)
     console.print("Peaks and times are predicted, nothing was trained.", highlight=False)
     if any(plan.accumulate > 1 for _, plan in rows):
-        console.print(
-            "A batch in parts trains as the whole batch does, but for batch norm.",
-            highlight=False,
-        )
+        console.print("A batch in parts trains as the whole batch does, but for batch norm.", highlight=False)
 
 
 def run_eval(args: Eval) -> int:

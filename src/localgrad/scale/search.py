@@ -10,8 +10,8 @@ are then recomputed when the backward pass arrives there, for which the same que
 
 Memory is counted in slots of equal size. A row of a table has the least time for each number of slots: column m is for
 m slots, and the last column, which is always infinite, is for less than no slot. A block ends with its auxiliary or
-with the loss of the network. The backward pass goes from the last unit to the first, and gradients of parameters stay once
-they are made: when it comes to a unit, the gradients of all later units take memory already.
+with the loss of the network. The backward pass goes from the last unit to the first, and gradients of parameters stay
+once they are made: when it comes to a unit, the gradients of all later units take memory already.
 """
 
 from __future__ import annotations
