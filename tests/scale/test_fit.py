@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 from functools import cache
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 import localgrad as lg
 from localgrad.core.errors import UserError
-from localgrad.scale.fit import _check_repeats
+from localgrad.scale.fit import _check_repeats, _fewest_cuts
 
 X, Y = torch.randn(32, 3, 32, 32), torch.arange(32) % 10
 SPEED = lg.Speed()  # No particular device, so that the choices are the same everywhere.
@@ -155,3 +156,50 @@ def test_trying_units_twice_moves_nothing() -> None:
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"at_most": "1.3"}, "at_most takes a number of times backpropagation's time"),
+        ({"at_most": float("nan")}, "at_most takes a number"),
+        ({"at_most": 0}, "at_most takes a number"),
+        ({"exact": True, "coupling": lg.MAN()}, "leave the coupling of local losses out"),
+        ({"method": lg.bp(), "coupling": lg.MAN()}, "backpropagation has no coupling"),
+        ({"method": lg.dgl}, "method takes what its function gives, such as lg.dgl()"),
+        ({"coupling": "man"}, "coupling takes what its function gives"),
+        ({"optimizer": "adam"}, "optimizer takes a function that makes one from groups of parameters"),
+        ({"autocast": "bf16"}, "autocast takes a dtype"),
+        ({"speed": 3}, "speed takes what lg.calibrate gives"),
+        ({"example": X.numpy()}, "example takes a tensor, not an array of numpy"),
+        ({"backbone": "resnet32"}, "the network to cut is an nn.Module, not a str"),
+    ],
+)
+def test_wrong_arguments_are_named_before_anything_runs(how: dict[str, Any], words: str) -> None:
+    given = {"backbone": network(), "example": X, "budget": 2**30} | how
+    with pytest.raises(UserError, match=re.escape(words)):
+        lg.fit(given.pop("backbone"), given.pop("example"), given.pop("budget"), **given)
+
+
+def test_without_gradients_nothing_is_fitted() -> None:
+    with torch.no_grad(), pytest.raises(UserError, match="gradients are switched off"):
+        lg.fit(network(), X, 2**30)
+
+
+def test_a_deep_network_that_fits_in_no_way_is_refused_in_seconds() -> None:
+    units = [nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.GroupNorm(1, 4)) for _ in range(30)]
+    backbone = nn.Sequential(nn.Conv2d(3, 4, 3), *units, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+    planner = lg.Planner(backbone, X[:4, :, :8, :8], method=lg.dgl("0c1f"), coupling=lg.MAN(), speed=SPEED)
+    asked: list[int | None] = []
+    within = planner.within
+
+    def counted(budget: int, blocks: int | None = None, **how: Any) -> Any:
+        asked.append(blocks)
+        return within(budget, blocks, **how)
+
+    planner.within = counted
+    assert _fewest_cuts(planner, 10_000, 1.0) is None
+    assert asked == [None]
+    found = _fewest_cuts(planner, planner.bp.peak, 10.0)
+    assert found is not None
+    assert len(found.blocks) == 2

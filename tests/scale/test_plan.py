@@ -274,3 +274,15 @@ def test_parts_of_one_sample_are_left_out_where_a_batch_norm_could_not_take_them
     made = Planner(layer_norms(), torch.zeros(4, 3, 16, 16), method=lg.dgl(), speed=lg.Speed(call=0.0))
     assert {way[0] for way in made._ways(None, False, True)} == {1, 2}
     assert made.frontier()[-1].accumulate == 2
+
+
+@pytest.mark.parametrize("make", [partial(torch.optim.SGD, momentum=0.9, nesterov=True), torch.optim.AdamW])
+def test_the_step_of_the_optimizer_counts_where_parameters_are_most_of_the_memory(make: Any) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 300), nn.ReLU(), nn.Linear(300, 10))
+    made = Planner(network, torch.zeros(4, 3, 8, 8), method=lg.bp(), optimizer=make)
+    assert made.bp.peak == pytest.approx(made.exactly(made.bp).peak, rel=0.005)
+
+
+def test_an_optimizer_that_wants_a_closure_is_refused() -> None:
+    with pytest.raises(UserError, match="LBFGS cannot step by gradients alone"):
+        planner(optimizer=torch.optim.LBFGS)

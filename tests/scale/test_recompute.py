@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import localgrad as lg
+from localgrad.core.blocks import plain_call
 from localgrad.core.couplings import Link
 from localgrad.core.errors import UserError
+from localgrad.core.recomputation import recomputed
 
 COUPLINGS = [None, lg.MAN(), lg.MANPlusPlus(), lg.DeepMAN(), lg.MAN(form="pull"), lg.MAN(ema=False)]
 METHODS = [lg.dgl("1c2f"), lg.infopro(), lg.auglocal(), lg.predsim()]
@@ -116,3 +119,30 @@ def test_a_state_fits_whether_it_is_recomputed_or_not() -> None:
     again = lg.recompute(local(lg.dgl("1c2f"), lg.MAN()), couplings=True)
     assert again.state_dict().keys() == model.state_dict().keys()
     again.load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"units": 5}, "units takes True, False, or a list of names"),
+        ({"units": [3]}, 'units lists names such as "layer1.0"'),
+        ({"units": ["layer1.0", "layer2.1:layer3.0"]}, "goes over the end of a block"),
+        ({"couplings": 1}, "couplings takes True, False, or a list of numbers of blocks, not 1"),
+        ({"couplings": [0, 7]}, "there is no coupling of block 7: 3 blocks have an auxiliary"),
+        ({"couplings": "all"}, "couplings takes True, False, or a list"),
+    ],
+)
+def test_wrong_arguments_change_nothing(how: Any, words: str) -> None:
+    model = lg.recompute(local(lg.dgl("0c1f"), lg.MAN()), couplings=[0])
+    before = [block.ranges for block in model.blocks]
+    with pytest.raises(UserError, match=words):
+        lg.recompute(model, **how)
+    assert [block.ranges for block in model.blocks] == before
+    calls = [link.call for link in model.modules() if isinstance(link, Link)]
+    assert recomputed in calls
+    assert plain_call in calls
+
+
+def test_one_name_alone_is_a_list_of_one() -> None:
+    model = lg.recompute(local(lg.dgl("0c1f"), None), units="layer1.0")
+    assert sum(len(block.ranges) for block in model.blocks) == 1

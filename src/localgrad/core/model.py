@@ -189,7 +189,7 @@ def localize(
     model = LocalModel(backbone, built, auxiliaries, method, task, tuple(example.shape[1:]), watch)
     if targets is not None:
         check_example_targets(model, targets, len(example), device)
-    _to_training(backbone)
+    to_training(backbone)
     _warn_of_hooks(traced)
     return model
 
@@ -263,7 +263,7 @@ def _warn_of_hooks(traced: Traced) -> None:
         )
 
 
-def _to_training(backbone: nn.Module) -> None:
+def to_training(backbone: nn.Module) -> None:
     """Puts a network into training mode. If it is in that mode already, frozen parts of it stay in evaluation mode."""
     frozen = [m for m in backbone.modules() if backbone.training and not m.training]
     backbone.train()

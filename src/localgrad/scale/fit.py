@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from localgrad.core.model import LocalModel
 from localgrad.core.recomputation import repeats
 from localgrad.core.sizes import bytes_of, mib
 from localgrad.core.task import Task
+from localgrad.scale.checks import check_planned
 from localgrad.scale.memory import MakeOptimizer
 from localgrad.scale.plan import Accumulate, Loss, Planner
 from localgrad.scale.planned import Plan
@@ -82,7 +84,7 @@ def fit(
             where blocks are needed.
         coupling: what goes with `method`.
         exact: whether training must be exact, whatever time it takes.
-        at_most: the time of a step that is accepted, over that of backpropagation, before the other kind is looked at.
+        at_most: how slow exact training may be before cuts are tried: the time of a step over that of backpropagation.
         criterion: as for `localize`.
         targets: an example of the targets, or those of the batch. By default an int64 class a sample.
         task: as for `localize`.
@@ -96,9 +98,14 @@ def fit(
             the plan recomputes cannot be run twice.
     """
     bytes_of(budget)  # It is checked before anything runs.
+    wanted = method or (bp() if coupling is None else dgl())
+    check_planned(backbone, example, wanted, coupling, optimizer, autocast, speed, accumulate)
     asked = method is not None and method.terms is not None
-    if exact and asked:
-        raise UserError("exact=True is backpropagation: leave the method of local losses out, or exact=True")
+    if exact and (asked or coupling is not None):
+        what = "method" if asked else "coupling"
+        raise UserError(f"exact=True is backpropagation: leave the {what} of local losses out, or exact=True")
+    if not (isinstance(at_most, Real) and at_most > 0) or isinstance(at_most, bool):
+        raise UserError(f"at_most takes a number of times backpropagation's time, such as 1.3, not {at_most!r}")
     if speed is None and not example.is_meta:
         speed = calibrate(backbone, example, autocast=autocast)
     how: dict[str, Any] = {"criterion": criterion, "targets": targets, "task": task, "optimizer": optimizer}
@@ -107,6 +114,7 @@ def fit(
     budget = whole.bytes_of(budget)
     most = at_most * whole.bp.seconds
     plan = None if asked else whole.within(budget, 1, several=False, as_you_go=False)
+    # The method and the coupling of local training, if it comes to that.
     own, beside = (dgl(), coupling or MAN()) if method is None else (method, coupling)
     if own.terms is not None and not exact and (plan is None or plan.seconds > most):
         local = Planner(backbone, example, method=own, coupling=beside, **how)
@@ -125,14 +133,15 @@ def fit(
 def _fewest_cuts(planner: Planner, budget: int, most: float) -> Plan | None:
     """The plan of the fewest blocks, two at least, that fits into `budget` and takes at most `most` seconds. If each
     takes more, the fastest of them."""
-    fastest: Plan | None = None
-    for blocks in range(2, len(planner.costs.names) + 1):
+    fastest = None
+    if len(planner.costs.names) > 1:
+        fastest = planner.within(budget, several=True, as_you_go=False)
+    if fastest is None or fastest.seconds > most:
+        return fastest  # No number of blocks fits, or none is quick enough.
+    for blocks in range(2, len(fastest.blocks)):
         plan = planner.within(budget, blocks, several=True, as_you_go=False)
         if plan is not None and plan.seconds <= most:
             return plan
-        if plan is not None and fastest is not None and plan.seconds > fastest.seconds:
-            break  # More blocks cost more time from here on.
-        fastest = plan or fastest
     return fastest
 
 

@@ -346,14 +346,22 @@ def optimizers_for(
     return [make([g for g in groups if g["block"] == k]) for k in sorted({g["block"] for g in groups})]
 
 
-def optimizer_slots(optimizer: MakeOptimizer) -> float:
-    """Bytes of the optimizer's state for each byte of a parameter."""
+def optimizer_slots(optimizer: MakeOptimizer) -> tuple[float, float]:
+    """What the optimizer takes for each byte of a parameter: bytes of its state, and bytes for a moment as it steps.
+
+    Raises UserError if it cannot step by gradients alone.
+    """
     parameter = nn.Parameter(torch.zeros(4096))
     parameter.grad = torch.zeros(4096)
     made = optimizer([{"params": [parameter]}])
-    made.step()
+    try:
+        made.step()
+    except TypeError as error:
+        raise UserError(f"{type(made).__name__} cannot step by gradients alone, take another: {error}") from error
     state = [t for own in made.state.values() for t in own.values() if isinstance(t, Tensor) and t.numel() > 1]
-    return sum(t.numel() * t.element_size() for t in state) / (4 * 4096)
+    found = measure_peak(made.step)
+    size = 4 * 4096
+    return sum(t.numel() * t.element_size() for t in state) / size, (found.total - found.timeline[0][1]) / size
 
 
 def peak_rss() -> int:

@@ -17,7 +17,8 @@ def in_a_row(run: Sequence[Cost], end: Cost | None = None, *, handed_on: int = 0
         run: what each piece costs.
         end: what follows them and is gone before they run backward, such as the auxiliary of a block.
         handed_on: bytes of the output that lives until the end, because the next block reads it.
-        last_keeps_it: whether the last piece keeps that output for its backward pass, so that it counts once there.
+        last_keeps_it: whether the output is part of what the last piece keeps for its backward pass. Then it is not
+            counted a second time there.
     """
     live = casts = passing = forward_peak = backward_peak = gradients = 0
     for piece in run:
@@ -92,6 +93,7 @@ def block_peak(costs: Costs, i: int, j: int, ranges: Sequence[Range], coupling_r
     """The most bytes that units i..j take as one block, above its input and what lives anyway."""
     end = costs.auxiliaries[coupling_recomputed][j] if j < len(costs.names) - 1 else None
     output = costs.units[0][j].output
+    # `kept` includes the output. If there is nothing else in it, the backward pass of the unit may not need the output.
     kept_by_last = not any(b == j for _, b in ranges) and costs.units[0][j].kept not in (0, output)
     cost = in_a_row(pieces(costs, i, j, ranges), end, handed_on=output, last_keeps_it=kept_by_last)
     return max(cost.forward_peak, cost.backward_peak)

@@ -19,7 +19,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from localgrad.core.auxiliary import Auxiliary, Method, Term
 from localgrad.core.blocks import units
-from localgrad.core.checks import check_network
 from localgrad.core.copies import without_values
 from localgrad.core.couplings import MAN
 from localgrad.core.errors import UserError
@@ -27,6 +26,8 @@ from localgrad.core.methods import bp
 from localgrad.core.model import LocalModel, localize, param_groups
 from localgrad.core.sizes import bytes_of
 from localgrad.core.task import Classification, Task
+from localgrad.scale.apart import treats_samples_apart
+from localgrad.scale.checks import check_planned
 from localgrad.scale.costs import Cost, trace_costs, without_gradients
 from localgrad.scale.memory import MakeOptimizer, check_targets, optimizer_slots, optimizers_for, predicted
 from localgrad.scale.planned import Plan
@@ -42,7 +43,7 @@ Loss = Callable[[Any, Any], Tensor]
 
 
 class Planner:
-    """Traces a network once; then `frontier` and `fastest` are quick. Nothing is run and the backbone stays as it was.
+    """Traces a network once; then `frontier` and `fastest` are quick. No step is run and the backbone stays as it was.
 
     Args:
         backbone: the network to train.
@@ -55,8 +56,9 @@ class Planner:
         optimizer: makes an optimizer from groups of parameters. By default SGD with Nesterov momentum.
         autocast: as for `local_backward`.
         speed: of the device (`calibrate`). By default one that ranks plans, but tells no seconds.
-        accumulate: whether a plan may split the batch into micro-batches: "never"; "exact", where that changes no
-            result, as there are no batch statistics and the loss is the default one; or "any".
+        accumulate: whether a plan may split the batch into micro-batches: "never"; "exact", where the loss is the
+            default one and each sample is trained as if it were alone (no batch statistics, no buffer that moves); or
+            "any".
 
     Raises:
         UserError: the network cannot be cut or trained, or the criterion does not take the targets.
@@ -77,13 +79,11 @@ class Planner:
         speed: Speed | None = None,
         accumulate: Accumulate = "exact",
     ) -> None:
-        check_network(backbone, example)
-        if not any(p.requires_grad for p in backbone.parameters()):
-            raise UserError("nothing can be planned: every parameter of the network is frozen (requires_grad=False)")
-        if accumulate not in ("never", "exact", "any"):
-            raise UserError(f"accumulate takes never, exact or any, not '{accumulate}'")
+        check_planned(backbone, example, method, coupling, optimizer, autocast, speed, accumulate)
         shapes, one = without_values(backbone, "meta"), torch.empty_like(example[:1], device="meta")
         self._coupling, self._speed, self._autocast, self._accumulate = coupling, speed or Speed(), autocast, accumulate
+        if accumulate == "exact" and len(example) > 1 and not treats_samples_apart(backbone, example, autocast):
+            self._accumulate = "never"
         cuttable = method if method.terms else Method("units", _no_loss)
         self._how = {"method": method, "coupling": coupling, "criterion": criterion, "task": task}
         self._cut = partial(localize, shapes, method=cuttable, example=one, criterion=criterion, task=task)
@@ -94,7 +94,8 @@ class Planner:
         check_targets(self._model, targets, next(backbone.parameters()).device)
         self._searches: dict[tuple[int, bool], Search] = {}
         self.costs = self._search(1).costs
-        self._slots = optimizer_slots(self._optimizer)
+        self._slots, scratch = optimizer_slots(self._optimizer)
+        self._scratch = round(scratch * max(p.nbytes for p in shapes.parameters() if p.requires_grad))
 
     @property
     def bp(self) -> Plan:
@@ -199,7 +200,7 @@ class Planner:
         if self._accumulate != "any" and self._batch > 1:
             advice += ", and so does the same batch in parts (accumulate='any')"
         raise UserError(
-            f"no plan fits {budget / 2**20:.0f} MiB: the least is {least.peak / 2**20:.0f} MiB, of which parameters, "
+            f"no plan fits {budget // 2**20} MiB: the least is {-(-least.peak // 2**20)} MiB, of which parameters, "
             f"averages and the optimizer's state hold {least.lasting / 2**20:.0f}; {advice}"
         )
 
@@ -314,17 +315,17 @@ class Planner:
         peak, before = 0, costs.images if len(chain) > 1 else 0
         before += gradients if n > 1 else 0  # They are live from the second micro-batch on.
         for option in chain:
-            peak = max(peak, before + option.peak(costs))
-            if not as_you_go:
-                before += sum(unit.gradients for unit in costs.units[0][option.i : option.j + 1])
-                before += costs.auxiliaries[0][option.j].gradients if option is not chain[-1] else 0
+            made = sum(unit.gradients for unit in costs.units[0][option.i : option.j + 1])
+            made += costs.auxiliaries[0][option.j].gradients if option is not chain[-1] else 0
+            peak = max(peak, before + option.peak(costs), before + costs.batch + made + self._scratch)
+            before += 0 if as_you_go else made
         return Plan(
             blocks=tuple(names[option.j] for option in chain),
             units=tuple(_name(names, a, b) for option in chain for a, b in option.ranges),
             couplings=tuple(k for k, option in enumerate(chain) if option.coupling_recomputed),
             step_as_you_go=as_you_go,
             accumulate=n,
-            peak=lasting + max(peak, before),
+            peak=lasting + peak,
             lasting=lasting,
             seconds=n * sum(option.seconds(costs) for option in chain),
             flops=n * sum(option.work(costs).flops for option in chain),

@@ -7,7 +7,10 @@ for bit (`core/recomputation.py`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import accumulate
+from numbers import Integral
+from typing import Any
 
 from localgrad.core.blocks import Range, plain_call
 from localgrad.core.couplings import Link
@@ -36,25 +39,42 @@ def recompute(
     """
     model = localized(model, "recompute")
     names = [name for block in model.blocks for name in block.names]
+    _check_kinds(units, couplings, len(model.auxiliaries))
+    units = [units] if isinstance(units, str) else units
     ranges = [unit_range(text, names) for text in (names if units is True else units or ())]
     _check_nested(ranges, names)
-    start = 0
-    for block in model.blocks:
-        end = start + len(block.names)
-        for first, last in ranges:
-            if first < end <= last and start <= first:
+    ends = list(accumulate(len(block.names) for block in model.blocks))
+    for first, last in ranges:
+        for end in ends:
+            if first < end <= last:
                 raise UserError(
                     f"'{names[first]}:{names[last]}' goes over the end of a block, behind '{names[end - 1]}': only "
                     "units of one block are recomputed together"
                 )
+    for block, end in zip(model.blocks, ends, strict=True):
+        start = end - len(block.names)
         block.recompute([(a - start, b - start) for a, b in ranges if start <= a and b < end])
-        start = end
     for k, auxiliary in enumerate(model.auxiliaries):
         here = couplings if isinstance(couplings, bool) else k in couplings
         for link in auxiliary.modules():
             if isinstance(link, Link):
                 link.call = recomputed if here else plain_call
     return model
+
+
+def _check_kinds(units: Any, couplings: Any, count: int) -> None:
+    """Raises UserError unless these are arguments of `recompute`. count: how many auxiliaries there are."""
+    if units is not None and not isinstance(units, bool | str | Collection):
+        raise UserError(f'units takes True, False, or a list of names such as ["layer1.0"], not {units!r}')
+    for name in () if units is None or isinstance(units, bool | str) else units:
+        if not isinstance(name, str):
+            raise UserError(f'units lists names such as "layer1.0" or "layer1.0:layer1.5", not {name!r}')
+    if not isinstance(couplings, bool):
+        if not (isinstance(couplings, Collection) and all(isinstance(k, Integral) for k in couplings)):
+            raise UserError(f"couplings takes True, False, or a list of numbers of blocks, not {couplings!r}")
+        for k in couplings:
+            if not 0 <= k < count:
+                raise UserError(f"there is no coupling of block {k}: {count} blocks have an auxiliary, numbered from 0")
 
 
 def unit_range(text: str, names: Sequence[str]) -> Range:

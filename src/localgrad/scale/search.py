@@ -8,8 +8,10 @@ are then recomputed when the backward pass arrives there, for which the same que
     T[s, t](m) = min( forward[s] + backward[s] + T[s+1, t](m - kept[s]),
                       min over c of: forward[s..c-1] + T[c, t](m - output[c-1]) + T[s, c-1](m) )
 
-Memory is counted in slots, and a table has a time for each number of slots. A block ends with its auxiliary or with the
-loss of the network. Gradients of parameters stay once they are made, so an early unit finds those of all later ones.
+Memory is counted in slots of equal size. A row of a table has the least time for each number of slots: column m is for
+m slots, and the last column, which is always infinite, is for less than no slot. A block ends with its auxiliary or
+with the loss of the network. The backward pass goes from the last unit to the first, and gradients of parameters stay
+once they are made: when it comes to a unit, the gradients of all later units take memory already.
 """
 
 from __future__ import annotations
@@ -100,10 +102,10 @@ class Search:
             np.array([getattr(piece, name) for piece in remade], float) for name in ("forward_peak", "backward_peak")
         )
         n = len(self.pieces)
-        one = (self._forward, self._backward, self._forward_again, self._backward_again)
+        peaks = (self._forward, self._backward, self._forward_again, self._backward_again)
         ends = [max(end.forward_peak, end.backward_peak) for own in costs.auxiliaries for end in own]
-        # As much as nothing can need.
-        top = self._kept.sum() + max(part.max() for part in one) + self._before[-1] + max(ends, default=0)
+        # More bytes than any block can take: the tables need no more columns than that.
+        top = self._kept.sum() + max(peak.max() for peak in peaks) + self._before[-1] + max(ends, default=0)
         top += 2 * (self._output.max() + self._copies[-1])
         most = (
             min(SLOTS, max(60.0, 6 * MOST_NUMBERS / n**3))
@@ -130,7 +132,8 @@ class Search:
         """
         n = len(self.pieces)
         last = range(n) if blocks != 1 else range(n - 1, n)
-        # By the last piece of a chain, and by its length where that counts: time, gradients of auxiliaries, last block.
+        # The fastest blocks up to each piece. The key is the number of that piece, and of blocks if `blocks` asks for a
+        # number (otherwise 0). The value is their time, the gradients of their auxiliaries, and the last block.
         best: dict[tuple[int, int], tuple[float, int, tuple[int, int, int] | None]] = {(-1, 0): (0.0, 0, None)}
         for j in last:
             table = self._table_of_blocks(j)
@@ -159,13 +162,17 @@ class Search:
         return chain
 
     def _base(self, i: int, j: int) -> float:
-        """Bytes to subtract from what a block of pieces i..j may take before a table of memory is asked."""
+        """Bytes that a block of pieces i..j takes and its table does not count, less what that counts too much."""
         enters = self.costs.batch + (self._output[i - 1] if i else 0)
         # What the block hands on lives until the block is done.
         return enters + self._output[j] - self._offset(j)
 
     def _offset(self, j: int) -> float:
-        """Tables count gradients of all later pieces of the network, but a block has its auxiliary's instead."""
+        """Bytes that the table of blocks that end with piece j counts too much.
+
+        So that all blocks can use the same numbers, a table counts the gradients of all pieces up to the end of the
+        network as if they were there already. In a block, only those of its own pieces and its auxiliary are there.
+        """
         last = self.pieces[j][1]
         return self._later[j] - (self.costs.auxiliaries[0][last].gradients if j < len(self.pieces) - 1 else 0)
 
@@ -176,7 +183,7 @@ class Search:
         return self._blocks[j]
 
     def _table_of_ranges(self) -> Array:
-        """The least time of the second run of pieces s..t that are recomputed together, and back: [s, t, slots]."""
+        """The least time to run pieces s..t a second time and to go back through them: [s, t, slots]."""
         if self._ranges is None:
             n = len(self.pieces)
             self._ranges = np.full((n, n, len(self._m) + 1), np.inf)
@@ -202,7 +209,7 @@ class Search:
         return np.append(np.zeros(len(self._m)), np.inf)
 
     def _filled(self, end: _End) -> Array:
-        """The least time of pieces s..t and what follows them, [s, slots]."""
+        """The least time to train the pieces from s to the end, and what comes after it, for each s: [s, slots]."""
         rows = np.full((end.t + 2, len(self._m) + 1), np.inf)
         rows[end.t + 1] = end.row
         for s in range(end.t, -1, -1):
@@ -210,11 +217,16 @@ class Search:
         return rows
 
     def _choices(self, rows: Array, s: int, end: _End) -> tuple[Array, Array, Array]:
-        """What can be done with piece s: first to keep it, then to recompute pieces s..c-1 for each c.
+        """The choices for piece s. Choice 0 keeps what it needs. Choice k recomputes pieces s..s+k-1 together.
+
+        Args:
+            rows: the least time from each later piece on, which is filled in already, [piece, slots].
+            s: the piece.
+            end: where the pieces end.
 
         Returns:
-            The time of each choice, [choice, slots]; how many slots less what follows it gets, [choice]; and how many
-            slots less the second run gets, [choice].
+            The time of each choice, [choice, slots]. How many slots it takes from the pieces after it, [choice]. And
+            how many slots it takes from the second run, [choice].
         """
         own = end.held if s == end.t else 0.0
         last = end.t + end.closed if self._recompute else s
@@ -241,7 +253,7 @@ class Search:
         return max(0, round(size / self._slot))
 
     def _less(self, rows: Array, slots: Array) -> Array:
-        """Each row with so many slots less. The last column stands for less than none."""
+        """Column m of row i becomes column m - slots[i]: the time with so many slots less."""
         index = self._columns[None] - slots[:, None]
         none = (index < 0) | (self._columns[None] == self._columns[-1])
         return np.take_along_axis(rows, np.where(none, -1, np.minimum(index, self._columns[-1] - 1)), axis=1)
@@ -259,7 +271,7 @@ class Search:
         return BlockOption(self.pieces[i][0], last, tuple(ranges), not (fits and quick))
 
     def _explained(self, rows: Array, s: int, m: int, end: _End) -> tuple[list[Range], int]:
-        """The ranges behind a time in a table, and the slots that are left for what follows."""
+        """The ranges with which the pieces from s on take the time `rows[s, m]`, and the slots left after the end."""
         ranges: list[Range] = []
         while s <= end.t:
             times, less, within = self._choices(rows, s, end)
@@ -277,14 +289,15 @@ class Search:
 
 @dataclass(frozen=True, eq=False)
 class _End:
-    """Where some pieces in a row end.
+    """The end of the pieces that a table is for: of a block, or of a range that is recomputed.
 
     Attributes:
         t: the last piece.
-        row: the time of what follows it, by slots.
-        held: bytes of the output of piece t that are already counted.
-        offset: bytes that the first run forward finds beside the activations.
-        closed: whether a range may end with piece t.
+        row: the least time of what comes after piece t, for each number of slots: of the auxiliary, or zero.
+        held: bytes of the output of piece t, if whoever asks the table has counted them (`_base`).
+        offset: bytes that the table counts during the first forward pass beside activations: gradients.
+        closed: whether a range may end with piece t. In the last block and in a range, the last piece is kept: its
+            backward pass comes at once, so that a second run of it would save nothing.
     """
 
     t: int
