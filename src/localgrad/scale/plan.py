@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from localgrad.core.auxiliary import Auxiliary, Method
-from localgrad.core.blocks import units
 from localgrad.core.checks import check_network
 from localgrad.core.copies import without_values
 from localgrad.core.couplings import MAN
 from localgrad.core.errors import UserError
+from localgrad.core.groups import param_groups
 from localgrad.core.methods import bp, dgl
-from localgrad.core.model import LocalModel, localize, param_groups
+from localgrad.core.model import LocalModel, localize, localize_units
 from localgrad.core.sizes import bytes_of
 from localgrad.core.task import Task
 from localgrad.scale.costs import Cost, trace_costs, without_gradients
@@ -118,7 +118,7 @@ class Planner:
         self._batch = len(example)
         self._blocks = None if method.terms else 1
         self._optimizer = optimizer or partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)
-        self._model = self._cut(blocks=len(units(shapes, one)), coupling=coupling)
+        self._model = localize_units(shapes, method=cuttable, coupling=coupling, example=one, task=task)
         self._searches: dict[tuple[int, bool], Search] = {}
         self.costs = self._search(1).costs
         self._slots = optimizer_slots(self._optimizer)
@@ -334,15 +334,15 @@ class Planner:
 
     def _plan(self, chain: Sequence[BlockOption], n: int = 1, *, as_you_go: bool = False) -> Plan:
         costs, names = self._search(n).costs, self.costs.names
-        ends = [self.costs.auxiliaries[0][option.j] for option in chain[:-1]]
-        lasting, gradients = self._lasting(ends)
-        peak, before = 0, costs.images if len(chain) > 1 else 0
+        ends = [self.costs.end(option.i, option.j) for option in chain]
+        lasting, gradients = self._lasting([end for end in ends if end is not None])
+        peak, before = 0, costs.images if any(ends) else 0
         before += gradients if n > 1 else 0  # They are live from the second micro-batch on.
-        for option in chain:
+        for option, end in zip(chain, ends, strict=True):
             peak = max(peak, before + option.peak(costs))
             if not as_you_go:
                 before += sum(unit.gradients for unit in costs.units[0][option.i : option.j + 1])
-                before += costs.auxiliaries[0][option.j].gradients if option is not chain[-1] else 0
+                before += 0 if end is None or n > 1 else end.gradients
         return Plan(
             blocks=tuple(names[option.j] for option in chain),
             units=tuple(_name(names, a, b) for option in chain for a, b in option.ranges),
