@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from localgrad.core.couplings import MAN, DeepMAN, MANPlusPlus, update_ema
     from localgrad.core.engine import BlockResult, StepResult, block_steps, local_backward
     from localgrad.core.errors import RunError, UserError
+    from localgrad.core.groups import param_groups
     from localgrad.core.methods import auglocal, bp, dgl, infopro, infopro_weights, predsim
-    from localgrad.core.model import LocalModel, localize, param_groups
+    from localgrad.core.model import LocalModel, localize
     from localgrad.core.task import Classification, Task
     from localgrad.scale.fit import Fit, fit
     from localgrad.scale.memory import PeakBytes, measure_peak, predict_peak
@@ -43,7 +44,8 @@ _NAMES_OF = {
     "core.couplings": ("DeepMAN", "MAN", "MANPlusPlus", "update_ema"),
     "core.engine": ("BlockResult", "StepResult", "block_steps", "local_backward"),
     "core.errors": ("RunError", "UserError"),
-    "core.model": ("LocalModel", "localize", "param_groups"),
+    "core.groups": ("param_groups",),
+    "core.model": ("LocalModel", "localize"),
     "core.methods": ("auglocal", "bp", "dgl", "infopro", "infopro_weights", "predsim"),
     "core.task": ("Classification", "Task"),
     "scale.fit": ("Fit", "fit"),

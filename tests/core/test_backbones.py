@@ -136,14 +136,48 @@ def test_arguments_that_the_constructor_does_not_take_are_refused(name: str, arg
 
 
 @pytest.mark.parametrize("name", ["resnet20", "timm:resnet18", "torchvision:resnet18"])
-def test_networks_of_all_libraries_are_built_untrained_and_with_the_same_names(name: str) -> None:
-    for arguments in ({"pretrained": True}, {"weights": "DEFAULT"}, {"pretrained": 1, "depth": 3}):
-        text = said(lg.build, name, classes=3, **arguments)
-        assert text.startswith(f"'{name}' is built untrained, so {next(iter(arguments))} cannot be set: ")
-        assert "weights come from --init FILE" in text
+def test_networks_of_all_libraries_are_built_with_the_same_names(name: str) -> None:
+    text = said(lg.build, name, classes=3, weights="DEFAULT")
+    assert text.startswith(f"'{name}' cannot be built with weights: say pretrained instead")
     allowed: list[dict[str, Any]] = [{"pretrained": False}, {"weights": None}]
     for arguments in allowed:
         assert lg.build(name, classes=3, **arguments)(torch.randn(2, 3, 32, 32)).shape == (2, 3)
     for taken, ours in (("num_classes", "classes"), ("in_chans", "in_channels")):
         text = said(lg.build, name, classes=3, **{taken: 3})
         assert text.startswith(f"'{name}' cannot be built with {taken}: say {ours} instead")
+
+
+# Trained weights
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_timm_is_asked_for_trained_weights(monkeypatch: pytest.MonkeyPatch, pretrained: bool) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("timm.create_model", lambda name, **how: asked.update(name=name, **how) or nn.Identity())
+    lg.build("timm:resnet18", classes=7, in_channels=1, pretrained=pretrained)
+    assert asked == {"name": "resnet18", "pretrained": pretrained, "num_classes": 7, "in_chans": 1}
+
+
+@pytest.mark.parametrize("model", ["resnet18", "squeezenet1_1", "vit_b_32", "googlenet"])
+@pytest.mark.parametrize("pretrained", [True, "IMAGENET1K_V1"])
+def test_torchvision_is_asked_for_trained_weights(
+    monkeypatch: pytest.MonkeyPatch, model: str, pretrained: bool | str
+) -> None:
+    import torchvision
+
+    asked: dict[str, Any] = {}
+    plain = torchvision.models.get_model(model, **({"init_weights": False} if model == "googlenet" else {}))
+    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    monkeypatch.setattr("torchvision.models.get_model", lambda name, **how: asked.update(name=name, **how) or plain)
+    built = lg.build(f"torchvision:{model}", classes=7, pretrained=pretrained)
+    assert asked == {"name": model, "weights": "DEFAULT" if pretrained is True else pretrained}
+    changed = {n for n, v in built.state_dict().items() if v.shape != before[n].shape or not torch.equal(v, before[n])}
+    assert {name.rpartition(".")[0] for name in changed} == {
+        {"resnet18": "fc", "squeezenet1_1": "classifier.1", "vit_b_32": "heads.head", "googlenet": "fc"}[model]
+    }
+    assert all(built.state_dict()[name].shape[0] == 7 for name in changed)
+
+
+def test_a_cifar_resnet_has_no_trained_weights() -> None:
+    text = said(lg.build, "resnet20", classes=10, pretrained=True)
+    assert text.startswith("there are no trained weights of 'resnet20': leave pretrained out")

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import localgrad as lg
 from localgrad.core.errors import UserError
+from localgrad.scale.memory import optimizers_for, training_step
 
 # What localize is given
 
@@ -404,7 +405,7 @@ def test_who_trains_the_auxiliaries_is_told_nothing(coupling: lg.MAN | None) -> 
 
 
 def test_who_only_looks_at_gradients_is_told_nothing() -> None:
-    model = local(lg.MAN())
+    model = local()
     others = [state(resnet()) for _ in range(2)]
     for weights in others:
         model.backbone.load_state_dict(weights)
@@ -440,3 +441,62 @@ def test_a_copy_begins_anew() -> None:
         optimizer.zero_grad()
         model = copy.deepcopy(model)
         optimizer = sgd(lg.param_groups(model))
+
+
+# Weights that are loaded after localize
+
+
+LOADED = "the auxiliary of block 0 has copied other weights than the network has now: .* call model.refresh()"
+COPYING = [lg.MAN(), lg.MAN(form="pull"), lg.DeepMAN(lag=2), lg.MAN(learnable=False)]
+
+
+@pytest.mark.parametrize("coupling", COPYING, ids=str)
+def test_weights_loaded_after_localize_are_told_of_once(coupling: lg.MAN) -> None:
+    model = local(coupling)
+    model.backbone.load_state_dict(state(resnet()))
+    with pytest.warns(UserWarning, match=LOADED) as seen:
+        lg.local_backward(model, X, Y)
+    lg.local_backward(model, X, Y)
+    assert len(seen) == 1
+    assert seen[0].filename == __file__
+
+
+@pytest.mark.parametrize("as_you_go", [False, True])
+def test_weights_loaded_between_two_steps_are_told_of(as_you_go: bool) -> None:
+    model = local(lg.MAN())
+    own = optimizers_for(lg.param_groups(model), sgd, as_you_go=as_you_go)
+    for _ in range(3):
+        training_step(model, own, X, Y, step_as_you_go=as_you_go)
+    model.backbone.load_state_dict(state(resnet()))
+    with pytest.warns(UserWarning, match=LOADED):
+        training_step(model, own, X, Y, step_as_you_go=as_you_go)
+
+
+@pytest.mark.parametrize("coupling", COPYING, ids=str)
+def test_where_copies_fit_nothing_is_told(coupling: lg.MAN) -> None:
+    trained = local(coupling)
+    optimizer = torch.optim.AdamW(lg.param_groups(trained), lr=0.01)
+    for _ in range(3):
+        lg.local_backward(trained, X, Y)
+        optimizer.step()
+    for load in (
+        lambda model: model.load_state_dict(trained.state_dict()),  # averages and all
+        lambda model: model.backbone.load_state_dict(state(model.backbone)),  # the same weights once more
+        lambda model: (model.backbone.load_state_dict(trained.backbone.state_dict()), model.refresh()),
+    ):
+        model = local(coupling)
+        load(model)
+        lg.local_backward(model, X, Y)
+        lg.local_backward(copy.deepcopy(model), X, Y)
+
+
+def test_other_values_of_frozen_weights_are_told_of_however_near_they_are() -> None:
+    network = resnet().requires_grad_(False)
+    for stage in (network.layer1, network.layer2, network.layer3):  # pyright: ignore[reportAttributeAccessIssue]
+        for part in stage:  # pyright: ignore[reportGeneralTypeIssues]
+            part.bn2.requires_grad_(True)
+    model = local(lg.MAN(), backbone=network)
+    with torch.no_grad():
+        model.blocks[1][0].conv1.weight[0] += 1e-3  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue]
+    with pytest.warns(UserWarning, match=LOADED):
+        lg.local_backward(model, X, Y)

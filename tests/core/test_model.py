@@ -10,16 +10,13 @@ from typing import Any
 import pytest
 import torch
 from small import (
-    ALL_COUPLINGS,
     assert_same,
     auxiliaries,
     batch,
-    branches_of,
     chain,
     composite,
     coupling_of,
     gradients,
-    links_of,
     local,
     mlp,
     resnet,
@@ -31,52 +28,7 @@ from small import (
 from torch import Tensor, nn
 
 import localgrad as lg
-from localgrad.core.errors import UserError
-from localgrad.scale.memory import optimizers_for, training_step
-
-
-@pytest.mark.parametrize("coupling", ALL_COUPLINGS, ids=str)
-@pytest.mark.parametrize("no_decay", [False, True])
-def test_groups_hold_every_trainable_parameter_exactly_once(coupling: lg.MAN | None, no_decay: bool) -> None:
-    model = local(coupling)
-    model.backbone.get_parameter("conv1.weight").requires_grad_(False)
-    groups = lg.param_groups(model, weight_decay=0.1, no_decay=no_decay)
-    listed = [p for group in groups for p in group["params"]]
-    assert len({id(p) for p in listed}) == len(listed)
-    assert {id(p) for p in listed} == {id(p) for p in model.parameters() if p.requires_grad}
-    for group in groups:
-        own = {id(p) for p in model.members(group["block"])}
-        assert {id(p) for p in group["params"]} <= own
-        assert "lr" not in group
-        plain = {p.ndim < 2 for p in group["params"]}
-        assert group["weight_decay"] == (0 if no_decay and plain == {True} else 0.1)
-        assert not no_decay or len(plain) == 1
-    assert {group["block"] for group in groups} == {0, 1, 2, 3}
-
-
-def test_learning_rates_are_one_or_one_for_each_block() -> None:
-    model = local()
-    assert {g["lr"] for g in lg.param_groups(model, lr=0.3)} == {0.3}
-    groups = lg.param_groups(model, lr=[0.1, 0.2, 0.3, 0.4], no_decay=True)
-    assert {(g["block"], g["lr"]) for g in groups} == {(0, 0.1), (1, 0.2), (2, 0.3), (3, 0.4)}
-    assert torch.optim.SGD(groups, lr=1.0).param_groups[-1]["lr"] == 0.4
-    with pytest.raises(UserError, match="lr lists 2 learning rates for 4 blocks"):
-        lg.param_groups(model, lr=[0.1, 0.2])
-    for given, wanted in ((None, 0.3), (0.1, 0.1)):  # The decay is the optimizer's unless it is given.
-        optimizer = torch.optim.SGD(lg.param_groups(model, weight_decay=given, no_decay=True), lr=0.1, weight_decay=0.3)
-        assert {g["weight_decay"] for g in optimizer.param_groups} == {wanted, 0.0}
-
-
-@pytest.mark.parametrize("no_decay", [False, True])
-def test_a_frozen_last_block_has_an_empty_group_and_steps_with_the_others(no_decay: bool) -> None:
-    model = local()
-    model.blocks[3].requires_grad_(False)
-    before = {name: p.clone() for name, p in model.blocks[3].named_parameters()}
-    groups = lg.param_groups(model, no_decay=no_decay)
-    assert [g["params"] for g in groups if g["block"] == 3] == [[]]
-    for as_you_go in (False, True):
-        training_step(model, optimizers_for(groups, sgd, as_you_go=as_you_go), *batch(), step_as_you_go=as_you_go)
-    assert_same(before, dict(model.blocks[3].named_parameters()))
+from localgrad.scale.memory import training_step
 
 
 def test_evaluation_needs_no_labels_and_no_auxiliaries() -> None:
@@ -89,21 +41,6 @@ def test_evaluation_needs_no_labels_and_no_auxiliaries() -> None:
         assert torch.equal(model(x), logits)
         assert torch.equal(chain(model, x), logits)
     assert not any(m.training for block in model.blocks for m in block.modules())
-
-
-def test_the_table_shows_each_block() -> None:
-    model = lg.localize(resnet(32), blocks=4, method=lg.infopro(), coupling=lg.DeepMAN(), example=batch()[0])
-    title, header, *rows = str(model).splitlines()
-    assert title == "CifarResNet, infopro, 4 blocks"
-    assert header.split() == ["block", "units", "hands", "on", "auxiliary", "parameters", "auxiliary's", "MiB"]
-    for k, (row, block) in enumerate(zip(rows, model.blocks, strict=True)):
-        own = sum(p.numel() for p in block.parameters())
-        extra = sum(p.numel() for p in model.auxiliaries[k].parameters()) if k < 3 else 0
-        assert row.split()[0] == str(k)
-        assert row.split()[-3:] == [f"{own:,}", f"{extra:,}", f"{4 * (own + extra) / 2**20:.2f}"]
-    path = "DeepMAN(layer1.3, layer2.0, layer3.0) -> 0.5 classifier + 5 decoder"
-    assert all(text in rows[0] for text in ("stem .. layer1.2 (4)", "16x8x8", path))
-    assert "logits" in rows[3]
 
 
 def test_a_deep_copy_is_a_model_of_its_own() -> None:
@@ -256,11 +193,3 @@ def test_a_network_without_a_vector_of_logits_needs_a_task_of_its_own(
 def test_a_network_has_as_many_logits_as_its_task_has_classes() -> None:
     text = said(lg.localize, vgg(), method=lg.bp(), example=batch()[0], task=lg.Classification(4))
     assert text == "the backbone gives 10 logits a sample for a task of 4 classes: make it with 4 outputs"
-
-
-def test_a_copy_of_frozen_units_learns() -> None:
-    network = vgg().requires_grad_(False)
-    model = lg.localize(network, blocks=2, method=lg.dgl("0c1f"), coupling=lg.MAN(), example=batch()[0])
-    learnable, ema = branches_of(links_of(auxiliaries(model)[0])[0])
-    assert all(p.requires_grad for p in learnable.parameters())
-    assert not any(p.requires_grad for p in ema.parameters())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from localgrad.core.blocks import Unit
+from localgrad.core.blocks import Origin, Unit
 from localgrad.core.boundary import Boundary
 from localgrad.core.couplings import Momentum
 from localgrad.core.errors import UserError
 from localgrad.core.task import Task
+
+FAR = 0.5  # The relative distance of averages from their sources that only other weights explain.
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ class Method:
 class Auxiliary(nn.Module):
     """A coupling and the heads of one boundary: [B, *boundary.shape] -> the output of each head by name.
 
+    That of a wholly frozen block has neither. Such a block has no loss, because it has nothing to learn.
+
     Attributes:
         coupling: The coupling, or None.
         heads: The heads by name.
@@ -116,6 +120,11 @@ class Auxiliary(nn.Module):
         self.coupling = coupling
         self.heads = nn.ModuleDict({name: term.head for name, term in terms.items()})
         self.terms = terms
+
+    @property
+    def empty(self) -> bool:
+        """Whether it gives its block no loss."""
+        return not self.terms
 
     @property
     def needs_images(self) -> bool:
@@ -144,7 +153,26 @@ class Auxiliary(nn.Module):
         if self.coupling is not None and self.coupling.spec.moves_after_step == stepped:
             self.coupling.update()
 
+    def copies(self) -> Iterator[tuple[nn.Module, Origin]]:
+        """Each copy of a unit in the coupling and the heads, with where it comes from."""
+        yield from ((m, vars(m)["origin"]) for m in self.modules() if "origin" in vars(m))
+
+    def refresh(self) -> None:
+        """Starts all copies anew from the present weights of the backbone."""
+        for module, origin in self.copies():
+            origin.start(module)
+        if self.coupling is not None:
+            self.coupling.restart()
+
+    def is_stale(self) -> bool:
+        """Whether its averages are far from their sources, or a copy of a frozen parameter has another value."""
+        pairs = ((p, s) for m, o in self.copies() for p, s in zip(m.parameters(), o.parameters(), strict=True))
+        distance = self.coupling and self.coupling.distance()
+        return (distance or 0.0) > FAR or any(not (s.requires_grad or torch.equal(p, s)) for p, s in pairs)
+
     def __repr__(self) -> str:
+        if self.empty:
+            return "none: frozen"
         terms = " + ".join(name if t.weight == 1 else f"{t.weight:.3g} {name}" for name, t in self.terms.items())
         if self.coupling is None:
             return terms
@@ -164,13 +192,13 @@ def full_precision(x: Tensor) -> Tensor:
 def cast_head(module: nn.Module, dtype: torch.dtype) -> torch.dtype:
     """Casts a head to the dtype of its input, and returns the dtype of its output.
 
-    Copies of units in it keep the dtypes of their sources. `Unit.copy` marks them with `gives`, their output's dtype.
+    Copies of units in it keep the dtypes of their sources.
     """
-    copied = [m for m in module.modules() if hasattr(m, "gives")]
+    copied = [m for m in module.modules() if "origin" in vars(m)]
     if not copied:
         module.to(dtype)
     elif copied[0] is module:
-        return module.gives  # pyright: ignore[reportReturnType]
+        return vars(module)["origin"].unit.output.dtype
     else:
         for child in module.children():
             dtype = cast_head(child, dtype)

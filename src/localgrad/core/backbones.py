@@ -79,30 +79,33 @@ class CifarResNet(nn.Module):
         return self.fc(torch.flatten(self.avgpool(h), 1))
 
 
-def build(name: str, *, classes: int, in_channels: int = 3, **arguments: Any) -> nn.Module:
-    """Makes an untrained backbone by its name.
+def build(
+    name: str, *, classes: int, in_channels: int = 3, pretrained: bool | str = False, **arguments: Any
+) -> nn.Module:
+    """Makes a backbone by its name.
 
     Args:
         name: A CIFAR ResNet, such as "resnet32", or a network of a library: "torchvision:resnet50", "timm:resnet101".
         classes: The number of logits.
         in_channels: The channels of the images. Default: 3.
+        pretrained: Whether the library loads trained weights. For torchvision, it may also be the name of weights, such
+            as "IMAGENET1K_V1", and True is "DEFAULT". The layer that gives the logits is new where their number is
+            another one. For other channels, torchvision's first layer is new, and timm converts it. Default: False.
         **arguments: Arguments of the network's own constructor in its library, such as `img_size=28, patch_size=7` for
             timm's vision transformers.
 
     Raises:
-        UserError: The name is unknown, or the arguments are wrong or ask for trained weights.
+        UserError: The name is unknown, the arguments are wrong, or there are no trained weights of the network.
     """
-    for asked in ("pretrained", "weights"):
-        if arguments.pop(asked, None):
-            raise UserError(
-                f"'{name}' is built untrained, so {asked} cannot be set: on the command line weights come from --init "
-                "FILE, and localize takes a network that its own library has built with weights"
-            )
+    if arguments.pop("weights", None):
+        raise UserError(f"'{name}' cannot be built with weights: say pretrained instead, which all libraries share")
+    if pretrained and name in CIFAR_RESNETS:
+        raise UserError(f"there are no trained weights of '{name}': leave pretrained out, and load a file of your own")
     for taken, ours in (("num_classes", "classes"), ("in_chans", "in_channels")):
         if taken in arguments:
             raise UserError(f"'{name}' cannot be built with {taken}: say {ours} instead, which all networks share")
     try:
-        return _build(name, classes, in_channels, arguments)
+        return _build(name, classes, in_channels, pretrained, arguments)
     except UserError:
         raise
     except Exception as error:  # Constructors raise many kinds of errors for wrong arguments.
@@ -113,37 +116,46 @@ def build(name: str, *, classes: int, in_channels: int = 3, **arguments: Any) ->
         raise UserError(f"'{name}' cannot be built with {given}: {reason}") from error
 
 
-def _build(name: str, classes: int, in_channels: int, arguments: dict[str, Any]) -> nn.Module:
+def _build(name: str, classes: int, in_channels: int, pretrained: bool | str, arguments: dict[str, Any]) -> nn.Module:
     source, _, model = name.rpartition(":")
     if source == "torchvision":
-        return _torchvision(name, model, classes, in_channels, arguments)
+        return _torchvision(name, model, classes, in_channels, pretrained, arguments)
     if source == "timm":
-        return _timm(name, model, classes, in_channels, arguments)
+        return _timm(name, model, classes, in_channels, pretrained, arguments)
     if name not in CIFAR_RESNETS:
         raise unknown("model", name, [*CIFAR_RESNETS, "torchvision:NAME", "timm:NAME"])
     return CifarResNet(int(name.removeprefix("resnet")), classes, in_channels, **arguments)
 
 
-def _torchvision(name: str, model: str, classes: int, in_channels: int, arguments: dict[str, Any]) -> nn.Module:
+def _torchvision(
+    name: str, model: str, classes: int, in_channels: int, pretrained: bool | str, arguments: dict[str, Any]
+) -> nn.Module:
     import torchvision
 
     names = torchvision.models.list_models(module=torchvision.models)
     if model not in names:
         raise _no_such(name, "torchvision", model, names)
-    # These two networks build auxiliary logits and warn about their initialisation, unless these arguments are given.
-    extra = {"aux_logits": False, "init_weights": True} if model in ("googlenet", "inception_v3") else {}
-    backbone = torchvision.models.get_model(model, weights=None, num_classes=classes, **extra, **arguments)
+    if pretrained:  # Trained weights are those of a network with their own number of classes.
+        weights = "DEFAULT" if pretrained is True else pretrained
+        backbone = torchvision.models.get_model(model, weights=weights, **arguments)
+        _change_output(backbone, classes)
+    else:
+        # These two networks build auxiliary logits and warn about their initialisation, unless told otherwise.
+        extra = {"aux_logits": False, "init_weights": True} if model in ("googlenet", "inception_v3") else {}
+        backbone = torchvision.models.get_model(model, weights=None, num_classes=classes, **extra, **arguments)
     if in_channels != 3:
         _change_input(backbone, in_channels)
     return backbone
 
 
-def _timm(name: str, model: str, classes: int, in_channels: int, arguments: dict[str, Any]) -> nn.Module:
+def _timm(
+    name: str, model: str, classes: int, in_channels: int, pretrained: bool | str, arguments: dict[str, Any]
+) -> nn.Module:
     import timm
 
     if not timm.is_model(model):
         raise _no_such(name, "timm", model, timm.list_models())
-    return timm.create_model(model, pretrained=False, num_classes=classes, in_chans=in_channels, **arguments)
+    return timm.create_model(model, pretrained=bool(pretrained), num_classes=classes, in_chans=in_channels, **arguments)
 
 
 def _no_such(name: str, source: str, model: str, names: list[str]) -> UserError:
@@ -161,6 +173,14 @@ def _change_input(backbone: nn.Module, in_channels: int) -> None:
                 bias=module.bias is not None,
             )  # fmt: skip
             nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
-            parent, _, child = name.rpartition(".")
-            setattr(backbone.get_submodule(parent), child, new)
+            backbone.set_submodule(name, new)
             return
+
+
+def _change_output(backbone: nn.Module, classes: int) -> None:
+    """Replaces the last layer by one for `classes`, if it has another number of outputs."""
+    name, last = [(n, m) for n, m in backbone.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
+    if isinstance(last, nn.Linear) and last.out_features != classes:
+        backbone.set_submodule(name, nn.Linear(last.in_features, classes, bias=last.bias is not None))
+    elif isinstance(last, nn.Conv2d) and last.out_channels != classes:
+        backbone.set_submodule(name, nn.Conv2d(last.in_channels, classes, last.kernel_size))  # pyright: ignore[reportArgumentType]

@@ -5,7 +5,7 @@ Units and blocks reference the modules that they run. They never copy or rename 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from numbers import Integral
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from localgrad.core.boundary import Boundary
 from localgrad.core.checks import check_network
-from localgrad.core.copies import draw_anew, duplicate
+from localgrad.core.copies import copy_values, draw_anew, duplicate
 from localgrad.core.errors import UserError, unknown
 from localgrad.core.hooks import FORWARD
 from localgrad.core.layouts import boundary_behind, reads_row
@@ -76,12 +76,42 @@ class Unit:
         return self.input.shape != self.output.shape
 
     def copy(self, *, fresh: bool) -> nn.Module:
-        """Copies the module, with newly drawn parameters if `fresh`. Its attribute `gives` is its output's dtype."""
+        """Copies the module. The copy's attribute `origin` is its `Origin`.
+
+        Parameters that are frozen are frozen in the copy, too.
+
+        Args:
+            fresh: Whether to draw the parameters anew. If some are frozen, all keep their values, because those that
+                are trained, such as adapters, were made for the frozen ones.
+        """
+        origin = Origin(self, fresh and all(p.requires_grad for p in self.module.parameters()))
         module = duplicate(self.module)
-        if fresh:
-            draw_anew(module)
-        vars(module)["gives"] = self.output.dtype
+        vars(module)["origin"] = origin
+        origin.start(module)
         return module
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """Where a copy of a unit comes from.
+
+    Attributes:
+        unit: The unit.
+        fresh: Whether the copy starts with newly drawn parameters, and not with those of the unit.
+    """
+
+    unit: Unit
+    fresh: bool
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of the unit, in the order of the copy's."""
+        return self.unit.module.parameters()
+
+    def start(self, module: nn.Module) -> None:
+        """Gives the copy the values that it starts with."""
+        copy_values(module, self.unit.module)
+        if self.fresh:
+            draw_anew(module)
 
 
 Call = Callable[[nn.Module, Tensor], Tensor]

@@ -155,6 +155,10 @@ class StepChecks:
         _versions: The versions of these two parameters at the last step.
         _left: How many steps in a row have changed the block but not its auxiliary.
         _warned: Whether the warning about that was given.
+        _sources: For each block, a parameter of each unit that its auxiliary has copied.
+        _counts: The versions of these parameters at the last step.
+        _usual: For each block that has taken a step, by how much the optimizer's steps have changed such versions.
+        _told: Whether the warning about copies of other weights was given.
     """
 
     def __init__(self) -> None:
@@ -166,6 +170,10 @@ class StepChecks:
         self._versions: dict[int, tuple[int, int]] = {}
         self._left: dict[int, int] = {}
         self._warned = False
+        self._sources: dict[int, list[nn.Parameter]] = {}
+        self._counts: dict[int, list[int]] = {}
+        self._usual: dict[int, set[int]] = {}
+        self._told = False
 
     def __deepcopy__(self, memo: dict) -> StepChecks:
         return StepChecks()
@@ -206,13 +214,11 @@ class StepChecks:
         first = next(model.blocks[blocks[0]].parameters(), None)
         if first is not None and not blocks[0]:
             self._check_kind(model, x, first, autocast)
-        if not (x.requires_grad or (first is not None and first.requires_grad)) and not any(
-            p.requires_grad for k in blocks for module in model.parts(k) for p in module.parameters()
-        ):
-            raise UserError("every parameter is frozen, so nothing can be trained: requires_grad_() on some of them")
+        _check_frozen(model, blocks, x)
         self.check_size(model, len(x))
         self.trial.check(model, y, x.device)
         self._watch(model, blocks)
+        self._check_copies(model, blocks)
 
     def check_size(self, model: LocalModel, batch_size: int) -> None:
         """Raises UserError for a batch of one sample if a batch norm would see one value a channel."""
@@ -276,6 +282,58 @@ class StepChecks:
                         stacklevel=callers_level(),
                     )
                     return
+
+    def know_copies(self, model: LocalModel) -> None:
+        """Notes the present weights as those that the copies in the auxiliaries have started from."""
+        for k, auxiliary in enumerate(cast("list[Auxiliary]", list(model.auxiliaries))):
+            parts = [next(iter(origin.parameters()), None) for _, origin in auxiliary.copies()]
+            self._sources[k] = [p for p in parts if p is not None]
+            self._counts[k] = [p._version for p in self._sources[k]]
+
+    def _check_copies(self, model: LocalModel, blocks: Sequence[int]) -> None:
+        """Warns once if copies in the auxiliaries come from other weights than the backbone has.
+
+        Before the first step, a change of a parameter's version tells of loaded weights or the like. Later, each step
+        of an optimizer changes it by the same number, and another number tells of something else. Only then the weights
+        are compared.
+        """
+        if not self._counts:  # This is a copy of a model, which may have been trained before.
+            self.know_copies(model)
+            self._usual = {k: set() for k in self._counts}
+        for k in () if self._told else [k for k in blocks if k in self._counts]:
+            now = [p._version for p in self._sources[k]]
+            grown = {a - b for a, b in zip(now, self._counts[k], strict=True)} - {0}
+            self._counts[k] = now
+            first, usual = k not in self._usual, self._usual.setdefault(k, set())
+            strange = bool(grown - usual) and (first or bool(usual))
+            if not first:  # The first change after a step is the optimizer's.
+                usual |= grown
+            if strange and cast("Auxiliary", model.auxiliaries[k]).is_stale():
+                self._told = True
+                warnings.warn(
+                    f"the auxiliary of block {k} has copied other weights than the network has now: load weights "
+                    "before localize, or call model.refresh() after loading them",
+                    stacklevel=callers_level(),
+                )
+                return
+
+
+def _check_frozen(model: LocalModel, blocks: Sequence[int], x: Tensor) -> None:
+    """Raises UserError if nothing can be trained, or what can be trained would get no gradient."""
+    if not x.requires_grad and not any(p.requires_grad for p in model.parameters()):
+        raise UserError("every parameter is frozen, so nothing can be trained: requires_grad_() on some of them")
+    for k in blocks:
+        if k == len(model.auxiliaries) or not cast("Auxiliary", model.auxiliaries[k]).empty:
+            continue
+        if any(p.requires_grad for p in model.blocks[k].parameters()):
+            raise UserError(
+                f"block {k} was frozen when the network was cut, so it has no loss, but parameters of it are trainable "
+                "now: call localize again"
+            )
+        if k == blocks[0] and x.requires_grad:
+            raise UserError(
+                f"x requires a gradient, but block {k} is frozen and has no loss to give it one: x.detach()"
+            )
 
 
 def _probes(model: LocalModel, k: int) -> tuple[nn.Parameter, nn.Parameter] | None:

@@ -98,6 +98,14 @@ def without_values(
 
 
 @torch.no_grad()
+def copy_values(copied: nn.Module, source: nn.Module) -> None:
+    """Gives a copy of `source` its present parameters and buffers, in place."""
+    for mine, its in ((copied.parameters(), source.parameters()), (copied.buffers(), source.buffers())):
+        for tensor, value in zip(mine, its, strict=True):
+            tensor.copy_(value)
+
+
+@torch.no_grad()
 def draw_anew(module: nn.Module) -> None:
     """Draws the parameters of a module anew, each part by its `reset_parameters`. A bare parameter keeps its value.
 

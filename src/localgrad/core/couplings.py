@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.core.blocks import Call, Unit, plain_call, select_path
-from localgrad.core.copies import duplicate
 from localgrad.core.errors import UserError
 
 PLAIN_DEPTH = 3  # Deep MAN copies three units where a network has no stages; one of four stages has three later ones.
@@ -140,10 +139,12 @@ class DeepMAN(MAN):
 class Link(nn.Module):
     """Both branches of one source unit: `learnable(h) + ema(h)`, as in the published code.
 
+    A wholly frozen source has one branch, because there is nothing to learn, and both would be the source.
+
     Attributes:
-        learnable: The branch that gradients train, or None if it is switched off.
+        learnable: The branch that gradients train, or None if it is switched off or the source is frozen.
         ema: The branch that averages the source, or None if it is switched off.
-        scale: The learnable scalar s of MAN++, or None.
+        scale: The learnable scalar s of MAN++, or None if there is one branch.
         call: The function that runs a branch. `recompute` changes it.
     """
 
@@ -153,12 +154,14 @@ class Link(nn.Module):
 
     def __init__(self, spec: MAN, source: Unit, *, alone: bool) -> None:
         super().__init__()  # With `alone` the link has no EMA branch, even if `spec` asks for one.
-        self.learnable = source.copy(fresh=self.fresh).requires_grad_() if spec.learnable else None
-        self.ema = source.copy(fresh=False).requires_grad_(False) if spec.ema and not alone else None
+        averages = spec.ema and not alone
+        learns = any(p.requires_grad for p in source.module.parameters())
+        self.learnable = source.copy(fresh=self.fresh) if spec.learnable and (learns or not averages) else None
+        self.ema = source.copy(fresh=False).requires_grad_(False) if averages else None
         parameter = next(source.module.parameters(), None)
         device = None if parameter is None else parameter.device
         scale = torch.ones((), dtype=source.output.dtype, device=device)
-        self.scale = nn.Parameter(scale) if spec.scaled and not alone else None
+        self.scale = nn.Parameter(scale) if spec.scaled and averages and learns else None
         self.call = plain_call
 
     @property
@@ -211,7 +214,7 @@ class Momentum(nn.Module):
         )
         if spec.delayed:
             followed = [unit for unit, link in zip(sources, self.links, strict=True) if link.ema is not None]
-            self.snapshots = nn.ModuleList(Snapshots(unit.module, spec.lag, spec.ema_every) for unit in followed)
+            self.snapshots = nn.ModuleList(Snapshots(unit, spec.lag, spec.ema_every) for unit in followed)
 
     def forward(self, h: Tensor) -> Tensor:
         for link in self.links:
@@ -233,6 +236,15 @@ class Momentum(nn.Module):
             if self.spec.delayed:
                 source = self.snapshots[i](source)
             update_ema(averaged, source, self.spec.momentum, buffers=self.spec.buffers)
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Sets what is no copy, the scales and the numbers of steps, to its first value."""
+        for module in self.modules():
+            if isinstance(module, Link) and module.scale is not None:
+                module.scale.fill_(1.0)
+            elif isinstance(module, Snapshots):
+                module.turn.zero_()
 
     def _followed(self) -> list[tuple[nn.Module, nn.Module]]:
         """Each averaged branch with its source."""
@@ -257,11 +269,11 @@ class Snapshots(nn.Module):
 
     turn: Tensor
 
-    def __init__(self, source: nn.Module, lag: int, every: int = 1) -> None:
+    def __init__(self, source: Unit, lag: int, every: int = 1) -> None:
         super().__init__()
         self.lag, self.every, self.remote = lag, every, False
         count = -(-lag // every) + 1
-        self.states = nn.ModuleList(duplicate(source).requires_grad_(False) for _ in range(count))
+        self.states = nn.ModuleList(source.copy(fresh=False).requires_grad_(False) for _ in range(count))
         self.register_buffer("turn", torch.zeros((), dtype=torch.int64))
 
     def forward(self, source: nn.Module) -> nn.Module:

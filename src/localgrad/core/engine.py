@@ -23,7 +23,7 @@ class BlockResult:
 
     Attributes:
         block: The number of the block, from 0.
-        loss: The weighted sum of the block's objectives, a scalar.
+        loss: The weighted sum of the block's objectives, a scalar. It is 0 for a wholly frozen block, which has none.
         parts: The value of each objective by name, unweighted. It is empty for the last block.
         output: The input of the next block, [B, *boundary.shape]. For the last block, the output of the network.
     """
@@ -39,7 +39,7 @@ class StepResult:
     """The result of all blocks in a step. All tensors are detached.
 
     Attributes:
-        losses: The loss of each block, a scalar: the weighted sum of its objectives.
+        losses: The loss of each block, a scalar: the weighted sum of its objectives. It is 0 for a wholly frozen block.
         parts: For each block the value of each objective by name, unweighted. It is empty for the last block.
         logits: The output of the network, such as [B, classes].
     """
@@ -260,6 +260,11 @@ def block_backward(
         _run_backward(loss, scale, backward)
         return BlockResult(k, loss.detach(), {}, tree_map_only(Tensor, Tensor.detach, output))
     auxiliary = cast(Auxiliary, model.auxiliaries[k])
+    if auxiliary.empty:
+        with torch.no_grad(), autocasting(h, autocast):
+            h = block(h)
+        block.check(h)
+        return BlockResult(k, full_precision(h.new_zeros(())), {}, h)
     with autocasting(h, autocast):
         h = block(h)
         block.check(h)

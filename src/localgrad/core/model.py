@@ -1,4 +1,4 @@
-"""Makes a model of a backbone, its blocks and their auxiliaries (`localize`), shows it, and groups its parameters."""
+"""Makes a model of a backbone, its blocks and their auxiliaries (`localize`)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from localgrad.core.copies import computed
 from localgrad.core.couplings import MAN
 from localgrad.core.errors import UserError
 from localgrad.core.rebuild import TensorReference
+from localgrad.core.table import table
 from localgrad.core.task import AnyLoss, Classification, Task
 from localgrad.core.watch import Watch
 
@@ -29,7 +30,7 @@ class LocalModel(nn.Module):
     Attributes:
         backbone: The user's own network, untouched.
         blocks: The K blocks.
-        auxiliaries: The K - 1 auxiliaries. Number k gives block k its loss.
+        auxiliaries: The K - 1 auxiliaries. Number k gives block k its loss. That of a wholly frozen block is empty.
         method: The method that has built the auxiliaries.
         task: The task of the network.
         image: The shape of one input, without the batch.
@@ -56,6 +57,7 @@ class LocalModel(nn.Module):
         self.image = image
         self.accumulate: Any = 1  # into how many micro-batches `local_backward` splits a batch
         self.checks = StepChecks()
+        self.checks.know_copies(self)
         self.watch = watch
 
     def __deepcopy__(self, memo: dict) -> LocalModel:
@@ -114,6 +116,15 @@ class LocalModel(nn.Module):
         for auxiliary in self.auxiliaries if k is None else self.auxiliaries[k : k + 1]:
             cast(Auxiliary, auxiliary).move(stepped=stepped)
 
+    def refresh(self) -> None:
+        """Starts all averages and copies anew from the present weights of the backbone, as `localize` starts them.
+
+        Call it after weights have been loaded into the backbone, if that is after `localize`. It sets values in place,
+        so an optimizer stays valid. Heads keep their weights.
+        """
+        for auxiliary in self.auxiliaries:
+            cast(Auxiliary, auxiliary).refresh()
+
     def ema_distances(self) -> list[float | None]:
         """The relative distance of each auxiliary's averages from their sources, or None where it has no averages."""
         return [auxiliary.coupling and auxiliary.coupling.distance() for _, auxiliary in self.isolated]
@@ -139,8 +150,12 @@ def localize(
 ) -> LocalModel:
     """Cuts a network into gradient-isolated blocks and builds their auxiliaries, on the network's device and dtype.
 
-    Load a checkpoint before, because the copies in a coupling start from the backbone's weights. Make the optimizer
-    afterwards, from `param_groups(model)`, or it does not train the auxiliaries.
+    Load a checkpoint before, because the copies in a coupling start from the backbone's weights, or call
+    `model.refresh()` after loading it. Make the optimizer afterwards, from `param_groups(model)`, or it does not train
+    the auxiliaries.
+
+    Freeze parameters before, too: `requires_grad` is read as it is. A block whose parameters are all frozen gets no
+    auxiliary. Frozen parameters are frozen in copies too, with their values.
 
     The backbone is put into training mode. If it is in that mode already, those of its modules that are in evaluation
     mode, such as frozen batch norms, stay in it.
@@ -165,6 +180,38 @@ def localize(
     Raises:
         UserError: An argument is wrong, the network cannot be cut there, or its output does not fit the task.
     """
+    return _localize(backbone, blocks, method, coupling, example, criterion, targets, task)
+
+
+def localize_units(
+    backbone: nn.Module,
+    *,
+    method: Method,
+    coupling: MAN | None = None,
+    example: Tensor,
+    criterion: Callable[[Any, Any], Tensor] | None = None,
+    task: Task | None = None,
+) -> LocalModel:
+    """A model with a block for each unit, and an auxiliary behind each unit but the last, whether it is frozen or not.
+
+    The planner takes from it what each unit and each auxiliary cost. The arguments are those of `localize`.
+    """
+    return _localize(backbone, None, method, coupling, example, criterion, None, task, of_units=True)
+
+
+def _localize(
+    backbone: nn.Module,
+    blocks: int | Sequence[str] | None,
+    method: Method,
+    coupling: MAN | None,
+    example: Tensor,
+    criterion: Callable[[Any, Any], Tensor] | None,
+    targets: Any,
+    task: Task | None,
+    *,
+    of_units: bool = False,
+) -> LocalModel:
+    """Does what `localize` does, or with `of_units` what `localize_units` does."""
     check_making(backbone, example, task, criterion)
     for name, value, kind in (("method", method, Method), ("coupling", coupling, MAN | None)):
         if not isinstance(value, kind):
@@ -172,14 +219,14 @@ def localize(
     traced = trace_units(backbone, example)
     if method.terms is None:
         if blocks not in (None, 1) and blocks != (traced.units[-1].name,):  # A plan of one block names its last unit.
-            warnings.warn(f"{method.name} trains end to end: blocks={blocks} has no effect, there is 1", stacklevel=2)
+            warnings.warn(f"{method.name} trains end to end: blocks={blocks} has no effect, there is 1", stacklevel=3)
         blocks = 1
-    groups = split(traced, 4 if blocks is None else blocks)
+    groups = [[u] for u in traced.units] if of_units else split(traced, 4 if blocks is None else blocks)
     if coupling is not None and len(groups) == 1:
-        warnings.warn("a coupling has no effect on a single block", stacklevel=2)
+        warnings.warn("a coupling has no effect on a single block", stacklevel=3)
     task = _task(traced, task) if criterion is None else AnyLoss(criterion, traced.cut.gives)
     built = [*map(Block, groups[:-1]), Block(groups[-1], traced.head, traced.checkpoint)]
-    auxiliaries = _auxiliaries(groups, method, coupling, task)
+    auxiliaries = _auxiliaries(groups, method, coupling, task, everywhere=of_units)
     device = next(backbone.parameters()).device
     for auxiliary in auxiliaries:
         auxiliary.to(device).train()
@@ -215,11 +262,16 @@ def _task(traced: Traced, task: Task | None) -> Task:
     return task
 
 
-def _auxiliaries(groups: list[list[Unit]], method: Method, coupling: MAN | None, task: Task) -> list[Auxiliary]:
-    """Builds the auxiliary of each block but the last."""
+def _auxiliaries(
+    groups: list[list[Unit]], method: Method, coupling: MAN | None, task: Task, *, everywhere: bool
+) -> list[Auxiliary]:
+    """Builds the auxiliary of each block but the last. That of a wholly frozen block is empty unless `everywhere`."""
     image, width = groups[0][0].input, groups[-1][-1].output.channels
     auxiliaries = []
     for index, group in enumerate(groups[:-1]):
+        if not (everywhere or any(p.requires_grad for unit in group for p in unit.module.parameters())):
+            auxiliaries.append(Auxiliary(None, {}))
+            continue
         site = Site(
             boundary=group[-1].output,
             downstream=tuple(u for later in groups[index + 1 :] for u in later),
@@ -254,12 +306,12 @@ def _warn_of_hooks(traced: Traced) -> None:
         warnings.warn(
             f"the network has hooks on saved tensors, such as save_on_cpu, around '{traced.cut.packed[0]}': its blocks "
             "are trained without them, and lg.recompute(model) saves memory in their place",
-            stacklevel=3,
+            stacklevel=4,
         )
     if silent := traced.cut.watch.silent():
         names = ", ".join(silent)
         warnings.warn(
-            f"local_backward does not call the hooks of {names}: it calls the units within, so hook those", stacklevel=3
+            f"local_backward does not call the hooks of {names}: it calls the units within, so hook those", stacklevel=4
         )
 
 
@@ -277,73 +329,3 @@ def localized(model: Any, what: str) -> LocalModel:
     if not isinstance(unwrapped, LocalModel):
         raise no_local_model(model, what, LocalModel)
     return unwrapped
-
-
-def param_groups(
-    model: LocalModel,
-    *,
-    weight_decay: float | None = None,
-    no_decay: bool = False,
-    lr: float | Sequence[float] | None = None,
-) -> list[dict[str, Any]]:
-    """Groups the trainable parameters for an optimizer: one or two groups a block, each with its number as `block`.
-
-    EMA copies and frozen parameters are left out. A block without trainable parameters has an empty group.
-
-    Args:
-        model: The result of `localize`.
-        weight_decay: The weight decay of all groups. Default: the optimizer's own.
-        no_decay: Whether parameters of fewer than two dimensions (of norms, biases and scales) get a group without
-            weight decay. Default: False.
-        lr: One learning rate for all blocks, or a list with one for each block. Default: the optimizer's own.
-
-    Returns:
-        The groups, as optimizers of PyTorch take them.
-
-    Raises:
-        UserError: The list of learning rates does not have one for each block.
-    """
-    model = localized(model, "param_groups")
-    count = len(model.blocks)
-    if isinstance(lr, Sequence) and len(lr) != count:
-        raise UserError(f"lr lists {len(lr)} learning rates for {count} blocks")
-    groups = []
-    for k in range(count):
-        rate = lr[k] if isinstance(lr, Sequence) else lr
-        undecayed = [p for p in model.members(k) if no_decay and p.ndim < 2]
-        decayed = [p for p in model.members(k) if not (no_decay and p.ndim < 2)]
-        for parameters, decay in ((decayed, weight_decay), (undecayed, 0.0)):
-            own = {"lr": rate, "weight_decay": decay}
-            if parameters or (parameters is decayed and not undecayed):
-                groups.append({"params": parameters, "block": k, **{n: v for n, v in own.items() if v is not None}})
-    return groups
-
-
-def table(model: LocalModel) -> str:
-    """Lists the blocks with their units, boundary shape, auxiliary, and the parameters of both, as aligned text."""
-    rows = [("block", "units", "hands on", "auxiliary", "parameters", "auxiliary's", "MiB")]
-    for k, (block, auxiliary) in enumerate(zip(model.blocks, [*model.auxiliaries, None], strict=True)):
-        own, extra = (list(m.parameters()) if m is not None else [] for m in (block, auxiliary))
-        mib = sum(p.numel() * p.element_size() for p in own + extra) / 2**20
-        first, last, count = block.names[0], block.names[-1], len(block.names)
-        recomputed = sum(any(a <= i <= b for a, b in block.ranges) for i in range(len(block)))
-        rows.append(
-            (
-                str(k),
-                (first if count == 1 else f"{first} .. {last} ({count})")
-                + (f", {recomputed} recomputed" if recomputed else ""),
-                "logits" if auxiliary is None else "x".join(map(str, block.boundary.shape)),
-                "-" if auxiliary is None else str(auxiliary),
-                f"{sum(p.numel() for p in own):,}",
-                f"{sum(p.numel() for p in extra):,}",
-                f"{mib:.2f}",
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligned = [
-        "  ".join(
-            cell.rjust(w) if i >= 4 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return "\n".join([f"{type(model.backbone).__name__}, {model.method.name}, {len(model.blocks)} blocks", *aligned])

@@ -84,7 +84,10 @@ def machine_for(recipe: Recipe) -> Machine:
 
 
 def backbone_of(recipe: Recipe, info: DataInfo) -> nn.Module:
-    """The recipe's network with fresh weights, for a data set."""
+    """The recipe's network with fresh weights, for a data set. Raises UserError if its arguments ask for others."""
+    for asked in ("pretrained", "weights"):
+        if not is_own(recipe.model) and recipe.arguments.get(asked):
+            raise UserError(f"--model-args cannot set {asked}: weights come from --init FILE")
     make = build_own if is_own(recipe.model) else build
     return make(recipe.model, classes=info.classes, in_channels=info.channels, **recipe.arguments)
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.core.errors import RunError, UserError, is_out_of_memory
-from localgrad.core.model import LocalModel, param_groups
+from localgrad.core.groups import param_groups
+from localgrad.core.model import LocalModel
 from localgrad.core.sizes import mib
 from localgrad.run.build import Machine, optimizer_of
 from localgrad.run.modes import Alone

@@ -99,6 +99,7 @@ class Costs:
             coupling recomputed.
         batch: bytes of a batch, its targets included.
         images: bytes of the images that decoders compare with, 0 without decoders.
+        trained: whether each unit has parameters that are trained; empty if all have.
     """
 
     names: tuple[str, ...]
@@ -106,6 +107,17 @@ class Costs:
     auxiliaries: tuple[list[Cost], list[Cost]]
     batch: int
     images: int = 0
+    trained: tuple[bool, ...] = ()
+
+    def end(self, first: int, last: int, *, coupling_recomputed: bool = False) -> Cost | None:
+        """What the auxiliary of a block of these units costs, or None if it has none: the last and frozen ones."""
+        if last == len(self.names) - 1 or self.is_frozen(first, last):
+            return None
+        return self.auxiliaries[coupling_recomputed][last]
+
+    def is_frozen(self, first: int, last: int) -> bool:
+        """Whether a block of these units is wholly frozen and not the last: it runs forward alone."""
+        return last < len(self.names) - 1 and not any(self.trained[first : last + 1] or [True])
 
 
 def trace_costs(model: LocalModel, batch_size: int, autocast: torch.dtype | None = None, targets: Any = None) -> Costs:
@@ -116,7 +128,8 @@ def trace_costs(model: LocalModel, batch_size: int, autocast: torch.dtype | None
     dtype = input_dtype(model.backbone, model.blocks[0].entering.dtype)
     inputs = batch_size * math.prod(model.image) * dtype.itemsize
     images = inputs if any(auxiliary.needs_images for _, auxiliary in model.isolated) else 0
-    return Costs(names, (plain[0], again[0]), (plain[1], again[1]), inputs + plain[2], images)
+    trained = tuple(any(p.requires_grad for p in block.parameters()) for block in model.blocks)
+    return Costs(names, (plain[0], again[0]), (plain[1], again[1]), inputs + plain[2], images, trained)
 
 
 def without_gradients(costs: Costs) -> Costs:

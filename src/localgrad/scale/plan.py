@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from localgrad.core.auxiliary import Auxiliary, Method, Term
-from localgrad.core.blocks import units
 from localgrad.core.copies import without_values
 from localgrad.core.couplings import MAN
 from localgrad.core.errors import UserError
+from localgrad.core.groups import param_groups
 from localgrad.core.methods import bp
-from localgrad.core.model import LocalModel, localize, param_groups
+from localgrad.core.model import LocalModel, localize, localize_units
 from localgrad.core.sizes import bytes_of
 from localgrad.core.task import Classification, Task
 from localgrad.scale.apart import treats_samples_apart
@@ -90,7 +90,9 @@ class Planner:
         self._batch, self._targets = len(example), targets
         self._blocks = None if method.terms else 1
         self._optimizer = optimizer or partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)
-        self._model = self._cut(blocks=len(units(shapes, one)), coupling=coupling)
+        self._model = localize_units(
+            shapes, method=cuttable, coupling=coupling, example=one, criterion=criterion, task=task
+        )
         check_targets(self._model, targets, next(backbone.parameters()).device)
         self._searches: dict[tuple[int, bool], Search] = {}
         self.costs = self._search(1).costs
@@ -310,13 +312,13 @@ class Planner:
 
     def _plan(self, chain: Sequence[BlockOption], n: int = 1, *, as_you_go: bool = False) -> Plan:
         costs, names = self._search(n).costs, self.costs.names
-        ends = [self.costs.auxiliaries[0][option.j] for option in chain[:-1]]
-        lasting, gradients = self._lasting(ends)
-        peak, before = 0, costs.images if len(chain) > 1 else 0
+        ends = [self.costs.end(option.i, option.j) for option in chain]
+        lasting, gradients = self._lasting([end for end in ends if end is not None])
+        peak, before = 0, costs.images if any(ends) else 0
         before += gradients if n > 1 else 0  # They are live from the second micro-batch on.
-        for option in chain:
+        for option, end in zip(chain, ends, strict=True):
             made = sum(unit.gradients for unit in costs.units[0][option.i : option.j + 1])
-            made += costs.auxiliaries[0][option.j].gradients if option is not chain[-1] else 0
+            made += 0 if end is None or n > 1 else end.gradients
             peak = max(peak, before + option.peak(costs), before + costs.batch + made + self._scratch)
             before += 0 if as_you_go else made
         return Plan(

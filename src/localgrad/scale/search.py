@@ -17,7 +17,7 @@ once they are made: when it comes to a unit, the gradients of all later units ta
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -66,10 +66,15 @@ class BlockOption:
 
     def _runs(self, costs: Costs) -> Iterator[tuple[Cost, int]]:
         """Each unit, and the auxiliary, with how often it runs forward: once more for each range that it lies in."""
-        for u in range(self.i, self.j + 1):
-            yield costs.units[0][u], 1 + sum(a <= u <= b for a, b in self.ranges)
-        if self.j < len(costs.names) - 1:
-            yield costs.auxiliaries[self.coupling_recomputed][self.j], 1
+        units = costs.units[0][self.i : self.j + 1]
+        if costs.is_frozen(self.i, self.j):
+            yield from ((replace(unit, backward=Work(), seconds=(unit.seconds[0], 0.0)), 1) for unit in units)
+            return
+        for u, unit in enumerate(units, self.i):
+            yield unit, 1 + sum(a <= u <= b for a, b in self.ranges)
+        end = costs.end(self.i, self.j, coupling_recomputed=self.coupling_recomputed)
+        if end is not None:
+            yield end, 1
 
 
 class Search:
@@ -136,19 +141,19 @@ class Search:
         # number (otherwise 0). The value is their time, the gradients of their auxiliaries, and the last block.
         best: dict[tuple[int, int], tuple[float, int, tuple[int, int, int] | None]] = {(-1, 0): (0.0, 0, None)}
         for j in last:
-            table = self._table_of_blocks(j)
-            extra = self.costs.auxiliaries[0][self.pieces[j][1]].gradients if j < n - 1 else 0
             for i in range(j + 1) if blocks != 1 else range(1):
                 if several and i == 0 and j == n - 1:
                     continue
+                end = self.costs.end(self.pieces[i][0], self.pieces[j][1])
+                extra = 0 if end is None else end.gradients
                 for length in range(blocks or 1):
                     start = best.get((i - 1, length))
                     if start is None:
                         continue
                     held = 0 if as_you_go else self._before[i] + start[1]
-                    m = min(int((cap - held - self._base(i, j)) // self._slot), len(self._m) - 1)
                     here = (j, length + 1 if blocks else 0)
-                    seconds = start[0] + table[i, m] if m >= 0 else np.inf
+                    spent, m = self._spent(i, j, cap - held)
+                    seconds = start[0] + spent
                     if seconds < (best[here][0] if here in best else np.inf):
                         best[here] = (seconds, start[1] + extra, (i, j, m))
         chain: list[BlockOption] = []
@@ -160,6 +165,14 @@ class Search:
             chain.insert(0, self._option(*found))
             at = (found[0] - 1, at[1] - 1 if blocks else 0)
         return chain
+
+    def _spent(self, i: int, j: int, left: float) -> tuple[float, int]:
+        """The least time of pieces i..j as one block within `left` bytes, and the slots that its table may use."""
+        option = BlockOption(self.pieces[i][0], self.pieces[j][1])
+        if self.costs.is_frozen(option.i, option.j):
+            return (self._until[j + 1] - self._until[i] if option.peak(self.costs) <= left else np.inf), 0
+        m = min(int((left - self._base(i, j)) // self._slot), len(self._m) - 1)
+        return (self._table_of_blocks(j)[i, m] if m >= 0 else np.inf), m
 
     def _base(self, i: int, j: int) -> float:
         """Bytes that a block of pieces i..j takes and its table does not count, less what that counts too much."""
@@ -260,6 +273,8 @@ class Search:
 
     def _option(self, i: int, j: int, m: int) -> BlockOption:
         """The choices behind a time in the table of blocks."""
+        if self.costs.is_frozen(self.pieces[i][0], self.pieces[j][1]):
+            return BlockOption(self.pieces[i][0], self.pieces[j][1])
         end = self._end_of_block(j)
         ranges, left = self._explained(self._table_of_blocks(j), i, m, end)
         if j == len(self.pieces) - 1 or not self._coupled:
