@@ -2,11 +2,13 @@
 
     python examples/with_accelerate.py     # half a minute on two CPU cores; needs pip install 'localgrad[examples]'
 
-A ResNet-32 learns scikit-learn's images of digits, enlarged to 32x32, also by backpropagation in the same loop.
+A ResNet-32 learns scikit-learn's images of digits, enlarged to 16x16, also by backpropagation in the same loop.
 """
+# pyright: reportMissingImports=false
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,10 +22,10 @@ BATCH = 64
 
 
 def digits() -> TensorDataset:
-    """All images [1797, 1, 32, 32], normalised, with their labels [1797]."""
+    """All images [1797, 1, 16, 16], normalised, with their labels [1797]."""
     x, y = (torch.tensor(array) for array in load_digits(return_X_y=True))
     x = ((x - x.mean()) / x.std()).to(torch.get_default_dtype()).view(-1, 1, 8, 8)
-    return TensorDataset(nn.functional.interpolate(x, 32), y)
+    return TensorDataset(nn.functional.interpolate(x, 16), y)
 
 
 def by_loss(accelerator: Accelerator, model: lg.LocalModel, x: Tensor, y: Tensor) -> Tensor:
@@ -43,7 +45,7 @@ def by_backpropagation(accelerator: Accelerator, network: nn.Module, x: Tensor, 
     return loss
 
 
-def train(model: nn.Module, step: Callable[..., Tensor], steps: int, accumulate: int = 1) -> list[float]:
+def train(model: Any, step: Callable[..., Tensor], steps: int, accumulate: int = 1) -> list[float]:
     """Trains for some batches, and returns the loss of the network for each. The optimizer steps every `accumulate`."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
     groups = lg.param_groups(model) if isinstance(model, lg.LocalModel) else model.parameters()
@@ -65,14 +67,14 @@ def train(model: nn.Module, step: Callable[..., Tensor], steps: int, accumulate:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=20)
     steps = parser.parse_args().steps
     for step in (by_loss, by_blocks, by_backpropagation):
         torch.manual_seed(0)
-        model = lg.build("resnet32", classes=10, in_channels=1)
+        model: Any = lg.build("resnet32", classes=10, in_channels=1)
         if step is not by_backpropagation:
-            how = {"method": lg.dgl("1c2f"), "coupling": lg.MAN(momentum=0.99)}
-            model = lg.localize(model, blocks=4, example=torch.zeros(BATCH, 1, 32, 32), **how)
+            how: Any = {"method": lg.dgl("1c2f"), "coupling": lg.MAN(momentum=0.99)}
+            model = lg.localize(model, blocks=4, example=torch.zeros(BATCH, 1, 16, 16), **how)
         losses: list[float] = []
         peak = lg.measure_peak(lambda m=model, s=step, kept=losses: kept.extend(train(m, s, steps))).total
         print(f"{step.__name__}: the loss went from {losses[0]:.3f} to {losses[-1]:.3f}, peak {peak / 2**20:.1f} MiB")

@@ -10,10 +10,12 @@ loop. `lg.Replicas` does the same without DistributedDataParallel, and averages 
 import argparse
 import os
 from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # noqa: F401 (before there is a group: see docs/scaling.md)
+import torch.distributed.nn.functional  # before there is a group: see docs/scaling.md
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -39,7 +41,7 @@ def unit(channels: int, out: int) -> nn.Module:
 
 def network() -> nn.Module:
     widths = [1, *[16] * 5, *[32] * 4, *[64] * 3]
-    units = [unit(a, b) if a > 1 else nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:], strict=False)]
+    units = [unit(a, b) if a > 1 else nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths)]
     return nn.Sequential(*units, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
@@ -81,13 +83,13 @@ def main() -> None:
         dist.init_process_group("gloo")
     for local in (True, False):
         torch.manual_seed(0)  # the same network on each rank
-        model = network()
+        model: Any = network()
         if local:
-            how = {"method": lg.dgl("0c1f"), "coupling": lg.MAN(momentum=0.99)}
+            how: Any = {"method": lg.dgl("0c1f"), "coupling": lg.MAN(momentum=0.99)}
             model = lg.localize(model, blocks=4, example=torch.zeros(BATCH, 1, 32, 32), **how)
         losses: list[float] = []
         peak = lg.measure_peak(lambda m=model, kept=losses: kept.extend(train(m, steps, rank, count))).total
-        weights = sum(float(p.double().sum()) for p in model.parameters())
+        weights = sum(p.sum().item() for p in model.parameters())
         name = "four blocks" if local else "backpropagation"
         print(f"rank {rank}, {name}: loss {losses[-1]:.3f}, peak {peak / 2**20:.1f} MiB, sum of weights {weights:.6f}")
     if count > 1:

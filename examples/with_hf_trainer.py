@@ -4,6 +4,7 @@
 
 The ViT learns scikit-learn's images of digits, enlarged to 32x32, also by backpropagation in the same trainer.
 """
+# pyright: reportMissingImports=false, reportIncompatibleMethodOverride=false
 
 import argparse
 import tempfile
@@ -58,7 +59,10 @@ class ByBlocks(Backpropagation):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         model.train()
         inputs = self._prepare_inputs(inputs)
-        how = {"scale": 1 / self.current_gradient_accumulation_steps, "move_averages": self.accelerator.sync_gradients}
+        how: Any = {
+            "scale": 1 / self.current_gradient_accumulation_steps,
+            "move_averages": self.accelerator.sync_gradients,
+        }
         out = lg.local_backward(model, inputs["x"], inputs["labels"], backward=self.accelerator.backward, **how)
         return torch.stack(out.losses).sum() * how["scale"]
 
@@ -66,9 +70,9 @@ class ByBlocks(Backpropagation):
 def train(kind: type[Trainer], model: nn.Module, steps: int, **settings: Any) -> list[float]:
     """Trains for some steps of 64 images, and returns the training losses."""
     with tempfile.TemporaryDirectory() as folder:
-        quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1}
-        fixed = {"per_device_train_batch_size": 64, "remove_unused_columns": False, "label_names": ["labels"]}
-        arguments = TrainingArguments(folder, max_steps=steps, use_cpu=True, **quiet, **fixed, **settings)
+        how: dict[str, Any] = {"per_device_train_batch_size": 64, "learning_rate": 1e-3, "label_names": ["labels"]}
+        how |= {"remove_unused_columns": False, "report_to": "none", "save_strategy": "no", "logging_steps": 1}
+        arguments = TrainingArguments(folder, max_steps=steps, use_cpu=True, disable_tqdm=True, **(how | settings))
         trainer = kind(model, arguments, train_dataset=digits())
         trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -78,11 +82,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=12)
     steps = parser.parse_args().steps
-    size = {"image_size": 32, "patch_size": 4, "num_channels": 1, "hidden_size": 96, "num_attention_heads": 3}
-    config = ViTConfig(num_hidden_layers=8, intermediate_size=384, num_labels=10, **size)
+    size: Any = {"image_size": 32, "patch_size": 4, "num_channels": 1, "hidden_size": 96, "num_attention_heads": 3}
+    config = ViTConfig(num_hidden_layers=6, intermediate_size=384, num_labels=10, **size)
     for kind in (ByLoss, ByBlocks, Backpropagation):
         torch.manual_seed(0)
-        model: nn.Module = Logits(ViTForImageClassification(config))
+        model: Any = Logits(ViTForImageClassification(config))
         if kind is not Backpropagation:
             how: Any = {"method": lg.dgl("0c1f"), "coupling": lg.MAN(momentum=0.99)}
             model = lg.localize(model, blocks=4, example=torch.zeros(2, 1, 32, 32), **how)

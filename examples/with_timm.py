@@ -3,19 +3,21 @@
     python examples/with_timm.py     # half a minute on two CPU cores
 
 A vision transformer of timm learns scikit-learn's images of digits, enlarged to 32x32, also by backpropagation in the
-same loop. In timm's train.py, after it has made the optimizer of `model`, two lines take the place of its task:
+same loop. In timm's train.py, after it has made the optimizer of `model`, these lines take the place of its task:
 
-    task = LocalTask(lg.localize(model, blocks=4, method=lg.dgl(), example=torch.zeros(2, 3, 224, 224)), device=device)
-    optimizer.add_param_group({"params": [p for p in task.trainable_module.auxiliaries.parameters() if p.requires_grad]})
+    model = lg.localize(model, blocks=4, method=lg.dgl(), example=torch.zeros(2, 3, 224, 224))
+    task = LocalTask(model, device=device)
+    optimizer.add_param_group({"params": [p for p in model.auxiliaries.parameters() if p.requires_grad]})
 """
 
 import argparse
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
 from timm.task import ClassificationTask, TrainingTask
-from timm.utils import NativeScaler
+from timm.utils.cuda import NativeScaler
 from torch import Tensor, nn
 
 import localgrad as lg
@@ -47,15 +49,15 @@ class LocalTask(TrainingTask):
 
 def train(task: TrainingTask, steps: int) -> list[float]:
     """The loop of timm's train.py. It returns the loss of the network for each step."""
-    parameters = [p for p in task.get_trainable_module().parameters() if p.requires_grad]
+    parameters = [p for p in task.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
     scaler = NativeScaler(device="cpu")
     losses: list[float] = []
     task.train()
     for x, y in batches(steps):
         result = task(x, y)
-        optimizer.zero_grad()
         scaler(result["loss"], optimizer, clip_grad=5.0, parameters=task.get_clip_parameters())
+        optimizer.zero_grad()
         losses.append(nn.functional.cross_entropy(result["output"].detach(), y).item())
     return losses
 
@@ -66,11 +68,11 @@ def main() -> None:
     steps = parser.parse_args().steps
     for local in (True, False):
         torch.manual_seed(0)
-        size = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 8, "num_heads": 3}
+        size: Any = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3}
         network = lg.build("timm:vit_tiny_patch16_224", classes=10, in_channels=1, **size)
         task: TrainingTask = ClassificationTask(network, nn.CrossEntropyLoss(), verbose=False)
         if local:
-            how = {"method": lg.dgl("0c1f"), "coupling": lg.MAN(momentum=0.99)}
+            how: Any = {"method": lg.dgl("0c1f"), "coupling": lg.MAN(momentum=0.99)}
             task = LocalTask(lg.localize(network, blocks=4, example=torch.zeros(BATCH, 1, 32, 32), **how))
         losses: list[float] = []
         peak = lg.measure_peak(lambda t=task, kept=losses: kept.extend(train(t, steps))).total

@@ -59,7 +59,8 @@ _NAMES_OF = {
 _MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
 
 __all__ = [  # noqa: RUF022 (in the order of the modules)
-    "LossResult", "as_loss", "Auxiliary", "Method", "Site", "Term", "CifarResNet", "build", "Block", "Boundary", "Unit", "units",
+    "LossResult", "as_loss", "Auxiliary", "Method", "Site", "Term", "CifarResNet", "build", "Block", "Boundary", "Unit",
+    "units",
     "DeepMAN", "MAN", "MANPlusPlus", "update_ema", "BlockResult", "LocalModel", "StepResult", "block_steps",
     "local_backward", "localize", "param_groups", "RunError", "UserError", "auglocal", "bp", "dgl", "infopro",
     "infopro_weights", "predsim", "Classification", "Fit", "fit", "PeakBytes", "measure_peak", "predict_peak", "Stage",

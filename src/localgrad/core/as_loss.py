@@ -93,9 +93,7 @@ class _HandOn(torch.autograd.Function):
     """(parameters, maybe x) -> the sum of the losses. Its backward pass multiplies gradients that are known already."""
 
     @staticmethod
-    def forward(
-        ctx: Any, losses: list[Tensor], gradients: list[Tensor | None], count: int, *inputs: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, losses: list[Tensor], gradients: list[Tensor | None], count: int, *inputs: Tensor) -> Tensor:
         ctx.gradients = gradients
         ctx.save_for_backward(*inputs[:count])  # PyTorch then notices if a parameter has changed before the backward.
         return torch.stack(losses).sum()
