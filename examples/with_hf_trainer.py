@@ -59,12 +59,10 @@ class ByBlocks(Backpropagation):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         model.train()
         inputs = self._prepare_inputs(inputs)
-        how: Any = {
-            "scale": 1 / self.current_gradient_accumulation_steps,
-            "move_averages": self.accelerator.sync_gradients,
-        }
-        out = lg.local_backward(model, inputs["x"], inputs["labels"], backward=self.accelerator.backward, **how)
-        return torch.stack(out.losses).sum() * how["scale"]
+        scale, last = 1 / self.current_gradient_accumulation_steps, self.accelerator.sync_gradients
+        how: Any = {"scale": scale, "move_averages": last, "backward": self.accelerator.backward}
+        out = lg.local_backward(model, inputs["x"], inputs["labels"], **how)
+        return torch.stack(out.losses).sum() * scale
 
 
 def train(kind: type[Trainer], model: nn.Module, steps: int, **settings: Any) -> list[float]:
@@ -83,7 +81,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     steps = parser.parse_args().steps
     size: Any = {"image_size": 32, "patch_size": 4, "num_channels": 1, "hidden_size": 96, "num_attention_heads": 3}
-    config = ViTConfig(num_hidden_layers=6, intermediate_size=384, num_labels=10, **size)
+    size |= {"num_labels": 10}
+    config = ViTConfig(num_hidden_layers=6, intermediate_size=384, **size)
     for kind in (ByLoss, ByBlocks, Backpropagation):
         torch.manual_seed(0)
         model: Any = Logits(ViTForImageClassification(config))
@@ -93,7 +92,7 @@ def main() -> None:
         losses: list[float] = []
         peak = lg.measure_peak(lambda k=kind, m=model, kept=losses: kept.extend(train(k, m, steps))).total
         print(f"{kind.__name__}: the loss went from {losses[0]:.3f} to {losses[-1]:.3f}, peak {peak / 2**20:.1f} MiB")
-    print("What to conclude: both ways give the same losses, the sum over the blocks, in less memory than the last.")
+    print("What to conclude: both ways give the same losses (sums over the blocks), in less memory than the last way.")
 
 
 if __name__ == "__main__":
