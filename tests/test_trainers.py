@@ -11,7 +11,7 @@ import re
 import runpy
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
     return batches
 
 
-def replay(trainer: str, model: lg.LocalModel, batches: list[tuple[Tensor, Tensor]], accumulate: int = 1) -> None:
+def replay(trainer: str, model: lg.LocalModel, batches: Iterable[tuple[Tensor, Tensor]], accumulate: int = 1) -> None:
     """The same steps in a loop of one's own."""
     momentum = 0.0 if trainer == "hf_trainer" else 0.9
     optimizer = torch.optim.SGD(lg.param_groups(model), lr=0.05, momentum=momentum)
@@ -133,7 +133,7 @@ def test_steps_and_peak(trainer: str, blocks: int, coupling: lg.MAN | None, seen
     batches = list(seen)
     assert len(batches) == STEPS
     engines = lg.measure_peak(
-        lambda: run(trainer, names, other, by_blocks) if by_blocks else replay(trainer, other, batches)
+        lambda: run(trainer, names, other, by_blocks) if by_blocks else replay(trainer, other, names["batches"](STEPS))
     ).total
     exact = lg.measure_peak(lambda: run(trainer, names, plain, by_backpropagation)).total
     replay(trainer, wanted, batches)
