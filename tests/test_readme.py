@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = (
     "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/api.md", "docs/code.md", "docs/commands.md",
     "docs/examples.md", "docs/experiments.md", "docs/methods.md", "docs/memory.md", "docs/networks.md",
-    "docs/reliability.md", "docs/scaling.md",
+    "docs/reliability.md", "docs/scaling.md", "docs/trainers.md",
 )  # fmt: skip
 
 
@@ -49,7 +49,8 @@ def shell_lines(page: str) -> list[list[str]]:
     return [words for block in fenced(page, "sh") for line in block.splitlines() if (words := shlex.split(line, True))]
 
 
-SNIPPETS = [pytest.param(p, code, id=f"{p}-{i}") for p in PAGES for i, code in enumerate(fenced(p, "python"))]
+RUN = [page for page in PAGES if page != "docs/trainers.md"]  # Its code is that of examples/: see test_trainers.py.
+SNIPPETS = [pytest.param(p, code, id=f"{p}-{i}") for p in RUN for i, code in enumerate(fenced(p, "python"))]
 COMMANDS = [pytest.param(w[1:], id=" ".join(w[1:3])) for p in PAGES for w in shell_lines(p) if w[0] == "localgrad"]
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from localgrad.core.as_loss import LossResult, as_loss
     from localgrad.core.auxiliary import Auxiliary, Method, Site, Term
     from localgrad.core.backbones import CifarResNet, build
     from localgrad.core.blocks import Block, Unit, units
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from localgrad.scale.speed import Speed, calibrate
 
 _NAMES_OF = {
+    "core.as_loss": ("LossResult", "as_loss"),
     "core.auxiliary": ("Auxiliary", "Method", "Site", "Term"),
     "core.backbones": ("CifarResNet", "build"),
     "core.blocks": ("Block", "Unit", "units"),
@@ -61,7 +63,8 @@ _NAMES_OF = {
 _MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
 
 __all__ = [  # noqa: RUF022 (in the order of the modules)
-    "Auxiliary", "Method", "Site", "Term", "CifarResNet", "build", "Block", "Boundary", "Unit", "units",
+    "LossResult", "as_loss", "Auxiliary", "Method", "Site", "Term", "CifarResNet", "build", "Block", "Boundary", "Unit",
+    "units",
     "DeepMAN", "MAN", "MANPlusPlus", "update_ema", "BlockResult", "LocalModel", "StepResult", "block_steps",
     "local_backward", "localize", "param_groups", "RunError", "UserError", "auglocal", "bp", "dgl", "infopro",
     "infopro_weights", "predsim", "Classification", "Task", "Fit", "fit", "PeakBytes", "measure_peak", "predict_peak",

@@ -122,12 +122,13 @@ def local_backward(
     scale: float | Tensor = 1.0,
     autocast: torch.dtype | None = None,
     backward: Callable[[Tensor], object] | None = None,
+    move_averages: bool = True,
 ) -> StepResult:
     """Runs K isolated backward passes, which add the gradients of every block and auxiliary to `.grad`.
 
     It loops over `block_steps` and moves the averages of the couplings. Call it once before each optimizer step. To
-    accumulate gradients over several batches, loop over `block_steps` instead, and call `model.move_averages()` once
-    before the optimizer steps. If `model.accumulate` is n, it takes the batch in n parts, one after another, so that
+    accumulate gradients over several batches, give `move_averages=False`, and call `model.move_averages()` once before
+    the optimizer steps. If `model.accumulate` is n, it takes the batch in n parts, one after another, so that
     only the activations of one part are in memory. The gradients are those of the mean loss over the batch, if the
     criterion is a mean over samples.
 
@@ -139,6 +140,7 @@ def local_backward(
         scale: A factor for every loss before its backward pass. Default: 1.
         autocast: The dtype of each block's forward pass. Default: the model's own.
         backward: The function that runs the backward pass of a loss. Default: `loss.backward()`.
+        move_averages: Whether to move the averages of the couplings. Default: True.
 
     Returns:
         The losses of all blocks and the output of the network.
@@ -148,7 +150,8 @@ def local_backward(
     """
     model = localized(model, "local_backward")
     check_call(x, y, scale, autocast, backward)
-    model.move_averages(stepped=True)
+    if not isinstance(move_averages, bool):
+        raise UserError(f"move_averages takes True or False, not {move_averages!r}")
     results: list[StepResult] = []
     shares: list[float] = []
     count = max(1, min(model.accumulate, len(x)))
@@ -158,8 +161,11 @@ def local_backward(
         share = 1.0 if count == 1 else (rows.stop - rows.start) / len(x)
         losses, parts, output = [], [], None
         own_y = tree_map_only(Tensor, lambda t, rows=rows: t[rows] if t.ndim else t, y)
-        for done in block_steps(model, x[rows], own_y, scale=scale if count == 1 else scale * share, **own):
-            if part == count - 1:
+        steps = block_steps(model, x[rows], own_y, scale=scale if count == 1 else scale * share, **own)
+        if move_averages and part == 0:  # The arguments are checked by now.
+            model.move_averages(stepped=True)
+        for done in steps:
+            if move_averages and part == count - 1:
                 model.move_averages(done.block)
             losses.append(done.loss)
             parts.append(done.parts)
