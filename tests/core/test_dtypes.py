@@ -99,6 +99,7 @@ def test_copies_have_their_sources_dtypes_and_a_step_trains_all(
         assert lg.predict_peak(model, 4, lambda m: [torch.optim.SGD(lg.param_groups(m), lr=0.1)]).total > 0
 
 
+@pytest.mark.filterwarnings("ignore:the auxiliary of block 0 has copied other weights:UserWarning")
 @pytest.mark.parametrize("name", ["spectral", "complex first"])
 def test_an_average_of_complex_numbers_is_the_naive_one(name: str) -> None:
     x, y = batch()

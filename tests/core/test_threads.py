@@ -151,6 +151,14 @@ def test_what_a_forward_draws_is_told_from_what_others_draw(
     assert not raised
 
 
+def test_a_layer_that_is_dropped_by_chance_is_found_beside_another_thread() -> None:
+    dropped = Net(lambda net, h, x: h if random.random() < 0.5 else h + 1)
+    with meanwhile(threading.Event().is_set):
+        for _ in range(8):
+            with pytest.raises(UserError, match="it draws random numbers that do not follow its input"):
+                lg.units(dropped, X)
+
+
 def test_branches_in_threads_are_named() -> None:
     class Branches(Net):
         def body(self, h: Tensor, x: Tensor) -> Tensor:

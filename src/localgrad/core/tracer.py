@@ -214,7 +214,8 @@ class Tracer(fx.Tracer):
         versions = [v._version for v in read]
         self._in_step = True
         try:
-            with self.draws.allowed(self._position()), torch.no_grad():
+            # The step itself is in the graph already. What was drawn before it is noted before it.
+            with self.draws.allowed(self._position(1)), torch.no_grad():
                 node.meta[VALUE] = tuple(self._value(node, i) for i in range(len(self.batches)))
         finally:
             self._in_step = False
@@ -223,9 +224,10 @@ class Tracer(fx.Tracer):
         value = node.meta[VALUE][0]
         node.meta[BORN] = value._version if isinstance(value, Tensor) else 0
 
-    def _position(self) -> tuple[int, str]:
+    def _position(self, made: int = 0) -> tuple[int, str]:
+        """The number of the next step, and the module that is running. `made` steps of the graph are not done yet."""
         inside = next(reversed(self.module_stack.values()), ("",))[0]
-        return len(self.graph.nodes), _name(inside)
+        return len(self.graph.nodes) - made, _name(inside)
 
     @contextlib.contextmanager
     def functions_as_steps(self) -> Iterator[None]:
