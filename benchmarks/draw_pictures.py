@@ -12,8 +12,8 @@ from hashlib import sha256
 from statistics import mean
 
 import matplotlib as mpl
+from accuracy_tables import recipe_of
 from common import ROOT, read_results
-from fill_tables import recipe_of
 from matplotlib.figure import Figure
 
 MIB = 2**20

@@ -8,138 +8,13 @@ Writes each table between its two marks, `<!-- NAME:begin -->` and `<!-- NAME:en
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from functools import partial
-from statistics import mean, stdev
+from collections.abc import Callable
 
+import accuracy_tables
+from cells import error_of, mean_of, name_of, peak_of, table
 from common import ROOT, read_results
 
 PAGES = ("README.md", "docs/experiments.md", "docs/memory.md", "docs/networks.md", "docs/scaling.md")
-NAMES = {"bp": "BP", "dgl": "DGL", "predsim": "PredSim", "infopro": "InfoPro", "auglocal": "AugLocal"}
-
-
-def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """The text of a table in Markdown."""
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def name_of(method: str) -> str:
-    """dgl+deep-man -> DGL + deep MAN."""
-    first, _, coupling = method.partition("+")
-    return " + ".join(filter(None, (NAMES[first], coupling.replace("-", " ").replace("man", "MAN"))))
-
-
-def mean_of(values: Sequence[float], digits: int = 2) -> str:
-    """Mean ± standard deviation. One value has no deviation."""
-    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
-
-
-def error_of(row: dict[str, str]) -> str:
-    """The mean ± standard deviation of the error in a row of results/."""
-    spread = f" ± {float(row['error_std']):.2f}" if row["error_std"] else ""
-    return row["error_mean"] and f"{float(row['error_mean']):.2f}{spread}"
-
-
-def peak_of(row: dict[str, str]) -> str:
-    return f"{int(row['peak_bytes']) / 2**20:.0f} MiB"
-
-
-def added_of(row: dict[str, str]) -> str:
-    return f"{int(row['added']):,}"
-
-
-def time_of(row: dict[str, str]) -> str:
-    """The time of a step of this method, number of blocks and setting, in times of BP's; "" if it was not timed."""
-    times = {(r["method"], r["blocks"], r["setting"]): r["times_bp"] for r in read_results("time_fashion_small.csv")}
-    return times.get((row["method"], row["blocks"], row["setting"]), "")
-
-
-RECIPES = {  # The keys are the method and the setting of a row.
-    ("dgl+deep-man", "branches=learnable recompute=layer1.0,layer1.1,layer1.2,layer1.3,layer1.4 "
-     "blocks=layer3.1,layer3.2,layer3.3"): "fashion_small_k4",
-    ("dgl+deep-man", "branches=learnable"): "fashion_small_k16",
-}  # fmt: skip
-
-
-def recipe_of(row: dict[str, str]) -> str:
-    """The recipe that has the settings of this row, "" if there is none."""
-    return RECIPES.get((row["method"], row["setting"]), "")
-
-
-def accuracy() -> str:
-    """Error, memory and time of a step, for the main part of the study and for the recipes that follow from it."""
-    order = ["bp", "dgl", "dgl+man", "dgl+man++", "dgl+deep-man"]
-    every = read_results("accuracy_fashion_small.csv")
-    main = [r for r in every if (r["method"] in order and not r["setting"]) or recipe_of(r)]
-    body = []
-    for row in sorted(main, key=lambda r: (int(r["blocks"]), order.index(r["method"]), r["setting"])):
-        name = name_of(row["method"]) + (f" (`{recipe_of(row)}`)" if row["setting"] else "")
-        body.append([name, row["blocks"], error_of(row), row["n"], peak_of(row), time_of(row), added_of(row)])
-    head = ["method", "blocks", "test error, %", "n", "peak memory", "time of a step", "parameters added"]
-    return table(head, body)
-
-
-def pairs() -> str:
-    """Differences paired by seed: between rows without a setting, and between BP and any row. The file has more."""
-    body = []
-    for row in read_results("accuracy_fashion_small_pairs.csv"):
-        method, blocks, setting = (*row["second"].split(" ", 2), "")[:3]
-        if setting and row["first"] != "bp":
-            continue
-        recipe = recipe_of({"method": method, "setting": setting})
-        second = f"`{recipe}` {blocks}" if recipe else row["second"]
-        body.append(
-            [row["first"], second, f"{float(row['difference']):+.2f}",
-             f"{float(row['low']):+.2f} to {float(row['high']):+.2f}", row["n"]]
-        )  # fmt: skip
-    return table(["first", "second", "second less first, points", "95% interval", "n"], body)
-
-
-def settings() -> str:
-    """The rows of the study that have a setting and stand in none of the next three tables."""
-    body = []
-    for row in read_results("accuracy_fashion_small.csv"):
-        if row["setting"] and not any(belongs(row) for belongs in (_of_others, _of_ablation, _of_long)):
-            setting = re.sub(r"init=\S+/(\S+)/model.safetensors", r"init=\1", row["setting"].replace("_", "-"))
-            cells = [name_of(row["method"]), row["blocks"], setting, error_of(row), row["n"]]
-            body.append([*cells, peak_of(row), time_of(row), added_of(row)])
-    head = ["method", "blocks", "setting", "test error, %", "n", "peak memory", "time of a step", "parameters added"]
-    return table(head, body)
-
-
-def _of_others(row: dict[str, str]) -> bool:
-    """Whether a row stands in the table of other methods: each unit is a block, with MAN or without a coupling."""
-    plain = row["setting"] in ("", "head=0c1f") and row["blocks"] == "16"
-    return plain and row["method"].partition("+")[2] in ("", "man")
-
-
-def _of_ablation(row: dict[str, str]) -> bool:
-    """Whether a row stands in the table of MAN's ablation."""
-    plain = row["setting"].partition("=")[0] in ("", "branches", "momentum", "form") and row["blocks"] == "16"
-    return plain and row["method"] in ("dgl", "dgl+man")
-
-
-def _of_long(row: dict[str, str]) -> bool:
-    """Whether a row stands in the table of the long training, which has the short one beside it."""
-    plain = row["setting"] in ("", "limit_train=60000 epochs=15") and row["blocks"] in ("1", "4")
-    return plain and row["method"] in ("bp", "dgl", "dgl+man", "dgl+deep-man")
-
-
-def _learned(belongs: Callable[[dict[str, str]], bool]) -> str:
-    """Test error and training loss of the rows that belong to a table, the mean over seeds."""
-    groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
-    for row in read_results("accuracy_fashion_small_runs.csv"):
-        if belongs(row):
-            groups.setdefault((name_of(row["method"]), row["blocks"], row["setting"]), []).append(row)
-    body = []
-    for told, mine in sorted(groups.items(), key=lambda item: list(NAMES.values()).index(item[0][0].partition(" ")[0])):
-        error = mean_of([float(row["error"]) for row in mine])
-        losses = [float(row["train_loss"]) for row in mine if row["train_loss"]]  # The first runs have none.
-        loss = f"{mean(losses):.3f}" if len(losses) == len(mine) else ""
-        body.append([*told, error, str(len(mine)), loss, peak_of(mine[0]), added_of(mine[0])])
-    head = ["method", "blocks", "setting", "test error, %", "n", "training loss", "peak memory", "parameters added"]
-    return table(head, body)
 
 
 PROBED = ("stem", "layer1.4", "layer2.4", "layer3.4")  # These units end the stages.
@@ -376,8 +251,7 @@ def devices() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "accuracy": accuracy, "pairs": pairs, "settings": settings, "others": partial(_learned, _of_others),
-    "ablation": partial(_learned, _of_ablation), "long": partial(_learned, _of_long), "probes": probes,
+    **accuracy_tables.TABLES, "probes": probes,
     "deeper": deeper, "frontier": frontier, "large": large, "sizes": sizes, "fits": fits,
     "imagenet": imagenet, "parts": parts, "coverage": coverage,
     "refused": refused, "families": families, "training": training, "scaling": scaling, "delays": delays,

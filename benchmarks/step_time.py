@@ -36,6 +36,8 @@ FIRST = "/".join(f"layer1.{i}" for i in range(5))
 SECOND = "/".join(f"layer2.{i}" for i in range(5))
 ROWS = (
     Compare("bp,dgl,dgl+man,dgl+man++,dgl+deep-man", "4,16", recipe=SMALL),
+    Compare("dgl", "layer1.3,layer1.1/layer1.3/layer2.2,4,16", vary=("head=1c1f@4",), recipe=SMALL),
+    Compare("dgl", "layer1.3,layer1.1/layer1.3/layer2.2", recipe=SMALL),
     Compare("dgl+deep-man", "layer1.0/layer1.2/layer1.4,16", vary=("branches=learnable",), recipe=SMALL),
     Compare("dgl+deep-man", "layer2.0,layer2.0/layer3.1/layer3.3",
             vary=("branches=learnable", "recompute=layer1.0/layer1.1"), recipe=SMALL),

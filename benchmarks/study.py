@@ -33,7 +33,8 @@ LAST = "/".join(["layer1.4"] + [f"layer2.{i}" for i in range(5)] + [f"layer3.{i}
 FIRST_STAGE = "/".join(f"layer1.{i}" for i in range(5))
 DEEP = "dgl+deep-man"
 # A cut after the first unit of the second stage, and the cuts for 2 and for 4 blocks that balance the bytes of DGL.
-POSITIONS = "layer2.0,layer1.3,layer1.1/layer1.3/layer2.2"
+BALANCED = "layer1.1/layer1.3/layer2.2"
+POSITIONS = f"layer2.0,layer1.3,{BALANCED}"
 METHODS = "bp,dgl,dgl+man,dgl+man++,dgl+deep-man"
 
 
@@ -45,7 +46,7 @@ class Settings:
     out: Path = Path("runs/study")
     """The folder of the runs, for `localgrad probe` and `localgrad report`."""
     jobs: int = 2
-    parts: str = "main,heads,accumulate,gap,others,ablation,long,variants,local,exact"
+    parts: str = "main,heads,coupled,accumulate,sides,gap,others,ablation,long,variants,local,exact"
     """The parts to train, in this order. `exact` comes last, because it starts from weights of `local`."""
 
 
@@ -80,11 +81,21 @@ PARTS: dict[str, list[Compare]] = {
     "heads": [
         compare
         for seed in "012"
+        for compare in (_compare("dgl", f"4,16,{POSITIONS}", seed, head="1c1f@4"), _compare("dgl", POSITIONS, seed))
+    ],
+    # The same with couplings, and other heads.
+    "coupled": [
+        compare
+        for seed in "012"
         for compare in (
-            _compare("dgl", f"4,16,{POSITIONS}", seed, head="1c1f@4"),
-            _compare("dgl", POSITIONS, seed),
-            _compare("dgl", f"4,16,{POSITIONS}", seed, head="1c2f@4"),
+            _compare("dgl+man", f"16,{BALANCED},4", seed, head="1c1f@4"),
+            _compare(DEEP, f"layer2.0,{BALANCED}", seed, branches="learnable", head="0c1f@4"),
+            _compare("dgl+man", f"{BALANCED},4", seed, form="pull", head="1c1f@4"),
         )
+    ],
+    "sides": [
+        _compare("dgl", "4,16", head="1c1f@2,1c1f@7"),
+        *(_compare("dgl", f"4,16,{POSITIONS}", seed, head="1c2f@4") for seed in "012"),
     ],
     # What batch norm over parts of a batch costs BP: 128 images a step, in 2, 4 or 8 parts.
     "accumulate": [

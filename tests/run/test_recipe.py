@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accuracy_tables import RECIPES as STUDIED
 from tiny import TINY
 
 from localgrad.core.errors import RunError, UserError
@@ -184,12 +186,11 @@ def test_the_papers_rows() -> None:
     assert RECIPES["imagenet_resnet152_k4"]().cut == ["layer2.6", "layer3.13", "layer3.25"]
 
 
-def test_the_recipes_near_bp_are_rows_of_the_study() -> None:
-    deep = override(RECIPES["fashion_small"](), {"coupling": "deep-man", "branches": "learnable"})
-    assert RECIPES["fashion_small_k16"]() == deep
-    again = ",".join(f"layer1.{i}" for i in range(5))
-    four = {"blocks": "layer3.1,layer3.2,layer3.3", "recompute": again}
-    assert RECIPES["fashion_small_k4"]() == override(deep, four)
+def test_our_own_recipes_are_rows_of_the_study() -> None:
+    for (blocks, setting), name in STUDIED.items():
+        cuts = re.search(r"blocks=(\S+)", setting)
+        changes = {"coupling": "none", "head": "1c1f@4", "blocks": cuts[1] if cuts else blocks}
+        assert RECIPES[name]() == override(RECIPES["fashion_small"](), changes)
 
 
 def test_differences_leave_places_out() -> None:
