@@ -20,6 +20,7 @@ from loop import run_missing, train
 from torch import Tensor
 from torch.nn import functional as F
 
+from localgrad.core.auxiliary import full_precision
 from localgrad.core.engine import autocasting
 from localgrad.core.model import LocalModel
 from localgrad.run import data as data_room
@@ -38,7 +39,7 @@ def _block(model: LocalModel, k: int, z: Tensor, autocast: torch.dtype | None) -
 def _loss(model: LocalModel, k: int, h: Tensor, y: Tensor, autocast: torch.dtype | None) -> Tensor:
     """The loss of block k, of its output h."""
     if k == len(model.blocks) - 1:
-        return model.task.criterion(h.float(), y)
+        return model.task.criterion(full_precision(h), y)
     auxiliary: Any = model.auxiliaries[k]
     with autocasting(h, autocast):
         outputs = auxiliary(h)
@@ -83,7 +84,10 @@ def feedback(model: LocalModel, x: Tensor, y: Tensor, autocast: torch.dtype | No
             assert z.grad is not None
             again = z.detach().requires_grad_()
             (own,) = torch.autograd.grad(_loss(model, k - 1, again, y, autocast), again, create_graph=True)
-            (weight * (1 - F.cosine_similarity(own.float().flatten(), z.grad.float().flatten(), dim=0))).backward()
+            (
+                weight
+                * (1 - F.cosine_similarity(full_precision(own).flatten(), full_precision(z.grad).flatten(), dim=0))
+            ).backward()
 
 
 def sgr(model: LocalModel, x: Tensor, y: Tensor, autocast: torch.dtype | None, weight: float) -> None:
@@ -100,10 +104,10 @@ def sgr(model: LocalModel, x: Tensor, y: Tensor, autocast: torch.dtype | None, w
         loss = _loss(model, k, h, y, autocast)
         following = None
         if k < len(model.blocks) - 1:
-            (following,) = torch.autograd.grad(loss, h, retain_graph=True)
+            (following,) = map(full_precision, torch.autograd.grad(loss, h, retain_graph=True))
         if before is not None:
             (own,) = torch.autograd.grad(loss, z, create_graph=True)
-            loss = loss + weight * F.mse_loss(own.float(), before.float()) / before.float().square().mean()
+            loss = loss + weight * F.mse_loss(full_precision(own), before) / before.square().mean()
         loss.backward()
         before = following
 
