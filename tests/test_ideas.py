@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,8 +30,8 @@ def loss_of(model: LocalModel, k: int, h: Tensor) -> Tensor:
     return auxiliary.total(auxiliary.losses(auxiliary(h), Y, None))
 
 
-def gradients(loss: Tensor, parameters: list[Tensor], **how: bool) -> list[Tensor]:
-    found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True, **how)
+def gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
 
 
