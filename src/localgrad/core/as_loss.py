@@ -71,7 +71,7 @@ def as_loss(
     model = _in_training(model)
     check_call(x, y, 1.0, autocast)
     cast_to, without_cache = _autocast(x, autocast)
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     leaf = x.detach().requires_grad_(x.requires_grad)
     asked, inputs = ([*parameters, t] if x.requires_grad else list(parameters) for t in (leaf, x))
     gradients: list[Tensor | None] = [None] * len(asked)
