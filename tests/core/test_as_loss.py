@@ -151,6 +151,36 @@ def test_inputs_get_their_gradient_once_the_loss_goes_back() -> None:
     assert_same(gradients(model), gradients(plain))
 
 
+class Tempered(nn.Module):
+    """A criterion that learns a temperature, and holds a learned tensor where nobody looks for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heat = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+        shift = torch.zeros(10, dtype=torch.float64, requires_grad=True)
+        self.shifts = {"of classes": shift}
+
+    def forward(self, output: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy((output + self.shifts["of classes"]) / self.heat, y)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_criterion_that_learns_gets_its_gradients(parts: int) -> None:
+    x, y = images()
+    found = []
+    for step in (lg.local_backward, lambda *args: (lg.as_loss(*args).loss / 4).backward()):
+        torch.manual_seed(0)
+        loss = Tempered()
+        model = lg.localize(resnet().double(), blocks=3, method=lg.dgl("0c1f"), example=x, criterion=loss)
+        model.accumulate = parts
+        step(model, x, y)
+        found.append([loss.heat.grad, loss.shifts["of classes"].grad])
+    for whole, quarter in zip(*found, strict=True):
+        assert whole is not None
+        assert whole.any()
+        torch.testing.assert_close(quarter, whole / 4, rtol=1e-12, atol=1e-15)
+
+
 def test_hooks_of_parameters_run_once_when_the_loss_goes_back() -> None:
     model, (x, y) = double(), images()
     plain = copy.deepcopy(model)

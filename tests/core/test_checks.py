@@ -169,6 +169,18 @@ def test_a_step_needs_gradients(mode: Callable[[], Any]) -> None:
     lg.local_backward(model, made.clone(), Y)
 
 
+@pytest.mark.parametrize("step", [lg.local_backward, lg.as_loss])
+def test_what_is_compared_with_requires_no_gradient(step: Callable[..., Any]) -> None:
+    teacher = nn.Linear(10, 10)
+    soft = teacher(torch.ones(len(X), 10)).softmax(1)
+    with pytest.raises(UserError, match=r"y requires a gradient.*: y.detach\(\)"):
+        step(local(), X, soft)
+    step(local(), X, soft.detach())
+    model = lg.localize(resnet(), blocks=3, method=lg.infopro(), example=X)
+    with pytest.raises(UserError, match=r"images require a gradient.*: images.detach\(\)"):
+        step(model, X, Y, images=torch.rand_like(X).requires_grad_())
+
+
 def test_a_network_that_converts_its_input_gets_it_as_it_is() -> None:
     class Bytes(Net):
         def forward(self, x: Tensor) -> Tensor:

@@ -272,3 +272,19 @@ def test_auglocal_with_nothing_left_is_pool_and_linear() -> None:
     assert [u.name for u in coupling_of(auxiliary).sources] == ["layer3.2"]
     assert kinds(auxiliary.heads["classifier"]) == (0, 1)
     assert lg.local_backward(model, x, y).logits.shape == chain(model, x).shape
+
+
+def test_inputs_of_infopro_get_the_gradient_of_the_first_block_alone() -> None:
+    """The images that decoders compare with are made of the inputs, but they are targets."""
+    x, y = batch()
+    method = lg.infopro("1c1f", mean=(0.5,) * 3, std=(0.25,) * 3)
+    model = lg.localize(resnet().double(), blocks=4, method=method, example=x.double())
+    x = x.double().requires_grad_()
+    other = x.detach().clone().requires_grad_()
+    loss = lg.as_loss(copy.deepcopy(model), x, y).loss
+    loss.backward()
+    first, images = auxiliaries(model)[0], (other.detach() * 0.25 + 0.5).clamp(0, 1)
+    first.total(first.losses(first(model.blocks[0](other)), y, images)).backward()
+    assert x.grad is not None
+    assert other.grad is not None
+    torch.testing.assert_close(x.grad, other.grad, rtol=1e-12, atol=1e-14)

@@ -286,3 +286,19 @@ def test_the_step_of_the_optimizer_counts_where_parameters_are_most_of_the_memor
 def test_an_optimizer_that_wants_a_closure_is_refused() -> None:
     with pytest.raises(UserError, match="LBFGS cannot step by gradients alone"):
         planner(optimizer=torch.optim.LBFGS)
+
+
+def test_auxiliaries_may_take_many_times_what_backpropagation_takes() -> None:
+    x = torch.randn(2, 8)
+    network = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(4)], nn.Linear(8, 3))
+    made = Planner(network, x, method=lg.dgl(hidden=1024))
+    front = made.frontier(several=True)
+    assert front[-1].peak > 100 * made.bp.peak
+    assert len(made.balanced(3).blocks) == 3
+    with pytest.raises(UserError, match="no plan fits 0 MiB: the least is"):
+        made.fastest(made.bp.peak, several=True)
+    with pytest.raises(UserError, match="no plan fits 0 MiB: the least is"):
+        lg.fit(network, x, made.bp.peak // 2, method=lg.dgl(hidden=1024), speed=lg.Speed())
+    for alone in (partial(made.frontier, 1), partial(made.within, 2**30, 1, as_you_go=True)):
+        with pytest.raises(UserError, match="several=True leaves plans of one block out"):
+            alone(several=True)

@@ -43,10 +43,11 @@ def as_loss(
         out = as_loss(model, x, y)    # all gradients are computed here, and kept; no `.grad` has changed yet
         out.loss.backward()           # multiplies them by what comes in, and hands them on
 
-    The gradients are those of `local_backward`. To PyTorch, the loss is a function of the parameters of the model. So
-    scaling and averaging the loss, accumulation, clipping, gradient hooks and DistributedDataParallel work as ever. Two
-    things need `local_backward` or `block_steps` instead: an optimizer that steps block k before block k+1 runs,
-    because no gradient arrives before all are computed, and float16, whose losses must be scaled before the passes.
+    The gradients are those of `local_backward`. To PyTorch, the loss is a function of the parameters of the model, and
+    of those that the criterion has. So scaling and averaging the loss, accumulation, clipping, gradient hooks and
+    DistributedDataParallel work as ever. Two things need `local_backward` or `block_steps` instead: an optimizer that
+    steps block k before block k+1 runs, because no gradient arrives before all are computed, and float16, whose losses
+    must be scaled before the passes.
 
     To evaluate, call `model.backbone(x)`.
 
@@ -70,12 +71,16 @@ def as_loss(
     model = _in_training(model)
     check_call(x, y, 1.0, autocast)
     cast_to, without_cache = _autocast(x, autocast)
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     leaf = x.detach().requires_grad_(x.requires_grad)
-    asked, inputs = ([*parameters, t] if x.requires_grad else parameters for t in (leaf, x))
+    asked, inputs = ([*parameters, t] if x.requires_grad else list(parameters) for t in (leaf, x))
     gradients: list[Tensor | None] = [None] * len(asked)
 
     def backward(loss: Tensor) -> None:
+        for other in _others(loss, asked):
+            asked.append(other)
+            inputs.append(other)
+            gradients.append(None)
         for i, gradient in enumerate(torch.autograd.grad(loss, asked, allow_unused=True)):
             if gradient is not None:
                 before = gradients[i]
@@ -111,6 +116,23 @@ class _HandOn(torch.autograd.Function):
             gradient = gradients.pop()
             handed.append(None if gradient is None else gradient * outer[0])
         return None, None, None, *reversed(handed)
+
+
+def _others(loss: Tensor, known: Sequence[Tensor]) -> list[Tensor]:
+    """The leaves of a loss's graph that are not known yet, such as the parameters of a criterion."""
+    seen = {id(t) for t in known}
+    found, nodes, visited = [], [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        leaf = getattr(node, "variable", None)  # Only the node that adds to a leaf's `.grad` has it.
+        if leaf is not None and id(leaf) not in seen:
+            seen.add(id(leaf))
+            found.append(leaf)
+        nodes += [following for following, _ in node.next_functions]
+    return found
 
 
 def _in_training(model: Any) -> LocalModel:

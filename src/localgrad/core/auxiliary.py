@@ -96,7 +96,8 @@ class Method:
             raise UserError(f"{self.name} recovers images from mean and std: give both or neither")
 
     def images(self, x: Tensor) -> Tensor:
-        """Recovers images in [0, 1] from normalised inputs, both [B, C, H, W] or [B, C, L]."""
+        """Recovers images in [0, 1] from normalised inputs, both [B, C, H, W] or [B, C, L]. No gradient goes back."""
+        x = x.detach()
         if self.mean is None or self.std is None:
             return x.clamp(0, 1)
         like = [-1, *[1] * (x.ndim - 2)]

@@ -110,6 +110,8 @@ def check_call(x: object, y: object, scale: object, autocast: object, backward: 
     for name, value in [("x", x), *(("y", leaf) for leaf in tree_leaves(y))]:
         if isinstance(value, Tensor) and value.is_inference():
             raise UserError(f"{name} was made under torch.inference_mode(): train on {name}.clone()")
+        if name == "y" and isinstance(value, Tensor) and value.requires_grad:
+            raise UserError("y requires a gradient, but no loss of a block hands one on to targets: y.detach()")
     if not (autocast is None or (isinstance(autocast, torch.dtype) and autocast.is_floating_point)):
         raise UserError(f"autocast takes a dtype, such as torch.bfloat16, or None, not {autocast!r}")
     if not (backward is None or callable(backward)):
@@ -211,6 +213,8 @@ class StepChecks:
             check_tensor("images", images)
             if images.shape != (len(x), *model.image):
                 raise UserError(f"images of shape {tuple(images.shape)} are not those of {(len(x), *model.image)}")
+            if images.requires_grad:
+                raise UserError("images require a gradient, but they are only compared with: images.detach()")
         first = next(model.blocks[blocks[0]].parameters(), None)
         if first is not None and not blocks[0]:
             self._check_kind(model, x, first, autocast)

@@ -131,13 +131,12 @@ class Planner:
         """As many blocks as asked for, cut so that the step needs the least, nothing recomputed."""
         self._check(blocks)
         search = self._search(1, recompute=False)
-        low, high = 0, 2 * self.bp.peak
-        chain: list[BlockOption] | None = None
+        under = partial(search.fastest, as_you_go=False, blocks=blocks)
+        low, high = 0, self._enough(under)
         while low + 1 < high:  # No cap of `low` will do.
             middle = (low + high) // 2
-            found = search.fastest(middle, as_you_go=False, blocks=blocks)
-            low, high, chain = (low, middle, found) if found else (middle, high, chain)
-        return self._plan(chain or [])
+            low, high = (low, middle) if under(middle) else (middle, high)
+        return self._plan(under(high) or [])
 
     def frontier(self, blocks: int | None = None, *, several: bool = False, as_you_go: bool = True) -> list[Plan]:
         """The plans of which no other needs both less memory and less time, the fastest first.
@@ -147,15 +146,15 @@ class Planner:
             several: whether backpropagation, which is one block, is left out.
             as_you_go: whether blocks may step right after their backward pass.
         """
-        self._check(2 if several else blocks or 1)
+        self._check(blocks, several)
         plans: dict[tuple, Plan] = {}
         for way in self._ways(blocks, several, as_you_go):
-            low, high = 0, 2 * self.bp.peak
+            low, high = 0, (most := self._enough(lambda cap, way=way: self._under(cap, *way)))
             while low + 1 < high:  # No plan stays below `low`.
                 middle = (low + high) // 2
                 low, high = (low, middle) if self._under(middle, *way) else (middle, high)
             for step in range(CAPS):
-                plan = self._under(int(high * (2 * self.bp.peak / high) ** (step / (CAPS - 1))), *way)
+                plan = self._under(int(high * (most / high) ** (step / (CAPS - 1))), *way)
                 if plan is not None:
                     plans[plan.blocks, plan.units, plan.couplings, plan.step_as_you_go, plan.accumulate] = plan
         best: list[Plan] = []
@@ -166,7 +165,7 @@ class Planner:
 
     def within(self, budget: int, blocks: int | None = None, *, several: bool, as_you_go: bool) -> Plan | None:
         """What `fastest` returns, or None where it raises."""
-        self._check(2 if several else blocks or 1)
+        self._check(blocks, several)
         estimates = [
             (plan, way) for way in self._ways(blocks, several, as_you_go) if (plan := self._estimate(budget, *way))
         ]
@@ -221,8 +220,18 @@ class Planner:
         """Reads a budget, of which a share such as "50%" is one of backpropagation's peak."""
         return bytes_of(budget, lambda: self.exactly(self.bp).peak, what)
 
-    def _check(self, blocks: int) -> None:
+    def _enough(self, under: Callable[[int], object]) -> int:
+        """A cap that there is a plan under. Auxiliaries may take many times what backpropagation takes."""
+        cap = 2 * self.bp.peak
+        while not under(cap):
+            cap *= 2
+        return cap
+
+    def _check(self, blocks: int | None, several: bool = False) -> None:
         count = len(self.costs.names)
+        if several and (blocks or self._blocks) == 1:
+            raise UserError("several=True leaves plans of one block out, and no others are asked for: leave it out")
+        blocks = blocks or (2 if several else 1)
         if not 1 <= blocks <= count:
             raise UserError(f"blocks={blocks} is out of range: this network has {count} units, so 1 to {count}")
 
