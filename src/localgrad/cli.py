@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shutil
 import signal
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from inspect import cleandoc
@@ -127,22 +129,28 @@ def _expanded(arg: str) -> str:
 def _parse(name: str, args: list[str]) -> Any:
     """The command with this name and these arguments. It exits after `--help` and wrong arguments."""
     kind, prog = COMMANDS[name], f"localgrad {name}"
-    description = cleandoc(kind.__doc__ or "")
+    texts = cleandoc(kind.__doc__ or "").split("\n\n")
     if kind not in (Train, Plan):
-        return tyro.cli(kind, args=args, prog=prog, description=description)
+        return tyro.cli(kind, args=args, prog=prog, description=_wrapped(texts))
     recipe_name, args = _take("--recipe", "a name or a YAML file", args)
     plan_file, args = _take("--plan", "a file that localgrad plan wrote", args) if kind is Train else (None, args)
     recipe = named_recipe(recipe_name) if recipe_name else Recipe()
     if plan_file:
         recipe = override(recipe, read_plan(Path(plan_file)))
-    description += f"\n\n--recipe NAME starts from one of: {', '.join(RECIPES)}; or from a YAML file."
+    texts.append(f"With --recipe NAME it starts from a recipe, or from a YAML file. The names: {', '.join(RECIPES)}.")
     if kind is Train:
-        description += "\n--plan FILE follows what localgrad plan has written."
-    command, values = parse_grouped(kind(recipe), args, prog=prog, description=description)
+        texts.append("With --plan FILE it follows what localgrad plan has written.")
+    command, values = parse_grouped(kind(recipe), args, prog=prog, description=_wrapped(texts))
     # Only the fields on the command line count as changes, because the others may be implied: `--method bp` implies one
     # block, unless `--blocks` is there too.
     changes = {field: values[field] for field in _recipe_fields(args)}
     return dataclasses.replace(command, recipe=override(recipe, changes))
+
+
+def _wrapped(texts: Sequence[str]) -> str:
+    """Paragraphs that fit into the width of the terminal, because tyro does not wrap them."""
+    width = shutil.get_terminal_size().columns
+    return "\n\n".join(textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False) for text in texts)
 
 
 def _recipe_fields(args: list[str]) -> set[str]:

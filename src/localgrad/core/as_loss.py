@@ -72,7 +72,7 @@ def as_loss(
     cast_to, without_cache = _autocast(x, autocast)
     parameters = [p for p in model.parameters() if p.requires_grad]
     leaf = x.detach().requires_grad_(x.requires_grad)
-    asked, inputs = ([*parameters, t] if x.requires_grad else parameters for t in (leaf, x))
+    asked: list[Tensor] = [*parameters, *([leaf] if x.requires_grad else [])]
     gradients: list[Tensor | None] = [None] * len(asked)
 
     def backward(loss: Tensor) -> None:
@@ -85,6 +85,7 @@ def as_loss(
         out = local_backward(
             model, leaf, y, images=images, autocast=cast_to, backward=backward, move_averages=move_averages
         )
+    inputs = [*parameters, *([x] if x.requires_grad else [])]
     loss = cast(Tensor, _HandOn.apply(out.losses, gradients, len(parameters), *inputs))
     return LossResult(out.losses, out.parts, out.logits, loss)
 

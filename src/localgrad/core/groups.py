@@ -96,6 +96,8 @@ def _options(model: LocalModel, by_name: Mapping[str, Mapping[str, Any]]) -> dic
             for parameter in module.parameters():
                 names.setdefault(id(parameter), []).append(unit)
     known = sorted({name for of_one in names.values() for name in of_one})
+    if not isinstance(by_name, Mapping):
+        raise UserError(f"by_name takes a dictionary, such as {{'layer1': {{'lr': 0.01}}}}, not {by_name!r}")
     for name, options in by_name.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
