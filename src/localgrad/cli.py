@@ -148,9 +148,11 @@ def _parse(name: str, args: list[str]) -> Any:
 
 
 def _wrapped(texts: Sequence[str]) -> str:
-    """Paragraphs that fit into the width of the terminal, because tyro does not wrap them."""
+    """Paragraphs that fit into the width of the terminal. tyro does not wrap them, and joins lines that do not begin
+    with a space."""
     width = shutil.get_terminal_size().columns
-    return "\n\n".join(textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False) for text in texts)
+    lines = (" ".join(text.split()) for text in texts)
+    return "\n\n".join(textwrap.fill(line, width, subsequent_indent="  ", break_on_hyphens=False) for line in lines)
 
 
 def _recipe_fields(args: list[str]) -> set[str]:

@@ -53,8 +53,8 @@ def _function(name: str) -> Callable[..., Any]:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise UserError(f"'{module_name}' cannot be imported: {_reason(error)}") from error
         raise UserError(
-            f"no module '{error.name}' for the model '{name}': it must lie in the current directory or be installed, and "
-            "is named as import names it, PACKAGE.MODULE (networks of libraries are timm:NAME and torchvision:NAME)"
+            f"no module '{error.name}' for the model '{name}': it must lie in the current directory or be installed, "
+            "and is named as import names it, PACKAGE.MODULE (networks of libraries: timm:NAME, torchvision:NAME)"
         ) from error
     except Exception as error:  # It is the user's code, which may raise any error.
         raise UserError(f"'{module_name}' cannot be imported: {_reason(error)}") from error
