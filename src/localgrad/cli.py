@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shutil
 import signal
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from inspect import cleandoc
@@ -127,22 +129,30 @@ def _expanded(arg: str) -> str:
 def _parse(name: str, args: list[str]) -> Any:
     """The command with this name and these arguments. It exits after `--help` and wrong arguments."""
     kind, prog = COMMANDS[name], f"localgrad {name}"
-    description = cleandoc(kind.__doc__ or "")
+    texts = cleandoc(kind.__doc__ or "").split("\n\n")
     if kind not in (Train, Plan):
-        return tyro.cli(kind, args=args, prog=prog, description=description)
+        return tyro.cli(kind, args=args, prog=prog, description=_wrapped(texts))
     recipe_name, args = _take("--recipe", "a name or a YAML file", args)
     plan_file, args = _take("--plan", "a file that localgrad plan wrote", args) if kind is Train else (None, args)
     recipe = named_recipe(recipe_name) if recipe_name else Recipe()
     if plan_file:
         recipe = override(recipe, read_plan(Path(plan_file)))
-    description += f"\n\n--recipe NAME starts from one of: {', '.join(RECIPES)}; or from a YAML file."
+    texts.append(f"With --recipe NAME it starts from a recipe, or from a YAML file. The names: {', '.join(RECIPES)}.")
     if kind is Train:
-        description += "\n--plan FILE follows what localgrad plan has written."
-    command, values = parse_grouped(kind(recipe), args, prog=prog, description=description)
+        texts.append("With --plan FILE it follows what localgrad plan has written.")
+    command, values = parse_grouped(kind(recipe), args, prog=prog, description=_wrapped(texts))
     # Only the fields on the command line count as changes, because the others may be implied: `--method bp` implies one
     # block, unless `--blocks` is there too.
     changes = {field: values[field] for field in _recipe_fields(args)}
     return dataclasses.replace(command, recipe=override(recipe, changes))
+
+
+def _wrapped(texts: Sequence[str]) -> str:
+    """Paragraphs that fit into the width of the terminal. tyro does not wrap them, and joins lines that do not begin
+    with a space."""
+    width = shutil.get_terminal_size().columns
+    lines = (" ".join(text.split()) for text in texts)
+    return "\n\n".join(textwrap.fill(line, width, subsequent_indent="  ", break_on_hyphens=False) for line in lines)
 
 
 def _recipe_fields(args: list[str]) -> set[str]:

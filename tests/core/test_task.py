@@ -43,6 +43,8 @@ def test_metrics_are_sums_that_add_up_over_batches(classes: int) -> None:
         (torch.tensor([0.0, 1.0]), "one int64 class a sample"),
         (torch.tensor([0, 1], dtype=torch.int32), "one int64 class a sample"),
         (torch.zeros(2, 4, dtype=torch.int64), r"not \(2, 4\)"),
+        (torch.tensor([[1.0, 0.0, 1.0, 0.0]]), "are the share of each class, from 0 to 1 with a sum of 1 a sample"),
+        (torch.tensor([[2.0, -1.0, 0.0, 0.0]]), "are the share of each class, from 0 to 1 with a sum of 1 a sample"),
     ],
 )
 def test_targets_that_are_no_classes_are_refused(targets: torch.Tensor, message: str) -> None:

@@ -216,7 +216,7 @@ def scalar_of_another(output: Tensor, targets: Tensor) -> Tensor:
 
 
 REFUSED: dict[str, tuple[Any, Any]] = {
-    r"the criterion returns a tensor of shape \(6,\) and not a scalar: let it return a mean": (
+    r"the criterion returns a tensor of shape \(6,\) and not a scalar tensor: let it return a mean": (
         nn.CrossEntropyLoss(reduction="none"), CLASSES,
     ),
     "the criterion returns a float and not a scalar": (lambda output, y: 1.0, CLASSES),

@@ -73,7 +73,8 @@ def as_loss(
     cast_to, without_cache = _autocast(x, autocast)
     parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     leaf = x.detach().requires_grad_(x.requires_grad)
-    asked, inputs = ([*parameters, t] if x.requires_grad else list(parameters) for t in (leaf, x))
+    asked: list[Tensor] = [*parameters, *([leaf] if x.requires_grad else [])]
+    inputs: list[Tensor] = [*parameters, *([x] if x.requires_grad else [])]
     gradients: list[Tensor | None] = [None] * len(asked)
 
     def backward(loss: Tensor) -> None:

@@ -263,7 +263,9 @@ class StepChecks:
 
         Optimizers change parameters in place, and PyTorch counts these changes in each parameter's `_version`.
         """
-        for k in () if self._warned else blocks:
+        if self._warned:
+            return
+        for k in blocks:
             if k not in self._probes:
                 self._probes[k] = _probes(model, k)
             probes = self._probes[k]
@@ -304,14 +306,19 @@ class StepChecks:
         if not self._counts:  # This is a copy of a model, which may have been trained before.
             self.know_copies(model)
             self._usual = {k: set() for k in self._counts}
-        for k in () if self._told else [k for k in blocks if k in self._counts]:
+        if self._told:
+            return
+        for k in (k for k in blocks if k in self._counts):
             now = [p._version for p in self._sources[k]]
             grown = {a - b for a, b in zip(now, self._counts[k], strict=True)} - {0}
             self._counts[k] = now
-            first, usual = k not in self._usual, self._usual.setdefault(k, set())
-            strange = bool(grown - usual) and (first or bool(usual))
-            if not first:  # The first change after a step is the optimizer's.
-                usual |= grown
+            if k in self._usual:
+                usual = self._usual[k]
+                strange = bool(usual) and not grown <= usual
+                usual |= grown  # The first change after a step is the optimizer's.
+            else:  # No step was taken yet, so no optimizer has changed anything.
+                self._usual[k] = set()
+                strange = bool(grown)
             if strange and cast("Auxiliary", model.auxiliaries[k]).is_stale():
                 self._told = True
                 warnings.warn(

@@ -209,7 +209,7 @@ def check_step(
         expected = " x ".join(map(str, ("batch", *shape)))
         raise UserError(
             f"inputs of shape {tuple(h.shape)} for {' and '.join(map(str, counts))} targets: this model was localized "
-            f"for {expected}"
+            f"for {expected}, with a target for each sample"
         )
     model.checks.check_step(model, blocks, h, y, images, autocast)
 

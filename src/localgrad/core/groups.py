@@ -59,7 +59,7 @@ def param_groups(
     for k in range(count):
         block = {"block": k, "lr": lr[k] if isinstance(lr, Sequence) else lr, "weight_decay": weight_decay}
         own = {id(p) for p in model.blocks[k].parameters()}
-        first = len(groups)
+        of_block: list[dict[str, Any]] = []
         # Parameters without decay come last.
         for parameter in sorted(model.members(k), key=lambda p: no_decay and p.ndim < 2):
             options = {**block, **named.get(id(parameter), {})}
@@ -67,18 +67,17 @@ def param_groups(
                 options["lr"] = auxiliary_lr
             if no_decay and parameter.ndim < 2:
                 options["weight_decay"] = 0.0
-            _add(groups[first:], groups, options, [parameter])
-        if len(groups) == first:
-            _add([], groups, block, [])
+            _add(of_block, options, [parameter])
+        if not of_block:
+            _add(of_block, block, [])
+        groups += of_block
     return groups
 
 
-def _add(
-    alike: list[dict[str, Any]], groups: list[dict[str, Any]], options: dict[str, Any], parameters: list[nn.Parameter]
-) -> None:
-    """Adds parameters to the one of the groups `alike` that has these options, or to a new group."""
+def _add(groups: list[dict[str, Any]], options: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+    """Adds parameters to the group that has these options, or to a new group."""
     given = {name: value for name, value in options.items() if value is not None}
-    for group in alike:
+    for group in groups:
         if {name: value for name, value in group.items() if name != "params"} == given:
             group["params"] += parameters
             return
@@ -96,6 +95,8 @@ def _options(model: LocalModel, by_name: Mapping[str, Mapping[str, Any]]) -> dic
             for parameter in module.parameters():
                 names.setdefault(id(parameter), []).append(unit)
     known = sorted({name for of_one in names.values() for name in of_one})
+    if not isinstance(by_name, Mapping):
+        raise UserError(f"by_name takes a dictionary, such as {{'layer1': {{'lr': 0.01}}}}, not {by_name!r}")
     for name, options in by_name.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)

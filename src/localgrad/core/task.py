@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from localgrad.core.errors import UserError
 
+ROUNDING = 0.02  # By so much the shares of the classes may add up to something else than 1: they may be bfloat16.
+
 
 class Task(Protocol):
     """What the engine, the heads and the planner ask of a task. A task of your own is an object with these methods.
@@ -154,21 +156,24 @@ class Classification:
         Values are compared on the CPU only, because reading them from another device would make it wait.
         """
         other = "; other targets take a criterion of your own (localize(..., criterion=...))"
+        here = isinstance(targets, Tensor) and targets.device.type == "cpu" and targets.numel() > 0
         if not isinstance(targets, Tensor):
             kind = type(targets).__name__
             raise UserError(f"targets must be a tensor of one int64 class a sample, not a {kind}{other}")
         if targets.is_floating_point() and targets.ndim == 2 and targets.shape[1] == self.classes:
-            return
+            if not here or (targets.min() >= 0 and (targets.double().sum(1) - 1).abs().max() <= ROUNDING):
+                return
+            raise UserError(
+                "targets of floats [B, classes] are the share of each class, from 0 to 1 with a sum of 1 a sample, and "
+                f"these are not{other}"
+            )
         if targets.ndim != 1 or targets.dtype != torch.int64:
             found = f"{tuple(targets.shape)} {targets.dtype}"
             raise UserError(f"targets must be one int64 class a sample, not {found}{other}")
-        if (
-            targets.device.type == "cpu"
-            and targets.numel()
-            and not 0 <= int(targets.min()) <= int(targets.max()) < self.classes
-        ):
+        if here and not 0 <= int(targets.min()) <= int(targets.max()) < self.classes:
             low, high = int(targets.min()), int(targets.max())
-            raise UserError(f"targets run from {low} to {high}, but the network has {self.classes} classes")
+            ignored = "; to ignore a class, pass criterion=nn.CrossEntropyLoss(ignore_index=...)" if low < 0 else ""
+            raise UserError(f"targets run from {low} to {high}, but the network has {self.classes} classes{ignored}")
 
     def output(self, features: int) -> nn.Module:
         """The last layer of a head: [B, features] -> [B, classes]."""

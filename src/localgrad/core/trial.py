@@ -138,7 +138,7 @@ def _try(what: str, loss: Callable[[Any, Any], Any], output: Any, targets: Any) 
             ) from error
     if not scalar:
         found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise UserError(f"{what} returns {found} and not a scalar: let it return a mean, as .mean() does")
+        raise UserError(f"{what} returns {found} and not a scalar tensor: let it return a mean, as .mean() does")
     if leaves and not value.requires_grad:
         raise UserError(f"{what} returns a number that does not follow from the output: nothing can be trained by it")
 

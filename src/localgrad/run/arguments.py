@@ -39,7 +39,7 @@ class Train:
     tensorboard: bool = False
     """Also write TensorBoard events (needs localgrad[tensorboard])."""
     budget: str | None = None
-    """Memory that a step may take, such as 8GiB. With --blocks auto, the fastest plan that fits is trained."""
+    """Memory that a step may take, such as 8GiB or 50%. With --blocks auto, the fastest plan that fits is trained."""
     nproc: int = 1
     """Number of processes on this machine that share each batch. For several machines: torchrun -m localgrad train."""
     pipeline: int = 1
@@ -59,7 +59,7 @@ class Plan:
 
     recipe: Annotated[Recipe, tyro.conf.Fixed, tyro.conf.Suppress]  # `parse` adds its flags, in groups.
     budget: str = "8GiB"
-    """Memory that a training step may take, such as 8GiB or 500MiB."""
+    """Memory that a training step may take, such as 500MiB, or 50% of what backpropagation takes."""
     out: Path | None = None
     """File to write the plan to. localgrad train --plan FILE follows it."""
     json: bool = False

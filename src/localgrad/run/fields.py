@@ -21,7 +21,7 @@ class ModelFields:
     init: str | None = None
     """Checkpoint of the backbone to start from. A head for another number of classes is drawn anew."""
     freeze: str | None = None
-    """Units that stay as they are, batch norm statistics too: stem,layer1.0:layer1.4. A wrong name lists them all."""
+    """Units that stay as they are, batch norm statistics too: stem,layer1.0:layer1.4. A wrong name lists all names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class DataFields:
     data: str = "digits"
     """digits, fashion-mnist, cifar10, cifar100, svhn, stl10 or image-folder."""
     data_dir: str | None = None
-    """Where the data lies; each set has a default."""
+    """Folder of the data. Each set has a default, which localgrad list shows."""
     download: bool = False
     """Fetch a missing data set."""
     image_size: int | None = None
@@ -39,9 +39,9 @@ class DataFields:
     limit_train: int | None = None
     """Number of training images to use, balanced over the classes."""
     mixup: float = 0.0
-    """Mixup: alpha of the beta distribution from which the shares of two images are drawn; 0 mixes none."""
+    """Mixup: alpha of the beta distribution that gives the shares of two images, such as 0.2; 0 mixes none."""
     cutmix: float = 0.0
-    """CutMix: the same for the area of a box from another image. With mixup, each batch gets one of both by chance."""
+    """CutMix: the same for a box of another image and its area. With both, chance takes one of them for each batch."""
     workers: int = 0
     """Processes that decode images (image-folder only)."""
     on_bad_image: Literal["error", "skip"] = "error"
@@ -65,11 +65,11 @@ class MethodFields:
     branches: Literal["both", "learnable", "ema"] = "both"
     """Which branches of the coupling exist."""
     form: Literal["branches", "pull"] = "branches"
-    """The coupling as published in code, or after the ECCV text."""
+    """branches: the coupling of the published code; pull: that of the ECCV text, one branch pulled to its source."""
     depth: int | None = None
-    """How many units deep MAN or auglocal uses; each has a default."""
+    """How many units deep-man or auglocal uses. Each has a default of its own."""
     learnable_units: int = 1
-    """How many units man's and man++'s learnable branch has; those after the first stand alone."""
+    """How many units the learnable branch of man and man++ has; those after the first stand alone."""
     lag: int = 0
     """Steps by which the coupling's EMA is behind its source, so that a pipeline need not wait."""
     ema_every: int = 1
@@ -89,13 +89,13 @@ class OptimizerFields:
     accumulate: int = 1
     """Number of batches whose gradients are averaged for a step."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    """sgd is with Nesterov momentum 0.9."""
+    """sgd has Nesterov momentum 0.9."""
     lr: float = 0.1
     """The peak of the cosine schedule."""
     block_lr: str | None = None
     """Factors on lr, one for each block with its auxiliary: 1,1,0.5,0.5."""
     backbone_lr: float = 1.0
-    """Factor on lr for the network without its head, besides those of block-lr: 0.1 is usual after --init."""
+    """Factor on lr for the network without its head, besides those of --block-lr: 0.1 is usual after --init."""
     warmup: float = 0.05
     """Share of the steps in which lr rises linearly."""
     weight_decay: float = 1e-4

@@ -53,8 +53,8 @@ def _function(name: str) -> Callable[..., Any]:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise UserError(f"'{module_name}' cannot be imported: {_reason(error)}") from error
         raise UserError(
-            f"no module '{error.name}' for the model '{name}': it must lie in the current directory or be installed "
-            "(networks of libraries are called timm:NAME and torchvision:NAME)"
+            f"no module '{error.name}' for the model '{name}': it must lie in the current directory or be installed, "
+            "and is named as import names it, PACKAGE.MODULE (networks of libraries: timm:NAME, torchvision:NAME)"
         ) from error
     except Exception as error:  # It is the user's code, which may raise any error.
         raise UserError(f"'{module_name}' cannot be imported: {_reason(error)}") from error
@@ -65,7 +65,8 @@ def _function(name: str) -> Callable[..., Any]:
 
 
 def _reason(error: Exception) -> str:
-    """The kind of an error, its first line, and the line of code that raised it."""
+    """The kind of an error, its first line, and the line of the user's code that raised it, if there is one."""
     first = (str(error).splitlines() or [""])[0]
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {first} ({os.path.basename(last.filename)}, line {last.lineno})"
+    where = "" if last.filename == __file__ else f" ({os.path.basename(last.filename)}, line {last.lineno})"
+    return f"{type(error).__name__}: {first}{where}"

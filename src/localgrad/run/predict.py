@@ -28,11 +28,7 @@ from localgrad.run.readers import decoded
 from localgrad.run.tables import write_csv
 
 BATCH = 64
-GREY = (
-    19595,
-    38470,
-    7471,
-)  # The weights of red, green and blue in a grey image, times 65536 (ITU-R BT.601, as in PIL).
+GREY = (19595, 38470, 7471)  # Red, green and blue in a grey image, in 1/65536 (ITU-R BT.601, as in PIL).
 
 
 def predict(args: Predict) -> int:

@@ -20,9 +20,9 @@ def treats_samples_apart(backbone: nn.Module, example: Tensor, autocast: torch.d
     running average, would move once a part. Random draws do not matter: two parts draw as a whole batch might have.
 
     Args:
-        backbone: the network. Without values (on the meta device), only its buffers are watched.
-        example: a batch [B, ...].
-        autocast: the dtype in which forward passes are computed.
+        backbone: The network. Without values (on the meta device), only its buffers are watched.
+        example: A batch [B, ...].
+        autocast: The dtype in which forward passes are computed.
     """
     copied = duplicate(backbone)
     to_training(copied)

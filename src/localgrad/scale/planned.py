@@ -19,19 +19,19 @@ class Plan:
     """How to train a network. `print(plan)` says in one sentence what it is and what memory it takes.
 
     Attributes:
-        blocks: the last unit of each block, as `localize` takes them. One block is backpropagation, which is exact.
-        units: what `recompute` takes: units and ranges of units that are recomputed.
-        couplings: the blocks whose coupling is recomputed.
-        step_as_you_go: whether each block steps right after its backward pass.
-        accumulate: into how many micro-batches the batch is split, whose gradients are added up.
-        peak: bytes of a step, with everything counted.
-        lasting: those of them that parameters, averages and the optimizer's state hold.
-        seconds: the predicted time of a step.
-        flops: its floating-point operations.
-        exact: whether `peak` was predicted on the whole step, and not put together from its pieces.
-        recomputed: how many units are recomputed.
-        count: how many units the network has.
-        how: the method, coupling, criterion and task that were planned, as arguments of `localize`.
+        blocks: The last unit of each block, as `localize` takes them. One block is backpropagation, which is exact.
+        units: What `recompute` takes: units and ranges of units that are recomputed.
+        couplings: The blocks whose coupling is recomputed.
+        step_as_you_go: Whether each block steps right after its backward pass.
+        accumulate: Into how many micro-batches the batch is split, whose gradients are added up.
+        peak: Bytes of a step, with everything counted.
+        lasting: Those of them that parameters, averages and the optimizer's state hold.
+        seconds: The predicted time of a step.
+        flops: Its floating-point operations.
+        exact: Whether `peak` was predicted on the whole step, and not put together from its pieces.
+        recomputed: How many units are recomputed.
+        count: How many units the network has.
+        how: The method, coupling, criterion and task that were planned, as arguments of `localize`.
     """
 
     blocks: tuple[str, ...]
@@ -52,8 +52,8 @@ class Plan:
         """Makes the model that was planned, with what it recomputes and how `local_backward` splits a batch.
 
         Args:
-            backbone: the network.
-            example: a batch [B, ...].
+            backbone: The network.
+            example: A batch [B, ...].
         """
         how = dict(self.how)
         if len(self.blocks) == 1:
