@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from localgrad.core.copies import duplicate, undisturbed, without_values
 from localgrad.core.errors import UserError, callers_level
 from localgrad.core.hooks import is_of_torch
+from localgrad.core.stale import StaleCopies
 from localgrad.core.task import Classification
 from localgrad.core.trace import input_dtype
 from localgrad.core.trial import Trial
@@ -157,10 +158,7 @@ class StepChecks:
         _versions: The versions of these two parameters at the last step.
         _left: How many steps in a row have changed the block but not its auxiliary.
         _warned: Whether the warning about that was given.
-        _sources: For each block, a parameter of each unit that its auxiliary has copied.
-        _counts: The versions of these parameters at the last step.
-        _usual: For each block that has taken a step, by how much the optimizer's steps have changed such versions.
-        _told: Whether the warning about copies of other weights was given.
+        copies: Watches whether the copies in auxiliaries are those of the present weights.
     """
 
     def __init__(self) -> None:
@@ -172,10 +170,7 @@ class StepChecks:
         self._versions: dict[int, tuple[int, int]] = {}
         self._left: dict[int, int] = {}
         self._warned = False
-        self._sources: dict[int, list[nn.Parameter]] = {}
-        self._counts: dict[int, list[int]] = {}
-        self._usual: dict[int, set[int]] = {}
-        self._told = False
+        self.copies = StaleCopies()
 
     def __deepcopy__(self, memo: dict) -> StepChecks:
         return StepChecks()
@@ -222,7 +217,7 @@ class StepChecks:
         self.check_size(model, len(x))
         self.trial.check(model, y, x.device)
         self._watch(model, blocks)
-        self._check_copies(model, blocks)
+        self.copies.check(model, blocks)
 
     def check_size(self, model: LocalModel, batch_size: int) -> None:
         """Raises UserError for a batch of one sample if a batch norm would see one value a channel."""
@@ -288,45 +283,6 @@ class StepChecks:
                         stacklevel=callers_level(),
                     )
                     return
-
-    def know_copies(self, model: LocalModel) -> None:
-        """Notes the present weights as those that the copies in the auxiliaries have started from."""
-        for k, auxiliary in enumerate(cast("list[Auxiliary]", list(model.auxiliaries))):
-            parts = [next(iter(origin.parameters()), None) for _, origin in auxiliary.copies()]
-            self._sources[k] = [p for p in parts if p is not None]
-            self._counts[k] = [p._version for p in self._sources[k]]
-
-    def _check_copies(self, model: LocalModel, blocks: Sequence[int]) -> None:
-        """Warns once if copies in the auxiliaries come from other weights than the backbone has.
-
-        Before the first step, a change of a parameter's version tells of loaded weights or the like. Later, each step
-        of an optimizer changes it by the same number, and another number tells of something else. Only then the weights
-        are compared.
-        """
-        if not self._counts:  # This is a copy of a model, which may have been trained before.
-            self.know_copies(model)
-            self._usual = {k: set() for k in self._counts}
-        if self._told:
-            return
-        for k in (k for k in blocks if k in self._counts):
-            now = [p._version for p in self._sources[k]]
-            grown = {a - b for a, b in zip(now, self._counts[k], strict=True)} - {0}
-            self._counts[k] = now
-            if k in self._usual:
-                usual = self._usual[k]
-                strange = bool(usual) and not grown <= usual
-                usual |= grown  # The first change after a step is the optimizer's.
-            else:  # No step was taken yet, so no optimizer has changed anything.
-                self._usual[k] = set()
-                strange = bool(grown)
-            if strange and cast("Auxiliary", model.auxiliaries[k]).is_stale():
-                self._told = True
-                warnings.warn(
-                    f"the auxiliary of block {k} has copied other weights than the network has now: load weights "
-                    "before localize, or call model.refresh() after loading them",
-                    stacklevel=callers_level(),
-                )
-                return
 
 
 def _check_frozen(model: LocalModel, blocks: Sequence[int], x: Tensor) -> None:

@@ -57,7 +57,7 @@ class LocalModel(nn.Module):
         self.image = image
         self.accumulate: Any = 1  # into how many micro-batches `local_backward` splits a batch
         self.checks = StepChecks()
-        self.checks.know_copies(self)
+        self.checks.copies.note(self)
         self.watch = watch
 
     def __deepcopy__(self, memo: dict) -> LocalModel:
