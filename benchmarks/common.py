@@ -12,6 +12,7 @@ from typing import Any
 from localgrad.run.tables import read_csv, write_csv
 
 ROOT = Path(__file__).parents[1]
+NAMES = {"bp": "BP", "dgl": "DGL", "predsim": "PredSim", "infopro": "InfoPro", "auglocal": "AugLocal"}
 WARM_UP = 2  # So many rounds run first and are not counted.
 
 
@@ -49,6 +50,28 @@ def read_results(name: str) -> list[dict[str, str]]:
     """The rows of a file in results/. `*` may stand for a part of the name if only one file fits."""
     (path,) = (ROOT / "results").glob(name)
     return read_csv(path)
+
+
+def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """The text of a table in Markdown."""
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def name_of(method: str) -> str:
+    """dgl+deep-man -> DGL + deep MAN."""
+    first, _, coupling = method.partition("+")
+    return " + ".join(filter(None, (NAMES[first], coupling.replace("-", " ").replace("man", "MAN"))))
+
+
+def mean_of(values: Sequence[float], digits: int = 2) -> str:
+    """Mean ± standard deviation. One value has no deviation."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def peak_of(row: dict[str, str]) -> str:
+    return f"{int(row['peak_bytes']) / 2**20:.0f} MiB"
 
 
 def seconds_of(step: Callable[[], object]) -> float:

@@ -8,41 +8,19 @@ Writes each table between its two marks, `<!-- NAME:begin -->` and `<!-- NAME:en
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from statistics import mean, stdev
+from statistics import mean
 
-from common import ROOT, read_results
+from common import NAMES, ROOT, mean_of, name_of, peak_of, read_results, table
 
 PAGES = ("README.md", "docs/experiments.md", "docs/memory.md", "docs/networks.md", "docs/scaling.md")
-NAMES = {"bp": "BP", "dgl": "DGL", "predsim": "PredSim", "infopro": "InfoPro", "auglocal": "AugLocal"}
-
-
-def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """The text of a table in Markdown."""
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def name_of(method: str) -> str:
-    """dgl+deep-man -> DGL + deep MAN."""
-    first, _, coupling = method.partition("+")
-    return " + ".join(filter(None, (NAMES[first], coupling.replace("-", " ").replace("man", "MAN"))))
-
-
-def mean_of(values: Sequence[float], digits: int = 2) -> str:
-    """Mean ± standard deviation. One value has no deviation."""
-    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def error_of(row: dict[str, str]) -> str:
     """The mean ± standard deviation of the error in a row of results/."""
     spread = f" ± {float(row['error_std']):.2f}" if row["error_std"] else ""
     return row["error_mean"] and f"{float(row['error_mean']):.2f}{spread}"
-
-
-def peak_of(row: dict[str, str]) -> str:
-    return f"{int(row['peak_bytes']) / 2**20:.0f} MiB"
 
 
 def added_of(row: dict[str, str]) -> str:
@@ -317,6 +295,22 @@ def training() -> str:
     return table(["network", "method", "blocks", "test error in %", "n", "peak memory"], body)
 
 
+def finetune() -> str:
+    """Each way to fine-tune: error, area under the curve, memory, and the time of a step over that of plain fine-tuning
+    with the same seed. Before the first run, the table is empty."""
+    rows = read_results("finetune.csv") if (ROOT / "results" / "finetune.csv").exists() else []
+    plain = {row["seed"]: float(row["time_of_step_ms"]) for row in rows if row["way"] == "plain"}
+    groups: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in rows:
+        groups.setdefault((row["way"], row["blocks"]), []).append(row)
+    body = []
+    for told, mine in sorted(groups.items(), key=lambda item: int(item[0][1])):
+        scores = [mean_of([float(row[name]) for row in mine], digits) for name, digits in (("error", 2), ("auc", 4))]
+        times = [float(row["time_of_step_ms"]) / plain[row["seed"]] for row in mine if row["seed"] in plain]
+        body.append([*told, *scores, str(len(mine)), peak_of(mine[0]), f"{mean(times):.2f}" if times else ""])
+    return table(["way", "blocks", "test error, %", "AUC", "n", "peak memory", "time of a step"], body)
+
+
 WAYS = {"bp": "BP", "bp, twice": "BP, twice", "1f1b": "BP, 1F1B", "gpipe": "BP, GPipe"}
 
 
@@ -380,8 +374,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablation": partial(_learned, _of_ablation), "long": partial(_learned, _of_long), "probes": probes,
     "deeper": deeper, "frontier": frontier, "large": large, "sizes": sizes, "fits": fits,
     "imagenet": imagenet, "parts": parts, "coverage": coverage,
-    "refused": refused, "families": families, "training": training, "scaling": scaling, "delays": delays,
-    "check": check, "devices": devices,
+    "refused": refused, "families": families, "training": training, "finetune": finetune, "scaling": scaling,
+    "delays": delays, "check": check, "devices": devices,
 }  # fmt: skip
 
 
