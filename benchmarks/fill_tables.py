@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from statistics import mean
 
 import accuracy_tables
 from cells import error_of, mean_of, name_of, peak_of, table
@@ -192,6 +193,22 @@ def training() -> str:
     return table(["network", "method", "blocks", "test error in %", "n", "peak memory"], body)
 
 
+def finetune() -> str:
+    """Each way to fine-tune: error, area under the curve, memory, and the time of a step over that of plain fine-tuning
+    with the same seed. Before the first run, the table is empty."""
+    rows = read_results("finetune.csv") if (ROOT / "results" / "finetune.csv").exists() else []
+    plain = {row["seed"]: float(row["time_of_step_ms"]) for row in rows if row["way"] == "plain"}
+    groups: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in rows:
+        groups.setdefault((row["way"], row["blocks"]), []).append(row)
+    body = []
+    for told, mine in sorted(groups.items(), key=lambda item: int(item[0][1])):
+        scores = [mean_of([float(row[name]) for row in mine], digits) for name, digits in (("error", 2), ("auc", 4))]
+        times = [float(row["time_of_step_ms"]) / plain[row["seed"]] for row in mine if row["seed"] in plain]
+        body.append([*told, *scores, str(len(mine)), peak_of(mine[0]), f"{mean(times):.2f}" if times else ""])
+    return table(["way", "blocks", "test error, %", "AUC", "n", "peak memory", "time of a step"], body)
+
+
 WAYS = {"bp": "BP", "bp, twice": "BP, twice", "1f1b": "BP, 1F1B", "gpipe": "BP, GPipe"}
 
 
@@ -254,8 +271,8 @@ TABLES: dict[str, Callable[[], str]] = {
     **accuracy_tables.TABLES, "probes": probes,
     "deeper": deeper, "frontier": frontier, "large": large, "sizes": sizes, "fits": fits,
     "imagenet": imagenet, "parts": parts, "coverage": coverage,
-    "refused": refused, "families": families, "training": training, "scaling": scaling, "delays": delays,
-    "check": check, "devices": devices,
+    "refused": refused, "families": families, "training": training, "finetune": finetune, "scaling": scaling,
+    "delays": delays, "check": check, "devices": devices,
 }  # fmt: skip
 
 

