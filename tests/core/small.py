@@ -20,7 +20,7 @@ def batch(count: int = 4, size: int = 8, channels: int = 3, classes: int = 10) -
     return torch.randn(count, channels, size, size), torch.arange(count) % classes
 
 
-def resnet(depth: int = 20, **settings: int) -> nn.Module:
+def resnet(depth: int = 20, **settings: Any) -> nn.Module:
     return lg.build(f"resnet{depth}", **{"classes": 10, **settings})
 
 

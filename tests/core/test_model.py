@@ -59,7 +59,7 @@ def test_a_deep_copy_is_a_model_of_its_own() -> None:
 
 
 def test_the_task_is_the_backbones_or_ones_own() -> None:
-    assert lg.localize(mlp(), blocks=2, method=lg.dgl(), example=batch(size=4)[0]).task.classes == 5
+    assert lg.localize(mlp(), blocks=2, method=lg.dgl(), example=batch(size=4)[0]).task == lg.Classification(5)
 
     class Doubled(lg.Classification):
         def criterion(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def test_the_task_is_the_backbones_or_ones_own() -> None:
 
     x, y = batch()
     plain = local()
-    assert plain.task.classes == 10
+    assert plain.task == lg.Classification(10)
     own = lg.localize(plain.backbone, blocks=4, method=lg.dgl("1c1f"), example=x, task=Doubled(10))
     own.load_state_dict(plain.state_dict())
     for a, b in zip(lg.local_backward(plain, x, y).losses, lg.local_backward(own, x, y).losses, strict=True):
@@ -187,7 +187,7 @@ def test_a_network_without_a_vector_of_logits_needs_a_task_of_its_own(
     class Maps(lg.Classification):
         """A task of one's own may read them."""
 
-    assert lg.localize(maps, blocks=2, method=lg.dgl(), example=x, task=Maps(2)).task.classes == 2
+    assert lg.localize(maps, blocks=2, method=lg.dgl(), example=x, task=Maps(2)).task == Maps(2)
 
 
 def test_a_network_has_as_many_logits_as_its_task_has_classes() -> None:

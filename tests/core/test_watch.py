@@ -206,7 +206,8 @@ def test_a_wrapped_network_is_cut_as_it_is_and_a_prediction_tells_nothing_of_hoo
 def test_networks_of_others_tell_nothing_by_themselves() -> None:
     x = torch.randn(4, 3, 32, 32)
     for name in ("timm:resnet18", "timm:vit_tiny_patch16_224", "torchvision:mobilenet_v3_small"):
-        backbone = lg.build(name, classes=10, **({"img_size": 32, "patch_size": 8} if "vit" in name else {}))
+        small: dict[str, Any] = {"img_size": 32, "patch_size": 8} if "vit" in name else {}
+        backbone = lg.build(name, classes=10, **small)
         model = lg.localize(backbone, blocks=3, method=lg.dgl("0c1f"), example=x)
         model(x)
         with warnings.catch_warnings():

@@ -28,7 +28,7 @@ class Task(Protocol):
     `lg.predsim()` also reads its `classes`, the number of classes, if it has any.
     """
 
-    def criterion(self, output: Any, targets: Any) -> Tensor:
+    def criterion(self, output: Any, targets: Any, /) -> Tensor:
         """The loss, a scalar.
 
         Args:
@@ -38,15 +38,15 @@ class Task(Protocol):
         """
         ...
 
-    def metrics(self, output: Any, targets: Any) -> dict[str, Tensor]:
+    def metrics(self, output: Any, targets: Any, /) -> dict[str, Tensor]:
         """Sums over the batch by name. `localgrad train` shows them, and a step of your own loop does not ask."""
         ...
 
-    def check_targets(self, targets: Any) -> None:
+    def check_targets(self, targets: Any, /) -> None:
         """Raises UserError if the targets are not of the kind that the criterion takes."""
         ...
 
-    def output(self, features: int) -> nn.Module:
+    def output(self, features: int, /) -> nn.Module:
         """The last layer of a head: [B, features] -> what the criterion reads, such as [B, classes]."""
         ...
 
