@@ -5,7 +5,7 @@
 
 EfficientNet-Lite0 with ImageNet's weights learns Fashion-MNIST from 2,000 images, enlarged to 96x96 pixels, in 3
 epochs, and is tested with 5,000. It is the network of examples/finetune.py. Its stem stays frozen, and earlier units
-have lower learning rates.
+have lower learning rates. The linear probe has 10 epochs, because a step of it takes little time.
 
 The task is one where fine-tuning matters. In a first look, with one seed and 2,000 test images, it lowered the error
 from 15.3% of the best linear classifier on the frozen features to 11.0%. With the photos of solar cells at 128 pixels
@@ -52,7 +52,7 @@ BASE = Recipe(
 # The changes of `BASE` for each way to train.
 ROWS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "linear probe": {"model_args": "frozen=all", "lr": 1e-2},
+    "linear probe": {"model_args": "frozen=all", "lr": 3e-3, "epochs": 10},  # It had the lowest error of eight tried.
     "half frozen": {"model_args": "frozen=half"},
     "recompute": {"recompute": "all"},
     "accumulation": {"batch_size": 8, "accumulate": 4},

@@ -4,7 +4,7 @@
     python examples/finetune.py             # within 40% of the memory of plain fine-tuning; --help lists the arguments
 
 EfficientNet-Lite0 with weights of ImageNet learns whether a solar cell is more likely defective than not, from photos
-(ELPV, licence CC BY-NC-SA 4.0). The stem stays frozen, and earlier units learn more slowly. It takes half a minute.
+(ELPV, licence CC BY-NC-SA 4.0). The stem stays frozen, and earlier units learn more slowly. It takes a minute.
 """
 
 import argparse
