@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -146,14 +147,14 @@ def test_what_a_forward_draws_is_told_from_what_others_draw(
     draw: Callable[[], float], work: Callable[[], Callable[[], object]] | None
 ) -> None:
     sentence = "it draws random numbers that do not follow its input"
-    with meanwhile(work() if work else threading.Event().is_set) as raised, pytest.raises(UserError, match=sentence):
+    with meanwhile(work() if work else lambda: time.sleep(0.01)) as raised, pytest.raises(UserError, match=sentence):
         lg.units(Net(lambda net, h, x: h if draw() < 2 else -h), X)
     assert not raised
 
 
 def test_a_layer_that_is_dropped_by_chance_is_found_beside_another_thread() -> None:
     dropped = Net(lambda net, h, x: h if random.random() < 0.5 else h + 1)
-    with meanwhile(threading.Event().is_set):
+    with meanwhile(lambda: time.sleep(0.01)):
         for _ in range(8):
             with pytest.raises(UserError, match="it draws random numbers that do not follow its input"):
                 lg.units(dropped, X)
