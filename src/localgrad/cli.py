@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import os
 import shutil
-import signal
 import sys
 import textwrap
 import warnings
@@ -21,7 +20,7 @@ from localgrad.core.errors import RunError, UserError, unknown
 from localgrad.run.arguments import Compare, Eval, Export, List, Plan, Predict, Probe, Report, Train, parse_grouped
 from localgrad.run.recipe import Recipe, override, read_plan
 from localgrad.run.recipes import RECIPES, named_recipe
-from localgrad.run.signals import BOTH, Stopped, rank_here, sigterm_raises
+from localgrad.run.signals import Stopped, ignore_signals, rank_here, sigterm_raises
 
 COMMANDS: dict[str, type] = {
     "train": Train, "plan": Plan, "eval": Eval, "compare": Compare, "probe": Probe, "report": Report,
@@ -41,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = [_expanded(arg) for arg in (sys.argv[1:] if argv is None else argv)]
     warnings.showwarning = _warnings_shown()
     try:
-        with sigterm_raises(), _whole_output():
+        with sigterm_raises(last=argv is None), _whole_output():
             return _run(args)
         return 0  # Whoever read the output has gone before its end.
     except (UserError, RunError) as error:
@@ -49,9 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"localgrad: {error}", file=sys.stderr)
         return error.exit_code
     except (Stopped, KeyboardInterrupt) as stopped:
-        if argv is None:  # The process is about to end, and another signal must not change its exit code.
-            for number in BOTH:
-                signal.signal(number, signal.SIG_IGN)
+        if argv is None:  # A second signal may have interrupted the end of `sigterm_raises`.
+            ignore_signals()
         text = str(stopped) if isinstance(stopped, Stopped) else "stopped"
         # The process that started the ranks says why they were stopped. Only the first rank may add where it saved.
         if "RANK" not in os.environ or not (rank_here() or text == "stopped"):

@@ -151,7 +151,8 @@ def _run(argv: list[str], folder: Path, out: Path, err: Path, fault: Fault) -> N
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it, and the write fails
     if fault.early:
         _signal_the_group_from_a_worker()
-    sys.exit(main(argv))
+    sys.argv[1:] = argv
+    sys.exit(main())  # without arguments, because then it ends the process as the command does
 
 
 def _forked_ranks(config: LaunchConfig, entrypoint: str) -> Callable[..., object]:
@@ -165,7 +166,8 @@ def _rank(argv: Sequence[str]) -> None:
     """One rank; at its end it writes the threads of process groups that are left into a file beside the folder."""
     from localgrad.cli import main
 
-    code = main(argv)
+    sys.argv[1:] = argv
+    code = main()
     names = [(thread / "comm").read_text().strip() for thread in Path("/proc/self/task").iterdir()]
     Path(f"{argv[-1]}.threads-{os.environ['RANK']}").write_text(" ".join(name for name in names if "gloo" in name))
     sys.exit(code)

@@ -100,18 +100,31 @@ def deaf() -> AbstractContextManager[None]:
     return _handled(signal.SIG_IGN, BOTH)
 
 
-def sigterm_raises() -> AbstractContextManager[None]:
+def sigterm_raises(*, last: bool = False) -> AbstractContextManager[None]:
     """A context in which SIGTERM raises Stopped, as SIGINT raises KeyboardInterrupt. It is used outside the loop, where
-    there is nothing to save."""
+    there is nothing to save.
+
+    Args:
+        last: Whether the process ends after the context. Both signals are ignored then, because another one must not
+            change the exit code.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(number)
 
-    return _handled(stop, [signal.SIGTERM])
+    return _handled(stop, [signal.SIGTERM], last=last)
+
+
+def ignore_signals() -> None:
+    """Ignores SIGTERM and SIGINT from now on."""
+    for number in BOTH:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
-def _handled(handler: Callable[..., None] | signal.Handlers, numbers: Sequence[int]) -> Iterator[None]:
+def _handled(
+    handler: Callable[..., None] | signal.Handlers, numbers: Sequence[int], *, last: bool = False
+) -> Iterator[None]:
     """Sets the handler of these signals inside the context. Outside the main thread it does nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -120,5 +133,8 @@ def _handled(handler: Callable[..., None] | signal.Handlers, numbers: Sequence[i
     try:
         yield
     finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
+        if last:
+            ignore_signals()
+        else:
+            for number, previous in before.items():
+                signal.signal(number, previous)
