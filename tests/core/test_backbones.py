@@ -105,6 +105,7 @@ def test_a_depth_that_is_no_cifar_resnet_is_refused(depth: int) -> None:
     [
         ("resnet33", "unknown model 'resnet33': did you mean 'resnet"),
         ("resnet18", "unknown model 'resnet18'"),
+        ("mynet", "NAME); a network of your own is --model PACKAGE.MODULE:FUNCTION on the command line"),
         ("torchvison:resnet18", "unknown model 'torchvison:resnet18'"),
         ("torchvision:resnet181", "unknown model 'torchvision:resnet181': did you mean 'torchvision:resnet1"),
         ("timm:resnext51_32x4d", "unknown model 'timm:resnext51_32x4d': did you mean 'timm:resnext50_32x4d'?"),

@@ -123,7 +123,8 @@ def _build(name: str, classes: int, in_channels: int, pretrained: bool | str, ar
     if source == "timm":
         return _timm(name, model, classes, in_channels, pretrained, arguments)
     if name not in CIFAR_RESNETS:
-        raise unknown("model", name, [*CIFAR_RESNETS, "torchvision:NAME", "timm:NAME"])
+        error = unknown("model", name, [*CIFAR_RESNETS, "torchvision:NAME", "timm:NAME"])
+        raise UserError(f"{error}; a network of your own is --model PACKAGE.MODULE:FUNCTION on the command line")
     return CifarResNet(int(name.removeprefix("resnet")), classes, in_channels, **arguments)
 
 
