@@ -84,17 +84,18 @@ def test_parts_are_chosen_by_name_and_the_inner_one_counts() -> None:
     assert set(found.values()) == {0.5, 1.0, 2.0, 3.0, 4.0}
 
 
-def test_options_of_a_part_may_be_any_and_no_decay_wins() -> None:
+@pytest.mark.parametrize("decay", [{"weight_decay": 0.5}, {}], ids=str)
+def test_options_of_a_part_may_be_any_and_win_over_no_decay(decay: dict[str, float]) -> None:
     model = local()
-    named = {"layer2": {"weight_decay": 0.5, "momentum": 0.3}}
+    named = {"layer2": {"momentum": 0.3, **decay}}
     groups = lg.param_groups(model, weight_decay=0.1, no_decay=True, by_name=named)
     own = {id(p) for p in model.backbone.get_submodule("layer2").parameters()}
     for group in groups:
         inside = {id(p) in own for p in group["params"]}
         assert len(inside) == 1
         assert ("momentum" in group) == inside.pop()
-        plain = group["params"][0].ndim < 2
-        assert group["weight_decay"] == (0 if plain else 0.5 if "momentum" in group else 0.1)
+        by_size = 0.0 if group["params"][0].ndim < 2 else 0.1
+        assert group["weight_decay"] == (decay.get("weight_decay", by_size) if "momentum" in group else by_size)
     assert {g["momentum"] for g in torch.optim.SGD(groups, lr=0.1, momentum=0.9).param_groups} == {0.3, 0.9}
 
 

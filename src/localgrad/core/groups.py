@@ -42,7 +42,7 @@ def param_groups(
         auxiliary_lr: The learning rate of all auxiliaries. Default: that of their blocks.
         by_name: Options of the optimizer for a part of the backbone, such as `{"layer1": {"lr": 0.01}}`. A part is a
             module or parameter by its name in the backbone, or a unit by its name in `units`. Where one part lies
-            within another, the inner one counts. Default: none.
+            within another, the inner one counts. These options win over the other arguments. Default: none.
 
     Returns:
         The groups, as optimizers of PyTorch take them.
@@ -62,12 +62,12 @@ def param_groups(
         of_block: list[dict[str, Any]] = []
         # Parameters without decay come last.
         for parameter in sorted(model.members(k), key=lambda p: no_decay and p.ndim < 2):
-            options = {**block, **named.get(id(parameter), {})}
-            if auxiliary_lr is not None and id(parameter) not in own:
-                options["lr"] = auxiliary_lr
+            options = dict(block)
             if no_decay and parameter.ndim < 2:
                 options["weight_decay"] = 0.0
-            _add(of_block, options, [parameter])
+            if auxiliary_lr is not None and id(parameter) not in own:
+                options["lr"] = auxiliary_lr
+            _add(of_block, {**options, **named.get(id(parameter), {})}, [parameter])
         if not of_block:
             _add(of_block, block, [])
         groups += of_block
