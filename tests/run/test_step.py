@@ -177,6 +177,9 @@ def test_the_backbone_learns_at_a_rate_of_its_own(as_you_go: bool, decay_norms: 
     for k, factor in enumerate((1, 2, 1, 0.5)):
         for p in model.members(k):
             assert found[id(p)] == pytest.approx(0.02 * factor * (0.1 if id(p) in slow else 1))
+    own = {id(p) for p in model.auxiliaries[0].parameters()}
+    now = {g["lr"] for o in stepper.optimizers for g in o.param_groups if own & {id(p) for p in g["params"]}}
+    assert now == {stepper.lr}
     assert stepper.lr == pytest.approx(0.02 * rate(stepper.step - 1, stepper.total, TINY.warmup))
     stepper(batches)
 
@@ -193,7 +196,7 @@ def test_one_block_has_the_rate_of_its_head() -> None:
 def test_a_network_of_one_unit_has_no_backbone() -> None:
     model = lg.localize(torch.nn.Sequential(torch.nn.Linear(4, 2)), method=lg.bp(), example=torch.zeros(2, 4))
     with pytest.raises(UserError, match="backbone-lr has no effect on this network, whose head cannot be told"):
-        slowed(lg.param_groups(model), model, 1.0, 0.5)
+        slowed(model, [1.0], 0.5)
 
 
 def test_one_bad_batch_of_several_drops_the_whole_step() -> None:

@@ -56,10 +56,11 @@ class Stepper:
         self.model = model = mode.model
         self.step, self.skipped, self.peak = 0, 0, PeakBytes(0)
         self.measured = min(1, total - 1)  # The second step, because the first one makes the optimizer's state.
-        factors = recipe.block_factors
-        rates = None if factors is None else [recipe.lr * f for f in factors]
-        groups = param_groups(model, weight_decay=recipe.weight_decay, no_decay=not recipe.decay_norms, lr=rates)
-        groups = slowed(groups, model, recipe.lr, recipe.backbone_lr)
+        self._rates = [recipe.lr * f for f in recipe.block_factors or [1.0] * len(model.blocks)]
+        groups = param_groups(
+            model, weight_decay=recipe.weight_decay, no_decay=not recipe.decay_norms, lr=self._rates,
+            by_name=slowed(model, self._rates, recipe.backbone_lr),
+        )  # fmt: skip
         self._blocks = mode.blocks
         self.optimizers = optimizers_for(groups, optimizer_of(recipe), as_you_go=recipe.step_as_you_go)
         for group in self._groups():
@@ -74,7 +75,7 @@ class Stepper:
     @property
     def lr(self) -> float:
         """The learning rate of the first block's auxiliary in the last step, or of the head if there is one block."""
-        return next(self._groups())["lr"]
+        return self._rates[0] * rate(max(0, self.step - 1), self.total, self.recipe.warmup)
 
     def state_dict(self) -> dict[str, Any]:
         """What the next step depends on, apart from the model. Each rank of a pipeline calls it, and the first one gets
@@ -267,34 +268,23 @@ class Stepper:
             yield from optimizer.param_groups
 
 
-def slowed(groups: Sequence[dict[str, Any]], model: LocalModel, lr: float, factor: float) -> list[dict[str, Any]]:
-    """Divides groups of parameters, so that the backbone without its head learns at `factor` times a group's rate.
+def slowed(model: LocalModel, rates: Sequence[float], factor: float) -> dict[str, dict[str, float]]:
+    """What `param_groups` takes as `by_name`, so that the backbone without its head learns at a rate of its own.
 
     Args:
-        groups: The groups of `param_groups`.
-        model: The model whose parameters they are.
-        lr: The rate of the groups that have none of their own.
-        factor: At least 0. With 1, the groups stay as they are.
+        model: The model.
+        rates: The learning rate of each block.
+        factor: By how much the backbone's rate differs. With 1, it does not.
 
     Raises:
         UserError: The network has no head behind its last unit.
     """
     if factor == 1:
-        return list(groups)
+        return {}
     last = model.blocks[-1]
-    head = {id(p) for module in list(last)[len(last.names) :] for p in module.parameters()}
-    if not head:
+    if not [p for module in list(last)[len(last.names) :] for p in module.parameters()]:
         raise UserError("backbone-lr has no effect on this network, whose head cannot be told from the rest: drop it")
-    slow = {id(p) for p in model.backbone.parameters()} - head
-    divided = []
-    for group in groups:
-        fast = [p for p in group["params"] if id(p) not in slow]
-        rest = [p for p in group["params"] if id(p) in slow]
-        if fast or not rest:
-            divided.append({**group, "params": fast})
-        if rest:
-            divided.append({**group, "params": rest, "lr": group.get("lr", lr) * factor})
-    return divided
+    return {name: {"lr": lr * factor} for lr, block in zip(rates, model.blocks, strict=False) for name in block.names}
 
 
 def rate(step: int, total: int, warmup: float) -> float:
