@@ -136,7 +136,8 @@ def test_a_budget_needs_auto_blocks(
 
 
 def test_bytes_in_words() -> None:
-    sizes = {"8GiB": 2**33, "500 MiB": 500 * 2**20, "1.5g": 3 * 2**29, "1e6": 10**6, "12KB": 12 * 2**10}
+    sizes = {"8GiB": 2**33, "500 MiB": 500 * 2**20, "1.5g": 3 * 2**29, "1e6": 10**6, "12KB": 12 * 10**3}
+    sizes |= {"10 MB": 10**7, "10 mb": 10**7, "10M": 10 * 2**20, "0.5 TB": 5 * 10**11, "2Ki": 2**11, "7b": 7}
     assert {text: parse_bytes(text) for text in sizes} == sizes
     for wrong in ("", "GiB", "-1GiB", "inf", "0"):
         with pytest.raises(UserError, match="--budget takes bytes"):

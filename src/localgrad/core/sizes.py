@@ -9,11 +9,16 @@ from localgrad.core.errors import UserError
 
 
 def parse_bytes(text: str, what: str = "--budget") -> int:
-    """Reads a number of bytes from text such as 8GiB, 500 MiB or 1e9. Raises UserError, which names `what`."""
-    number = text.strip().lower().removesuffix("b").removesuffix("i")
-    power = {"k": 10, "m": 20, "g": 30, "t": 40}.get(number[-1:], 0)
+    """Reads a number of bytes from text such as 8GiB, 500 MB or 1e9. Raises UserError, which names `what`.
+
+    GB is 10^9 bytes, GiB or G is 2^30 bytes, and likewise for K, M and T.
+    """
+    word = text.strip().lower()
+    base = 1000 if word.endswith("b") and not word.endswith("ib") else 1024
+    number = word.removesuffix("b").removesuffix("i")
+    power = {"k": 1, "m": 2, "g": 3, "t": 4}.get(number[-1:], 0)
     try:
-        size = int(float(number[:-1] if power else number) * 2**power)
+        size = int(float(number[:-1] if power else number) * base**power)
     except (ValueError, OverflowError):
         size = 0
     if size < 1:
@@ -22,10 +27,10 @@ def parse_bytes(text: str, what: str = "--budget") -> int:
 
 
 def bytes_of(budget: object, whole: Callable[[], int] = lambda: 0, what: str = "budget") -> int:
-    """Reads a budget in bytes from a number, from text like "2GiB", or from a share like "50%".
+    """Reads a budget in bytes from a number, from text like "2GiB" or "2GB", or from a share like "50%".
 
-    >>> bytes_of("2GiB"), bytes_of(5e8), bytes_of("50%", lambda: 300)
-    (2147483648, 500000000, 150)
+    >>> bytes_of("2GiB"), bytes_of("2GB"), bytes_of(5e8), bytes_of("50%", lambda: 300)
+    (2147483648, 2000000000, 500000000, 150)
 
     Args:
         budget: The budget.
