@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import re
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -136,6 +137,44 @@ def test_batches_in_parts_are_taken_if_they_are_allowed() -> None:
 def test_the_speed_is_measured_by_default() -> None:
     found = lg.fit(network(), X, int(0.6 * bp()))
     assert 0.9 < found.times_bp < 2
+
+
+def noisy() -> nn.Module:
+    torch.manual_seed(0)
+    units = [nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Dropout(0.1)) for _ in range(3)]
+    return nn.Sequential(nn.Conv2d(3, 8, 3), *units, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+
+
+LOCAL: dict[str, Any] = {"method": lg.dgl("0c1f"), "coupling": lg.MAN()}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lg.calibrate,
+        lambda net, x: lg.plan(net, x, "60%", **LOCAL),
+        lambda net, x: lg.Planner(net, x, **LOCAL).frontier(),
+        lambda net, x: lg.fit(net, x, "60%", exact=True),
+    ],
+    ids=["calibrate", "plan", "frontier", "fit"],
+)
+def test_random_numbers_are_what_they_are_without_the_call(call: Callable[[nn.Module, Tensor], object]) -> None:
+    net = noisy()
+    before, python = torch.get_rng_state(), random.getstate()
+    call(net, X)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert random.getstate() == python
+
+
+def test_a_fit_draws_what_localize_draws() -> None:
+    net = noisy()
+    found = lg.fit(net, X, "70%", speed=SPEED, **LOCAL)
+    drawn = torch.get_rng_state()
+    net = noisy()
+    made = found.plan.localize(net, X)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert made.state_dict().keys() == found.model.state_dict().keys()
+    assert all(torch.equal(value, made.state_dict()[name]) for name, value in found.model.state_dict().items())
 
 
 def test_what_was_asked_for_is_what_is_made() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from localgrad.core.auxiliary import Auxiliary, Method, Term
-from localgrad.core.copies import without_values
+from localgrad.core.copies import undisturbed, without_values
 from localgrad.core.couplings import MAN
 from localgrad.core.errors import UserError
 from localgrad.core.groups import param_groups
@@ -85,14 +85,14 @@ class Planner:
         if accumulate == "exact" and len(example) > 1 and not treats_samples_apart(backbone, example, autocast):
             self._accumulate = "never"
         cuttable = method if method.terms else Method("units", _no_loss)
-        self._how = {"method": method, "coupling": coupling, "criterion": criterion, "task": task}
-        self._cut = partial(localize, shapes, method=cuttable, example=one, criterion=criterion, task=task)
+        self._how: dict[str, Any] = {"method": method, "coupling": coupling, "criterion": criterion, "task": task}
+        how = self._how | {"method": cuttable, "example": one}
+        self._cut = partial(localize, shapes, **how)
         self._batch, self._targets = len(example), targets
         self._blocks = None if method.terms else 1
         self._optimizer = optimizer or partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)
-        self._model = localize_units(
-            shapes, method=cuttable, coupling=coupling, example=one, criterion=criterion, task=task
-        )
+        with undisturbed(one.device), torch.enable_grad():  # Heads draw random numbers, even without values.
+            self._model = localize_units(shapes, **how)
         check_targets(self._model, targets, next(backbone.parameters()).device)
         self._searches: dict[tuple[int, bool], Search] = {}
         self.costs = self._search(1).costs
@@ -208,7 +208,8 @@ class Planner:
     def exactly(self, plan: Plan) -> Plan:
         """`plan` with its peak predicted on the whole step."""
         coupling = self._coupling if len(plan.blocks) > 1 else None
-        model = plan.apply(self._cut(blocks=list(plan.blocks), coupling=coupling))
+        with undisturbed(torch.device("meta")), torch.enable_grad():
+            model = plan.apply(self._cut(blocks=list(plan.blocks), coupling=coupling))
 
         def optimizers(own: LocalModel) -> list[torch.optim.Optimizer]:
             return optimizers_for(param_groups(own), self._optimizer, as_you_go=plan.step_as_you_go)

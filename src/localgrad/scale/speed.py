@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.core.blocks import Unit, trace_units
-from localgrad.core.copies import duplicate
+from localgrad.core.copies import duplicate, undisturbed
 from localgrad.core.engine import autocasting
 from localgrad.scale.costs import Cost, Costs, Work, WorkMeter, looks
 
@@ -62,6 +62,7 @@ def calibrate(backbone: nn.Module, example: Tensor, *, autocast: torch.dtype | N
 
     A copy of each unit that looks different is run forward and backward, on as many samples as give the device enough
     to do and on a quarter of them. Three speeds are fitted to the times, and what is left is each unit's own factor.
+    PyTorch's random generators are left as they were.
 
     Args:
         backbone: the network.
@@ -70,9 +71,10 @@ def calibrate(backbone: nn.Module, example: Tensor, *, autocast: torch.dtype | N
     """
     from scipy.optimize import nnls
 
-    units = trace_units(duplicate(backbone).train(), example).units
-    keys = [f"{looks(unit.module)} {unit.input.shape}" for unit in units]
-    timed = {key: _timed(unit, example, autocast) for key, unit in dict(zip(keys, units, strict=True)).items()}
+    with undisturbed(example.device), torch.enable_grad():
+        units = trace_units(duplicate(backbone).train(), example).units
+        keys = [f"{looks(unit.module)} {unit.input.shape}" for unit in units]
+        timed = {key: _timed(unit, example, autocast) for key, unit in dict(zip(keys, units, strict=True)).items()}
     # Relative errors count, so each row is divided by its time. No speed can be negative.
     runs = [run for passes in timed.values() for ways in passes for run in ways if run[0].calls]
     rows = np.array([[work.flops, work.moved, work.calls] for work, _ in runs]) / [[seconds] for _, seconds in runs]
