@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -249,6 +250,55 @@ def test_a_criterion_that_does_not_fit_is_refused_before_anything_moves(message:
     assert_same(model.state_dict(), kept)
     assert not gradients(model)
     assert torch.equal(torch.get_rng_state(), drawn)
+
+
+def log_likelihood(output: Tensor, targets: Tensor) -> Tensor:
+    return -(targets * output.log()).sum(1).mean()
+
+
+def probabilities(last: nn.Module) -> nn.Module:
+    return nn.Sequential(*small(norm=False), last)
+
+
+ZERO_ONE = torch.ones(B, N)
+RANGES: dict[str, tuple[Any, Any, Tensor]] = {  # The network, the criterion and targets.
+    "linear, one number": (lambda: small(1, squeezed=True), nn.BCELoss(), torch.ones(B)),
+    "linear": (small, nn.BCELoss(), ZERO_ONE),
+    "linear, with weights": (small, nn.BCELoss(weight=torch.rand(N)), ZERO_ONE),
+    "linear, log": (small, log_likelihood, ZERO_ONE),
+}
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("case", RANGES)
+def test_a_criterion_of_probabilities_is_refused_for_logits(case: str, blocks: int) -> None:
+    make, criterion, targets = RANGES[case]
+    method: Any = lg.bp() if blocks == 1 else lg.dgl("0c1f")
+    how: Any = {"blocks": blocks, "method": method, "example": X, "criterion": criterion}
+    network = make().eval()
+    message = (
+        r"the criterion does not take numbers from -\S* to \S*, which the network may give: .*"
+        f"{'the result is nan' if 'log' in case else 'between 0 and 1'}; let the network give logits, and take a "
+        r"criterion for them, as nn.BCEWithLogitsLoss\(\)$"
+    )
+    assert re.match(message, said(lg.localize, network, **how, targets=targets))
+    assert not network.training
+    model = lg.localize(network, **how)
+    kept, drawn = state(model), torch.get_rng_state()
+    assert re.match(message, said(lg.local_backward, model, X, targets))
+    assert_same(model.state_dict(), kept)
+    assert not gradients(model)
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
+@pytest.mark.parametrize(("last", "criterion"), [(nn.Sigmoid(), nn.BCELoss()), (nn.Softmax(1), log_likelihood)])
+def test_a_network_may_give_the_probabilities_that_its_criterion_takes(last: nn.Module, criterion: Any) -> None:
+    how: Any = {"example": X, "criterion": criterion, "targets": ZERO_ONE}
+    model = lg.localize(probabilities(last), method=lg.bp(), **how)
+    assert float(lg.local_backward(model, X, ZERO_ONE).losses[0]) > 0
+    text = said(lg.localize, probabilities(last), blocks=3, method=lg.dgl("0c1f"), **how)
+    assert text.startswith("the objective of the head 'classifier' of block 0 does not take numbers from -")
+    assert "which that head may give" in text
 
 
 def test_targets_of_another_batch_are_refused() -> None:

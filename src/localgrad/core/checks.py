@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from localgrad.core.copies import duplicate, undisturbed, without_values
 from localgrad.core.errors import UserError, callers_level
-from localgrad.core.hooks import is_of_torch
+from localgrad.core.hooks import without_hooks
 from localgrad.core.stale import StaleCopies
 from localgrad.core.task import Classification
 from localgrad.core.trace import input_dtype
@@ -312,20 +312,11 @@ def _probes(model: LocalModel, k: int) -> tuple[nn.Parameter, nn.Parameter] | No
     return None if own is None or not heads else (own, heads[-1])
 
 
-def _unhooked(module: nn.Module) -> nn.Module:
-    """A copied module without the hooks of its user, which must not see what is tried here."""
-    for part in module.modules():
-        for hooks in (part._forward_hooks, part._forward_pre_hooks):
-            for number in [number for number, hook in hooks.items() if not is_of_torch(hook)]:
-                del hooks[number]
-    return module
-
-
 def _fails(unit: nn.Module, x: Tensor, right: Tensor, autocast: torch.dtype | None) -> bool:
     """Whether a unit can take `right` but cannot take `x`."""
     cast_to = contextlib.nullcontext() if autocast is None else torch.autocast(right.device.type, autocast)
     with undisturbed(right.device), contextlib.suppress(*ODD), cast_to:
-        copied = _unhooked(duplicate(unit)).eval()
+        copied = without_hooks(duplicate(unit)).eval()
         wanted = copied(right)
         try:
             return copied(x).device != wanted.device

@@ -22,6 +22,15 @@ def is_of_torch(hook: Callable) -> bool:
     return any(str(getattr(owner, "__module__", "")).partition(".")[0] == "torch" for owner in (hook, *kinds))
 
 
+def without_hooks(module: nn.Module) -> nn.Module:
+    """`module`, a copy, without the hooks of its user, which must not see what the copy is tried with."""
+    for part in module.modules():
+        for hooks in (part._forward_hooks, part._forward_pre_hooks):
+            for number in [number for number, hook in hooks.items() if not is_of_torch(hook)]:
+                del hooks[number]
+    return module
+
+
 def call_with(module: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
     """Calls `forward` as `module` would: with the module's own hooks around it, but without those for all modules.
 

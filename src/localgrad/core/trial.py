@@ -1,20 +1,21 @@
 """Tries the criterion and the objectives of a model on targets, before a step or a plan begins.
 
-A loss that a user gives is a black box, so it is called once for each kind of targets, on outputs of the right shapes.
+A loss that a user gives is a black box, so it is called for each kind of targets, on outputs of the right shapes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only
 
-from localgrad.core.copies import undisturbed, without_values
+from localgrad.core.copies import duplicate, undisturbed, without_values
 from localgrad.core.errors import UserError, is_out_of_memory
+from localgrad.core.hooks import without_hooks
 from localgrad.core.task import Classification
 from localgrad.core.trace import input_dtype
 
@@ -23,7 +24,27 @@ if TYPE_CHECKING:
     from localgrad.core.model import LocalModel
 
 BATCH = 2  # A batch norm takes at least two samples.
-Piece = tuple[str, Callable[[Any, Any], Any], Any]  # what it is, the loss, and what the loss reads
+DRAWS = 10  # With random signs of its parameters, a linear layer of one output gives no negative number once in 1000.
+CPU = torch.device("cpu")
+Loss = Callable[[Any, Any], Any]
+
+
+class Piece(NamedTuple):
+    """A loss of a model.
+
+    Attributes:
+        what: What it is, for a person.
+        loss: A copy of the loss.
+        output: What the loss reads, without values.
+        block: The number of its block.
+        head: The name of the head that it belongs to, or None for the network's own loss.
+    """
+
+    what: str
+    loss: Loss
+    output: Any
+    block: int
+    head: str | None
 
 
 class Trial:
@@ -60,8 +81,10 @@ class Trial:
         if self._pieces is None:
             self._pieces = _pieces(model)
         count = next((len(t) for t in tensors if t.ndim), BATCH)
-        for what, loss, output in self._pieces:
-            _try(what, loss, tree_map_only(Tensor, lambda t: _with_values(t, count, device), output), targets)
+        for piece in self._pieces:
+            output = tree_map_only(Tensor, lambda t: _with_values(t, count, device), piece.output)
+            _try(piece.what, piece.loss, output, targets)
+            _try_numbers(model, piece, targets, min(count, BATCH))
         self._kinds.add(kind)
 
 
@@ -96,14 +119,15 @@ def _pieces(model: LocalModel) -> list[Piece]:
                 h = block(h)
                 for auxiliary in cast("list[Auxiliary]", copied.auxiliaries[k : k + 1]):
                     outputs = auxiliary(h)
+                    what = f"the objective of the head '{{}}' of block {k}"
                     found += [
-                        (f"the objective of the head '{name}' of block {k}", term.objective, outputs[name])
+                        Piece(what.format(name), term.objective, outputs[name], k, name)
                         for name, term in auxiliary.terms.items()
                         if term.against == "targets"
                     ]
     except Exception:  # A network may fail without values in many ways. Then the step shows what does not fit.
         return []
-    return [("the criterion", copied.task.criterion, h), *found]
+    return [Piece("the criterion", copied.task.criterion, h, len(copied.blocks) - 1, None), *found]
 
 
 def _with_values(like: Tensor, count: int, device: torch.device) -> Tensor:
@@ -116,7 +140,7 @@ def _with_values(like: Tensor, count: int, device: torch.device) -> Tensor:
     return torch.full(shape, value, dtype=dtype, device=device, requires_grad=True)
 
 
-def _try(what: str, loss: Callable[[Any, Any], Any], output: Any, targets: Any) -> None:
+def _try(what: str, loss: Loss, output: Any, targets: Any) -> None:
     """Raises UserError unless `loss(output, targets)` is a scalar with a gradient."""
     leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
     device = leaves[0].device if leaves else torch.device("cpu")
@@ -132,15 +156,83 @@ def _try(what: str, loss: Callable[[Any, Any], Any], output: Any, targets: Any) 
         except Exception as error:  # A loss of a user fails in its own way.
             if is_out_of_memory(error):
                 raise
-            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
             raise UserError(
-                f"{what} does not take an output of {_said(output)} with targets of {_said(targets)}: {reason}"
+                f"{what} does not take an output of {_said(output)} with targets of {_said(targets)}: {_reason(error)}"
             ) from error
     if not scalar:
         found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise UserError(f"{what} returns {found} and not a scalar tensor: let it return a mean, as .mean() does")
     if leaves and not value.requires_grad:
         raise UserError(f"{what} returns a number that does not follow from the output: nothing can be trained by it")
+
+
+def _try_numbers(model: LocalModel, piece: Piece, targets: Any, count: int) -> None:
+    """Raises UserError if a loss refuses numbers that its output may have, as `nn.BCELoss()` refuses negative ones.
+
+    All is tried on `count` samples, and on the CPU, because a GPU may fail for good after a number that is refused.
+    """
+    targets = tree_map_only(Tensor, lambda t: t[:count].cpu() if t.ndim else t.cpu(), targets)
+    output = tree_map_only(Tensor, lambda t: _with_values(t, count, CPU), piece.output)
+    signed = tree_map_only(Tensor, lambda t: _signed(t) if t.requires_grad else t, output)
+    if _fault(piece.loss, output, targets) or not _fault(piece.loss, signed, targets):
+        return
+    try:
+        given = tree_map_only(Tensor, lambda t: _farthest(t, count), _numbers(model, piece))
+        numbers = torch.cat([leaf.flatten() for leaf in tree_leaves(given) if isinstance(leaf, Tensor)])
+    except Exception:  # What cannot be run here is shown by the step.
+        return
+    if reason := _fault(piece.loss, given, targets):
+        whose = "the network" if piece.head is None else "that head"
+        raise UserError(
+            f"{piece.what} does not take numbers from {numbers.min():.2g} to {numbers.max():.2g}, which {whose} may "
+            f"give: {reason}; let the network give logits, and take a criterion for them, as nn.BCEWithLogitsLoss()"
+        )
+
+
+def _signed(t: Tensor) -> Tensor:
+    """Numbers of both signs, of the shape and dtype of t."""
+    return torch.linspace(-2, 2, t.numel(), dtype=t.dtype).view_as(t)
+
+
+def _fault(loss: Loss, output: Any, targets: Any) -> str | None:
+    """The reason why a loss makes no finite number of an output, or None if it does."""
+    with undisturbed(CPU):
+        try:
+            value = loss(output, targets)
+        except Exception as error:  # A loss of a user fails in its own way.
+            return _reason(error)
+    return None if bool(torch.as_tensor(value).isfinite().all()) else f"the result is {float(value)}"
+
+
+def _numbers(model: LocalModel, piece: Piece) -> Any:
+    """Outputs of a head, or of the network, on random inputs. A copy of it runs, with random signs of its parameters.
+
+    So its last layer gives numbers of both signs, unless a function such as a sigmoid follows it.
+    """
+    block = model.blocks[piece.block]
+    part, before = (block, block.entering) if piece.head is None else (model.auxiliaries[piece.block], block.boundary)
+    copied = without_hooks(duplicate(part))
+    device, dtype = next(copied.parameters()).device, input_dtype(copied, before.dtype)
+    found = []
+    with undisturbed(device):
+        torch.manual_seed(0)
+        for _ in range(DRAWS):
+            for parameter in copied.parameters():
+                parameter.mul_(torch.randn_like(parameter).sign())
+            output = copied(torch.randn(BATCH, *before.shape, device=device).to(dtype))
+            found.append(output if piece.head is None else output[piece.head])
+    return tree_map(lambda *outputs: torch.cat(outputs).cpu(), *found)
+
+
+def _farthest(t: Tensor, count: int) -> Tensor:
+    """As many samples of t, by turns the one with the least number and the one with the largest, in full precision."""
+    rows = t.reshape(len(t), -1)
+    picked = torch.stack([rows.amin(1).argmin(), rows.amax(1).argmax()])[torch.arange(count) % 2]
+    return t[picked].to(torch.promote_types(t.dtype, torch.float32)) if t.is_floating_point() else t[picked]
+
+
+def _reason(error: Exception) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]
 
 
 def _said(tree: Any) -> str:
