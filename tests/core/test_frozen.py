@@ -220,6 +220,35 @@ def test_a_block_that_is_unfrozen_after_the_cut_is_refused() -> None:
     assert said(lg.local_backward, model, *batch()).startswith("block 0 was frozen when the network was cut")
 
 
+def test_blocks_that_are_frozen_after_the_cut_are_told_of_once() -> None:
+    model = local(lg.MAN(0.9))
+    before = state(model.backbone)
+    model.backbone.requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"block 0 is frozen, and training its auxiliary changes nothing") as seen:
+        lg.local_backward(model, *batch())
+    assert seen[0].filename == __file__
+    assert len(seen) == 1
+    own = sgd(lg.param_groups(model))
+    for _ in range(5):  # Warnings are errors here.
+        lg.local_backward(model, *batch())
+        own.step()
+        own.zero_grad()
+    assert_same({n: before[n] for n, _ in model.backbone.named_parameters()}, dict(model.backbone.named_parameters()))
+
+
+def test_what_is_frozen_on_purpose_is_told_of_in_no_way() -> None:
+    whole, part, asked = local(lg.MAN()), local(lg.MAN()), local(lg.MAN())
+    whole.blocks[1].requires_grad_(False)
+    whole.auxiliaries[1].requires_grad_(False)
+    next(part.blocks[1].parameters()).requires_grad_(False)
+    asked.blocks[0].requires_grad_(False)
+    x, y = batch()
+    for model in (whole, part):
+        lg.local_backward(model, x, y)
+    lg.local_backward(asked, x.requires_grad_(), y)
+    assert x.grad is not None
+
+
 def test_an_input_gets_no_gradient_from_a_frozen_block() -> None:
     x, y = batch()
     assert said(lg.local_backward, cut(begun, 8), x.requires_grad_(), y).startswith(

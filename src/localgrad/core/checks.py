@@ -158,6 +158,7 @@ class StepChecks:
         _versions: The versions of these two parameters at the last step.
         _left: How many steps in a row have changed the block but not its auxiliary.
         _warned: Whether the warning about that was given.
+        _told: Whether the warning about a block that was frozen after the cut was given.
         copies: Watches whether the copies in auxiliaries are those of the present weights.
     """
 
@@ -169,7 +170,7 @@ class StepChecks:
         self._probes: dict[int, tuple[nn.Parameter, nn.Parameter] | None] = {}
         self._versions: dict[int, tuple[int, int]] = {}
         self._left: dict[int, int] = {}
-        self._warned = False
+        self._warned = self._told = False
         self.copies = StaleCopies()
 
     def __deepcopy__(self, memo: dict) -> StepChecks:
@@ -216,6 +217,7 @@ class StepChecks:
         _check_frozen(model, blocks, x)
         self.check_size(model, len(x))
         self.trial.check(model, y, x.device)
+        self._warn_of_frozen(model, blocks, x)
         self._watch(model, blocks)
         self.copies.check(model, blocks)
 
@@ -253,6 +255,19 @@ class StepChecks:
             raise UserError(f"x is {x.dtype}, and this network takes {dtype}: x.to({dtype}){also}")
         self._tried.add(key)
 
+    def _warn_of_frozen(self, model: LocalModel, blocks: Sequence[int], x: Tensor) -> None:
+        """Warns once of a block that was frozen after the cut, so that its auxiliary is trained alone."""
+        for k in () if self._told else [k for k in blocks if k < len(model.auxiliaries)]:
+            asked = k == blocks[0] and x.requires_grad  # Through this block, the auxiliary gives x its gradient.
+            if not (asked or _is_trained(model.blocks[k])) and _is_trained(model.auxiliaries[k]):
+                self._told = True
+                warnings.warn(
+                    f"block {k} is frozen, and training its auxiliary changes nothing in the network: freeze before "
+                    f"localize, which then makes none, or call model.auxiliaries[{k}].requires_grad_(False)",
+                    stacklevel=callers_level(),
+                )
+                return
+
     def _watch(self, model: LocalModel, blocks: Sequence[int]) -> None:
         """Warns once if an optimizer steps a block and not its auxiliary.
 
@@ -287,12 +302,12 @@ class StepChecks:
 
 def _check_frozen(model: LocalModel, blocks: Sequence[int], x: Tensor) -> None:
     """Raises UserError if nothing can be trained, or what can be trained would get no gradient."""
-    if not x.requires_grad and not any(p.requires_grad for p in model.parameters()):
+    if not x.requires_grad and not _is_trained(model):
         raise UserError("every parameter is frozen, so nothing can be trained: requires_grad_() on some of them")
     for k in blocks:
         if k == len(model.auxiliaries) or not cast("Auxiliary", model.auxiliaries[k]).empty:
             continue
-        if any(p.requires_grad for p in model.blocks[k].parameters()):
+        if _is_trained(model.blocks[k]):
             raise UserError(
                 f"block {k} was frozen when the network was cut, so it has no loss, but parameters of it are trainable "
                 "now: call localize again"
@@ -301,6 +316,10 @@ def _check_frozen(model: LocalModel, blocks: Sequence[int], x: Tensor) -> None:
             raise UserError(
                 f"x requires a gradient, but block {k} is frozen and has no loss to give it one: x.detach()"
             )
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
 
 
 def _probes(model: LocalModel, k: int) -> tuple[nn.Parameter, nn.Parameter] | None:
