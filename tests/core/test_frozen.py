@@ -340,6 +340,46 @@ def test_refresh_starts_copies_as_localize_does(coupling: lg.MAN, method: lg.Met
             assert_same(heads, {n: v for n, v in state(model.auxiliaries).items() if n in heads})
 
 
+def losses_of(model: lg.LocalModel, steps: int) -> list[float]:
+    """The losses of some steps on the same batches."""
+    torch.manual_seed(3)
+    own = sgd(lg.param_groups(model))
+    losses = []
+    for _ in range(steps):
+        losses += [float(loss) for loss in lg.local_backward(model, *batch()).losses]
+        own.step()
+        own.zero_grad()
+    return losses
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize(
+    "coupling",
+    [
+        lg.MAN(0.9, form="pull"),
+        lg.DeepMAN(0.9, form="pull"),
+        lg.DeepMAN(0.9, lag=1),
+        lg.MANPlusPlus(0.9, lag=3, ema_every=2),
+        lg.MAN(0.9, learnable_units=2, buffers=True),
+    ],
+    ids=str,
+)
+def test_a_refreshed_model_is_a_newly_localized_one(coupling: lg.MAN, recomputed: bool) -> None:
+    model, other = (local(coupling, 3, lg.CifarResNet(14)) for _ in range(2))
+    for one in (model, other):
+        lg.recompute(one, units=recomputed, couplings=recomputed)
+    losses_of(model, 4)
+    model.backbone.load_state_dict(other.backbone.state_dict())
+    model.refresh()
+    # Heads keep their weights, and what is drawn is drawn again. All else is compared.
+    drawn = {n: p for n, p in model.auxiliaries.named_parameters() if ".learnable." in n and coupling.form != "pull"}
+    kept = {n: v for n, v in state(model.auxiliaries).items() if ".heads." in n}
+    other.auxiliaries.load_state_dict(drawn | kept, strict=False)
+    assert_same(state(model), state(other))
+    assert losses_of(model, 4) == losses_of(other, 4)
+    assert_same(state(model), state(other))
+
+
 def test_a_learnable_branch_that_is_drawn_is_drawn_again() -> None:
     model = local(lg.MAN())
     learnable: Any = links_of(auxiliaries(model)[0])[0].learnable
