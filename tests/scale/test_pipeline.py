@@ -23,6 +23,7 @@ CASES: dict[str, tuple[int, Any, Any]] = {  # blocks, method, coupling
     "man of two units": (4, GREEDY, partial(lg.MAN, 0.9, learnable_units=2, buffers=True, lag=1)),
     "man every 3": (4, GREEDY, partial(lg.MAN, 0.9, lag=LAG, ema_every=3)),
     "deep-man every 2": (4, lg.dgl, partial(lg.DeepMAN, 0.9, lag=5, ema_every=2)),
+    "man, frozen": (4, GREEDY, partial(lg.MAN, 0.9, lag=LAG)),  # The first rank has nothing to train.
 }
 LONG: dict[str, tuple[int, Any, Any]] = {
     "dgl, long": (4, lg.dgl, None),
@@ -101,6 +102,8 @@ def model_of(case: str) -> lg.LocalModel:
         return lg.localize(make(), blocks=4, method=GREEDY(), example=torch.zeros(2, *shape))
     blocks, method, coupling = (CASES | LONG)[case]
     backbone = network(case)
+    for name in ("conv1", "bn1", "layer1") if "frozen" in case else ():
+        backbone.get_submodule(name).requires_grad_(False)
     x = torch.zeros(2, 3, 8, 8)
     model = lg.localize(backbone, blocks=blocks, method=method(), coupling=coupling and coupling(), example=x)
     return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -113,6 +116,11 @@ def batches(case: str) -> list[tuple[Tensor, Tensor]]:
     return found if len(shape) == 1 else [(x.contiguous(memory_format=torch.channels_last), y) for x, y in found]
 
 
+def sgd(members: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """It takes the members of a wholly frozen block, too, which are none."""
+    return torch.optim.SGD([{"params": members}], lr=0.05, weight_decay=1e-4)
+
+
 class Loop:
     """Steps through a case's batches, on one process or as a rank of a pipeline."""
 
@@ -123,7 +131,7 @@ class Loop:
         self.stage = lg.Stage(self.model, SHARES[len(self.model.blocks)]) if piped else None
         blocks = self.stage.blocks if self.stage else range(len(self.model.blocks))
         # Without momentum, because this loop has no checkpoint of optimizers.
-        self.optimizers = {k: torch.optim.SGD(self.model.members(k), lr=0.05, weight_decay=1e-4) for k in blocks}
+        self.optimizers = {k: sgd(self.model.members(k)) for k in blocks}
         self.losses: list[list[float]] = []
 
     def run(self, first: int = 0, end: int | None = None) -> None:

@@ -65,7 +65,7 @@ class Stage:
     Every rank makes the same model from the same seed, makes a stage, and steps through the same batches:
 
         stage = Stage(model, shares=(2, 2))
-        optimizers = {k: torch.optim.SGD(model.members(k), lr=0.1) for k in stage.blocks}
+        optimizers = {k: torch.optim.SGD([{"params": model.members(k)}], lr=0.1) for k in stage.blocks}
 
         for x, y in loader:
             for done in stage.block_steps(x, y):
