@@ -117,7 +117,24 @@ class Costs:
 
     def is_frozen(self, first: int, last: int) -> bool:
         """Whether a block of these units is wholly frozen and not the last: it runs forward alone."""
-        return last < len(self.names) - 1 and not any(self.trained[first : last + 1] or [True])
+        return self.begin(first, last) > last
+
+    def begin(self, first: int, last: int) -> int:
+        """The first unit of a block that a backward pass reaches. Those before it are frozen and run forward alone."""
+        stop = last + (last < len(self.names) - 1)  # The network's loss is part of its last unit.
+        return next((u for u in range(first, stop) if not self.trained or self.trained[u]), stop)
+
+    def of_block(self, first: int, last: int) -> Costs:
+        """These costs where the units are a block, through whose frozen beginning no gradient passes."""
+        begin = self.begin(first, last)
+        if begin == first:
+            return self
+        kept, remade = self.units
+        alone = [
+            replace(remade[u], kept=0, backward_peak=0, backward=Work(), seconds=(kept[u].seconds[0], 0.0))
+            for u in range(first, begin)
+        ]
+        return replace(self, units=tuple([*own[:first], *alone, *own[begin:]] for own in self.units))
 
 
 def trace_costs(model: LocalModel, batch_size: int, autocast: torch.dtype | None = None, targets: Any = None) -> Costs:

@@ -89,16 +89,9 @@ def pieces(costs: Costs, first: int, last: int, ranges: Sequence[Range]) -> list
     return [*found, *costs.units[0][start : last + 1]]
 
 
-def frozen_peak(costs: Costs, i: int, j: int) -> int:
-    """The most bytes that units i..j take as one wholly frozen block, which runs forward alone and keeps nothing."""
-    remade, before = costs.units[1], [0, *(unit.output for unit in costs.units[0][i:j])]
-    return max(passing + unit.forward_peak for passing, unit in zip(before, remade[i : j + 1], strict=True))
-
-
 def block_peak(costs: Costs, i: int, j: int, ranges: Sequence[Range], coupling_recomputed: bool) -> int:
     """The most bytes that units i..j take as one block, above its input and what lives anyway."""
-    if costs.is_frozen(i, j):
-        return frozen_peak(costs, i, j)
+    costs = costs.of_block(i, j)
     end = costs.end(i, j, coupling_recomputed=coupling_recomputed)
     output = costs.units[0][j].output
     # `kept` includes the output. If there is nothing else in it, the backward pass of the unit may not need the output.

@@ -17,7 +17,7 @@ once they are made: when it comes to a unit, the gradients of all later units ta
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
@@ -66,11 +66,7 @@ class BlockOption:
 
     def _runs(self, costs: Costs) -> Iterator[tuple[Cost, int]]:
         """Each unit, and the auxiliary, with how often it runs forward: once more for each range that it lies in."""
-        units = costs.units[0][self.i : self.j + 1]
-        if costs.is_frozen(self.i, self.j):
-            yield from ((replace(unit, backward=Work(), seconds=(unit.seconds[0], 0.0)), 1) for unit in units)
-            return
-        for u, unit in enumerate(units, self.i):
+        for u, unit in enumerate(costs.of_block(self.i, self.j).units[0][self.i : self.j + 1], self.i):
             yield unit, 1 + sum(a <= u <= b for a, b in self.ranges)
         end = costs.end(self.i, self.j, coupling_recomputed=self.coupling_recomputed)
         if end is not None:
@@ -171,8 +167,21 @@ class Search:
         option = BlockOption(self.pieces[i][0], self.pieces[j][1])
         if self.costs.is_frozen(option.i, option.j):
             return (self._until[j + 1] - self._until[i] if option.peak(self.costs) <= left else np.inf), 0
-        m = min(int((left - self._base(i, j)) // self._slot), len(self._m) - 1)
-        return (self._table_of_blocks(j)[i, m] if m >= 0 else np.inf), m
+        begin = self._begin(i, j)
+        if begin > i:  # The frozen pieces run first. Then the block's own input stays, beside that of piece `begin`.
+            if BlockOption(option.i, self.pieces[begin - 1][1]).peak(self.costs) > left:
+                return np.inf, 0
+            left -= self._output[i - 1]
+        m = min(int((left - self._base(begin, j)) // self._slot), len(self._m) - 1)
+        spent = self._table_of_blocks(j)[begin, m] if m >= 0 else np.inf
+        return self._until[begin] - self._until[i] + spent, m
+
+    def _begin(self, i: int, j: int) -> int:
+        """The first of pieces i..j, a block, that a backward pass reaches. The costs of the first block know it."""
+        if i == 0:
+            return 0
+        begin = self.costs.begin(self.pieces[i][0], self.pieces[j][1])
+        return next(p for p in range(i, j + 1) if begin <= self.pieces[p][1])
 
     def _base(self, i: int, j: int) -> float:
         """Bytes that a block of pieces i..j takes and its table does not count, less what that counts too much."""
@@ -276,7 +285,7 @@ class Search:
         if self.costs.is_frozen(self.pieces[i][0], self.pieces[j][1]):
             return BlockOption(self.pieces[i][0], self.pieces[j][1])
         end = self._end_of_block(j)
-        ranges, left = self._explained(self._table_of_blocks(j), i, m, end)
+        ranges, left = self._explained(self._table_of_blocks(j), self._begin(i, j), m, end)
         if j == len(self.pieces) - 1 or not self._coupled:
             return BlockOption(self.pieces[i][0], self.pieces[j][1], tuple(ranges))
         last = self.pieces[j][1]
