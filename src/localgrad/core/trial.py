@@ -6,6 +6,7 @@ A loss that a user gives is a black box, so it is called for each kind of target
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -213,13 +214,13 @@ def _numbers(model: LocalModel, piece: Piece) -> Any:
     part, before = (block, block.entering) if piece.head is None else (model.auxiliaries[piece.block], block.boundary)
     copied = without_hooks(duplicate(part))
     device, dtype = next(copied.parameters()).device, input_dtype(copied, before.dtype)
+    draw = partial(torch.randn, generator=torch.Generator(device).manual_seed(0), device=device)
     found = []
     with undisturbed(device):
-        torch.manual_seed(0)
         for _ in range(DRAWS):
             for parameter in copied.parameters():
-                parameter.mul_(torch.randn_like(parameter).sign())
-            output = copied(torch.randn(BATCH, *before.shape, device=device).to(dtype))
+                parameter.mul_(draw(parameter.shape).sign())
+            output = copied(draw((BATCH, *before.shape)).to(dtype))
             found.append(output if piece.head is None else output[piece.head])
     return tree_map(lambda *outputs: torch.cat(outputs).cpu(), *found)
 
