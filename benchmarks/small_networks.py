@@ -1,4 +1,4 @@
-"""Small random networks of other libraries, each with an example of its input, for the benchmark `coverage.py`.
+"""Small random networks of other libraries, each with an example of its input, for the benchmark `cut_networks.py`.
 
 They are the architectures of transformers, segmentation_models_pytorch, MONAI, diffusers and torchvision with few
 channels and random weights. Nothing is downloaded. Options of a library keep their defaults, `use_cache` among them.

@@ -1,6 +1,6 @@
 """Tries to cut networks into four blocks.
 
-    python benchmarks/coverage.py
+    python benchmarks/cut_networks.py
 
 It tries every classification network of timm and torchvision, with MAN, and torchvision's segmentation networks, with
 backbones of torchvision and of timm. No weights are made. Writes results/coverage_timm-VERSION.csv, one row for each
