@@ -5,6 +5,11 @@
 It tries every classification network of timm and torchvision, with MAN, and torchvision's segmentation networks, with
 backbones of torchvision and of timm. No weights are made. Writes results/coverage_timm-VERSION.csv, one row for each
 network, and goes on where it stopped.
+
+It also tries the small networks of `small_networks.py`: whether they can be cut into four blocks, and whether
+backpropagation can be planned, with a loss that reads all that the network gives. Writes results/coverage_networks.csv
+in the same way. `--begins "gpt2" --networks other.csv` tries those with such names again. This part needs
+pip install 'localgrad[families]'.
 """
 
 from __future__ import annotations
@@ -14,19 +19,23 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 import torchvision
 import tyro
 from common import Table
-from torch import nn
+from small_networks import Small, networks
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torchvision.models import segmentation
 from torchvision.models.segmentation.fcn import FCN, FCNHead
 
 import localgrad as lg
-from localgrad.core.blocks import split, trace_units
+from localgrad.core.blocks import Traced, split, trace_units
 from localgrad.core.errors import UserError
 
 # Networks of timm whose last map is the input of torchvision's FCN.
@@ -45,9 +54,11 @@ class Settings:
     begins: str = ""
     """Only networks whose names begin with this."""
     out: Path = Path(f"results/coverage_timm-{timm.__version__}.csv")
+    networks: Path = Path("results/coverage_networks.csv")
+    """The table of the small networks of other libraries."""
 
 
-def networks() -> Iterator[tuple[str, str]]:
+def registered() -> Iterator[tuple[str, str]]:
     """The name and the source of each network."""
     yield from ((name, "torchvision") for name in torchvision.models.list_models(module=torchvision.models))
     yield from ((name, "segmentation") for name in torchvision.models.list_models(module=segmentation))
@@ -106,18 +117,61 @@ def cut(name: str, source: str) -> tuple[int, str]:
     return len(traced.units), ""
 
 
-def main(settings: Settings) -> None:
-    warnings.simplefilter("ignore")  # The constructors of the networks warn.
+def reason_of(error: Exception) -> str:
+    """Why a network is refused. Other errors than UserError are faults of the library, and count as refused too."""
+    fault = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    return f"{fault}{error}".splitlines()[0]
+
+
+def mean_of_all(output: Any, _: Any) -> Tensor:
+    """A loss that reads every tensor of real numbers that a network gives."""
+    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return torch.stack([leaf.float().mean() for leaf in leaves]).sum()
+
+
+def largest_share(traced: Traced, network: nn.Module) -> float:
+    """The parameters of the largest unit, or of the head, over those of the network."""
+    pieces = [unit.module for unit in traced.units] + ([traced.head] if traced.head is not None else [])
+    most = max(sum(p.numel() for p in piece.parameters()) for piece in pieces)
+    return most / sum(p.numel() for p in network.parameters())
+
+
+def tried(small: Small) -> dict[str, Any]:
+    """Cuts a small network into four blocks and plans backpropagation for it.
+
+    Returns:
+        What came of both. "largest_percent" is the share of the parameters that the largest unit or the head has: near
+        100, the four blocks are cut off the ends of a network that is still one piece.
+    """
+    torch.manual_seed(0)
+    row: dict[str, Any] = {"units": 0, "largest_percent": "", "cut": False, "bp": False, "reason": "", "bp_reason": ""}
+    try:
+        network, example = small.build(), small.example()
+        traced = trace_units(network, example)
+        row |= {"units": len(traced.units), "largest_percent": round(100 * largest_share(traced, network))}
+        split(traced, 4)
+        row["cut"] = True
+    except Exception as error:
+        row["reason"] = reason_of(error)
+    try:
+        planner = lg.Planner(small.build(), small.example(), method=lg.bp(), criterion=mean_of_all)
+        row["bp"] = planner.exactly(planner.bp).peak > 0
+    except Exception as error:
+        row["bp_reason"] = reason_of(error)
+    return row
+
+
+def try_registered(settings: Settings) -> None:
+    """Fills the table of the networks of timm and torchvision."""
     table = Table(settings.out, key=("name", "source"))
-    for name, source in networks():
+    for name, source in registered():
         if (name, source) in table or not name.startswith(settings.begins):
             continue
         began = time.perf_counter()
         try:
             count, reason = cut(name, source)
-        except Exception as error:  # Other errors than UserError are faults of the library. They count as refused too.
-            fault = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-            count, reason = 0, f"{fault}{error}".splitlines()[0]
+        except Exception as error:
+            count, reason = 0, reason_of(error)
         seconds = f"{time.perf_counter() - began:.1f}"
         table.add({
             "name": name, "source": source, "units": count, "ok": not reason, "reason": reason, "seconds": seconds,
@@ -126,6 +180,27 @@ def main(settings: Settings) -> None:
         results = [row["ok"] == "True" for row in table.rows if row["source"] == source]
         share = 100 * sum(results) / max(1, len(results))
         print(f"{source}: {sum(results)} of {len(results)} cut ({share:.1f}%)")
+
+
+def try_small(settings: Settings) -> None:
+    """Fills the table of the small networks of other libraries."""
+    table = Table(settings.networks, key=("library", "name"))
+    for name, small in networks().items():
+        if (small.library, name) in table or not name.startswith(settings.begins):
+            continue
+        began = time.perf_counter()
+        row = {"library": small.library, "version": version(small.library), "name": name, **tried(small)}
+        table.add(row | {"seconds": f"{time.perf_counter() - began:.1f}"})
+    for library in dict.fromkeys(row["library"] for row in table.rows):
+        rows = [row for row in table.rows if row["library"] == library]
+        cut_rows, planned = (sum(row[key] == "True" for row in rows) for key in ("cut", "bp"))
+        print(f"{library}: {cut_rows} of {len(rows)} cut, backpropagation planned for {planned}")
+
+
+def main(settings: Settings) -> None:
+    warnings.simplefilter("ignore")  # The constructors of the networks warn.
+    try_registered(settings)
+    try_small(settings)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,9 @@ Names = dict[str, Any]
 
 
 def example_of(trainer: str) -> Names:
-    pytest.importorskip(LIBRARY[trainer], reason=f"{LIBRARY[trainer]} is missing: pip install 'localgrad[examples]'")
+    needed = (LIBRARY[trainer], "accelerate") if trainer == "hf_trainer" else (LIBRARY[trainer],)
+    for library in needed:  # The Trainer of transformers runs on accelerate.
+        pytest.importorskip(library, reason=f"{library} is missing: pip install 'localgrad[examples]'")
     names = runpy.run_path(str(ROOT / "examples" / f"with_{trainer}.py"))
     scope = names["main"].__globals__
     if "BATCH" in scope:
