@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from statistics import mean
 
 import accuracy_tables
 from cells import error_of, mean_of, name_of, peak_of, table
@@ -194,19 +193,22 @@ def training() -> str:
 
 
 def finetune() -> str:
-    """Each way to fine-tune: error, area under the curve, memory, and the time of a step over that of plain fine-tuning
-    with the same seed. Before the first run, the table is empty."""
-    rows = read_results("finetune.csv") if (ROOT / "results" / "finetune.csv").exists() else []
-    plain = {row["seed"]: float(row["time_of_step_ms"]) for row in rows if row["way"] == "plain"}
+    """Each way to fine-tune: error, its difference to plain fine-tuning with the same seed, area under the curve,
+    memory, and the time of a step over plain fine-tuning's."""
+    rows = read_results("finetune.csv")
+    plain = {row["seed"]: float(row["error"]) for row in rows if row["way"] == "plain"}
+    times = {(r["way"], r["blocks"]): float(r["cpu_ms_of_step"]) for r in read_results("finetune_times.csv")}
     groups: dict[tuple[str, str], list[dict[str, str]]] = {}
     for row in rows:
         groups.setdefault((row["way"], row["blocks"]), []).append(row)
     body = []
     for told, mine in sorted(groups.items(), key=lambda item: int(item[0][1])):
-        scores = [mean_of([float(row[name]) for row in mine], digits) for name, digits in (("error", 2), ("auc", 4))]
-        times = [float(row["time_of_step_ms"]) / plain[row["seed"]] for row in mine if row["seed"] in plain]
-        body.append([*told, *scores, str(len(mine)), peak_of(mine[0]), f"{mean(times):.2f}" if times else ""])
-    return table(["way", "blocks", "test error, %", "AUC", "n", "peak memory", "time of a step"], body)
+        error, auc = (mean_of([float(row[name]) for row in mine], n) for name, n in (("error", 2), ("auc", 4)))
+        worse = "" if told[0] == "plain" else mean_of([float(row["error"]) - plain[row["seed"]] for row in mine])
+        slower = f"{times[told] / times['plain', '1']:.2f}"
+        body.append([*told, str(len(mine)), error, worse, auc, peak_of(mine[0]), slower])
+    head = ["way", "blocks", "n", "test error, %", "minus plain, paired", "AUC", "peak memory", "time of a step"]
+    return table(head, body)
 
 
 WAYS = {"bp": "BP", "bp, twice": "BP, twice", "1f1b": "BP, 1F1B", "gpipe": "BP, GPipe"}

