@@ -233,9 +233,16 @@ class _Cutter:
         return ends, refused
 
     def _best(self, places: Sequence[int]) -> int | None:
-        """The first of these steps behind which the fewest tensors cross, or None if no cut can be there."""
+        """The first of these steps behind which the fewest tensors cross, or None if no cut can be there. A cut within
+        one of the network's own checkpoints is the last choice."""
         legal = [place for place in places if self._can_end(place)]
-        return min(legal, key=lambda place: len(self.flow.crossing(place)), default=None)
+        return min(
+            legal, key=lambda place: (self._parts_checkpoint(place), len(self.flow.crossing(place))), default=None
+        )
+
+    def _parts_checkpoint(self, after: int) -> bool:
+        here, following = (node.meta.get(CHECKPOINT) for node in self.flow.nodes[after : after + 2])
+        return here is not None and here == following
 
     def _can_end(self, after: int) -> bool:
         return self.flow.leaving(after, several=self.several) is not None

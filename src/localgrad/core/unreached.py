@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from localgrad.core.blocks import Unit
 from localgrad.core.boundary import MAIN, Boundary, Passenger
 from localgrad.core.copies import undisturbed, without_values
+from localgrad.core.errors import UserError
 
 BATCH = 2  # A batch norm takes at least two samples.
 LAYOUTS = {1: "NC", 2: "NLC", 3: "NCHW", 4: "NCDHW"}
@@ -26,11 +27,14 @@ def passengers_with_heads(group: Sequence[Unit]) -> list[Boundary]:
 
     Args:
         group: The units of a block.
+
+    Raises:
+        UserError: Parameters follow only to a passenger that no head can read.
     """
     entered = {p.name for p in group[0].input.passengers}
     end = group[-1].output
-    candidates = [p for p in reversed(end.passengers) if p.name not in entered and _is_readable(p)]
-    if not candidates:
+    made = [p for p in reversed(end.passengers) if p.name not in entered]
+    if not made:
         return []
     run = without_values(nn.ModuleList(unit.module for unit in group), "meta")
     with undisturbed(torch.device("cpu")), torch.enable_grad():
@@ -40,8 +44,13 @@ def passengers_with_heads(group: Sequence[Unit]) -> list[Boundary]:
         parameters = [p for p in run.parameters() if p.requires_grad]
         reached = _reached(h[MAIN], parameters)
         found = []
-        for passenger in candidates:
+        for passenger in sorted(made, key=_is_readable, reverse=True):
             more = _reached(h[passenger.name], parameters) - reached
+            if more and not _is_readable(passenger):
+                raise UserError(
+                    f"no cut behind '{group[-1].name}': parameters before it reach only the tensor of "
+                    f"'{passenger.made_by}', which no head can read; cut elsewhere, by names of units"
+                )
             if more:
                 found.append(_boundary(passenger, end.stage))
                 reached |= more
