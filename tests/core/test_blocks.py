@@ -118,7 +118,7 @@ def test_impossible_cuts_are_refused_in_one_sentence(blocks: int | list[str], me
 
 
 class Skipping(nn.Module):
-    """The output of `a` goes past `b`, `c` and `d`."""
+    """The output of `a` goes past `b`, `c` and `d`, and is then changed in place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class Skipping(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.a(x)
-        return self.f(self.e(h + self.d(self.c(self.b(h))))).mean((2, 3))
+        return self.f(self.e(self.d(self.c(self.b(h))) + h.mul_(2))).mean((2, 3))
 
 
 class Branching(nn.Module):
@@ -149,19 +149,22 @@ def test_networks_that_are_no_chains_are_refused_in_one_sentence(network: nn.Mod
     assert message in said(lg.units, network, torch.zeros(1, 3, 8, 8))
 
 
-def test_a_cut_that_a_tensor_skips_over_is_refused_and_the_nearest_offered() -> None:
+def test_a_cut_behind_which_a_tensor_is_changed_in_place_is_refused_and_the_nearest_offered() -> None:
     x = torch.zeros(1, 3, 8, 8)
     assert lg.units(Skipping(), x) == ["a", "d", "e"]
     for name, nearest in (("b", "a"), ("c", "d")):
-        text = f"no cut behind '{name}': the tensor of 'a' skips over it to 'add'; the nearest is behind '{nearest}'"
+        text = (
+            f"no cut behind '{name}': the tensor of 'a' is read later, and 'mul_' changes it in place before that; the "
+            f"nearest is behind '{nearest}'"
+        )
         assert said(cut, Skipping(), [name], x) == text
-    assert "has 3 units, so 1 to 3 (behind 'b', the tensor of 'a' skips" in said(cut, Skipping(), 4, x)
+    assert "has 3 units, so 1 to 3 (behind 'b', the tensor of 'a' is" in said(cut, Skipping(), 4, x)
 
 
 def test_a_boundary_that_is_neither_map_nor_vector_is_refused() -> None:
     network = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 2))
-    text = "behind '0', (1, 4, 5, 6) crosses: neither a map, nor tokens, nor a vector"
-    assert text in said(lg.units, network, torch.zeros(1, 1, 4, 5, 5))
+    text = "behind '0', (1, 1, 4, 5, 6) crosses: neither a map, nor tokens, nor a vector"
+    assert text in said(lg.units, network, torch.zeros(1, 1, 1, 4, 5, 5))
 
 
 @pytest.mark.parametrize(("name", "blocks"), [("resnet20", 1), ("resnet20", 10), ("torchvision:resnet18", 5)])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from small import UNITS_OF_NET, Between, Net, Unit, assert_chained, composite, cut, gradients, state
+from small import UNITS_OF_NET, Between, Net, Unit, assert_chained, composite, cut, gradients, said, state
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -146,13 +146,14 @@ class Several(Net):
         return self.top(self.body(h, x)), None, 3.0, h
 
 
-def test_an_early_output_forbids_the_cuts_that_it_passes() -> None:
+def test_an_early_output_passes_through_the_blocks() -> None:
     network = Several()
-    assert lg.units(network, X) == ["stem"]
-    with pytest.raises(UserError, match=r"behind 'units.0', the network gives the tensor of 'stem' at its end"):
-        cut(network, task=First(5))
-    model = cut(network, task=First(5), blocks=1)
-    assert lg.local_backward(model, torch.randn(4, 3, 8, 8), Y).logits[1:3] == (None, 3.0)
+    assert lg.units(network, X) == UNITS_OF_NET
+    model = cut(network, task=First(5))
+    x = torch.randn(4, 3, 8, 8)
+    _, none, three, h = lg.local_backward(model, x, Y).logits
+    assert (none, three) == (None, 3.0)
+    assert torch.equal(h, network.stem(x))
 
 
 def test_a_network_of_maps_needs_a_head() -> None:
@@ -273,10 +274,16 @@ class Made(Net):
 
 
 def test_chance_that_several_units_share_is_drawn_once() -> None:
-    with pytest.raises(UserError, match="the tensor of 'dropout' skips over it to 'add"):
-        cut(Made(0.5, function=True))
-    assert len(lg.units(Made(0.5, function=False), X)) == 2
-    assert len(lg.units(Made(0.0, function=False), X)) == 4  # It drops nothing out.
+    assert_chained(cut(Made(0.5, function=True), blocks=["units.0", "units.1"]), torch.randn(2, 3, 8, 8))
+    assert lg.units(Made(0.5, function=False), X) == ["stem", "make", *UNITS_OF_NET[1:]]
+    assert lg.units(Made(0.0, function=False), X) == UNITS_OF_NET  # It drops nothing out.
+
+
+def test_a_passenger_that_no_head_reads_may_not_be_the_only_way_to_parameters() -> None:
+    text = said(cut, Made(0.5, function=False))
+    assert text.startswith("no cut behind 'make': parameters before it reach only the tensor of 'make', which no head ")
+    model = cut(Made(0.5, function=False), blocks=["stem", "units.0"])
+    assert_chained(model, torch.randn(2, 3, 8, 8))
 
 
 # Tensors of their own, and other inputs

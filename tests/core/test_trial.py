@@ -315,11 +315,28 @@ def maps() -> nn.Module:
 
 
 def test_an_output_that_no_head_can_imitate_is_refused_and_trained_in_one_block() -> None:
-    text = said(lg.localize, maps(), blocks=2, method=lg.dgl(), example=X, criterion=F.mse_loss)
-    assert text.startswith("the backbone gives (2, 8, 8), and a head can give a number or a vector of numbers a sample")
-    model = lg.localize(maps(), method=lg.bp(), example=X, criterion=F.mse_loss, targets=torch.rand(B, 2, 8, 8))
-    (loss,) = lg.local_backward(model, X, torch.zeros(B, 2, 8, 8)).losses
-    torch.testing.assert_close(loss, model.backbone(X).square().mean().detach())
+    class Two(nn.Sequential):
+        def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+            h = super().forward(input)
+            return h, h.mean((2, 3))
+
+    def loss(output: Any, target: Tensor) -> Tensor:
+        return F.mse_loss(output[0], target)
+
+    network = Two(*maps())
+    text = said(lg.localize, network, blocks=2, method=lg.dgl(), example=X, criterion=loss)
+    assert text.startswith("the backbone gives ((2, 8, 8), (2,)), and a head can give a number or a vector of numbers")
+    model = lg.localize(network, method=lg.bp(), example=X, criterion=loss, targets=torch.rand(B, 2, 8, 8))
+    (found,) = lg.local_backward(model, X, torch.zeros(B, 2, 8, 8)).losses
+    torch.testing.assert_close(found, model.backbone(X)[0].square().mean().detach())
+
+
+def test_heads_imitate_maps() -> None:
+    model = lg.localize(maps(), blocks=2, method=lg.dgl(), example=X, criterion=F.mse_loss)
+    losses = lg.local_backward(model, X, torch.zeros(B, 2, 8, 8)).losses
+    (output,) = model.auxiliaries[0](model.blocks[0](X)).values()
+    assert output.shape == (B, 2, 8, 8)
+    torch.testing.assert_close(losses[0], output.square().mean().detach())
 
 
 def test_arguments_that_are_no_criterion_are_refused() -> None:

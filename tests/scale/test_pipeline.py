@@ -87,7 +87,25 @@ class Tokens(nn.Module):
         return self.head(x.mean(1))
 
 
-NETWORKS = {"follows": (Follows, (12,)), "tokens": (Tokens, (3, 8, 8))}  # Each with the shape of an image.
+class Skips(nn.Module):
+    """Hands the outputs of its first two layers on to the last ones, past the layers between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(size, 12) for size in (12, 12, 12, 12, 24, 24))
+        self.head = nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third, fourth, fifth, sixth = self.layers
+        kept = [early := torch.relu(first(x)), later := torch.relu(second(early))]
+        x = torch.relu(fourth(torch.relu(third(later))))
+        for layer in (fifth, sixth):
+            x = torch.relu(layer(torch.cat([x, kept.pop()], 1)))
+        return self.head(x)
+
+
+# Each with the shape of an image.
+NETWORKS = {"follows": (Follows, (12,)), "tokens": (Tokens, (3, 8, 8)), "skips": (Skips, (12,))}
 
 
 def network(case: str) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from localgrad.core.blocks import Origin, Unit
-from localgrad.core.boundary import Boundary
+from localgrad.core.boundary import MAIN, Boundary, main_of
 from localgrad.core.couplings import Momentum
 from localgrad.core.errors import UserError
 from localgrad.core.task import Task
@@ -55,6 +55,8 @@ class Term:
         against: The second argument of the objective: "targets" (default) or "images", which lie in [0, 1].
         pairs: Whether the objective compares images of a batch with each other, so that its value is not the mean of
             its values on parts of the batch. Default: False.
+        reads: The name of the passenger that the head reads. Default: the main tensor. None: all that crosses, as a
+            dictionary where there are passengers.
     """
 
     head: nn.Module
@@ -62,6 +64,7 @@ class Term:
     weight: float = 1.0
     against: str = "targets"
     pairs: bool = False
+    reads: str | None = MAIN
 
 
 @dataclass(frozen=True, repr=False)
@@ -131,10 +134,11 @@ class Auxiliary(nn.Module):
     def needs_images(self) -> bool:
         return any(term.against == "images" for term in self.terms.values())
 
-    def forward(self, h: Tensor) -> dict[str, Any]:
-        if self.coupling is not None:
-            h = self.coupling(h)
-        return {name: head(h) for name, head in self.heads.items()}
+    def forward(self, h: Any) -> dict[str, Any]:
+        crossing = h if self.coupling is None else self.coupling(h)
+        read = {MAIN: main_of(crossing), None: crossing}
+        tensors = {name: read[r] if (r := self.terms[name].reads) in read else h[r] for name in self.heads}
+        return {name: head(tensors[name]) for name, head in self.heads.items()}
 
     def losses(self, outputs: dict[str, Any], targets: Any, images: Tensor | None) -> dict[str, Tensor]:
         """The value of each objective by name, unweighted, in float32 or wider."""

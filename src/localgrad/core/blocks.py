@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from localgrad.core.boundary import Boundary
+from localgrad.core.boundary import MAIN, Boundary, main_of, with_main
 from localgrad.core.checks import check_network
 from localgrad.core.copies import copy_values, draw_anew, duplicate
 from localgrad.core.errors import UserError, unknown
@@ -27,8 +27,33 @@ from localgrad.core.segments import Segment, Segments, segments
 class Clone(nn.Module):
     """Copies its input, because the unit behind it begins with an operation in place."""
 
-    def forward(self, h: Tensor) -> Tensor:
-        return h.clone()
+    def forward(self, h: Any) -> Any:
+        return with_main(h, Tensor.clone)
+
+
+class Fed(nn.Module):
+    """Runs a copy of a unit elsewhere in the network, where other passengers cross.
+
+    It gives the unit what the unit reads, and hands on all tensors that entered or were made.
+    """
+
+    def __init__(self, module: nn.Module, reads: Boundary) -> None:
+        super().__init__()
+        self.module, self.several = module, bool(reads.passengers)
+
+    def forward(self, h: Any) -> Any:
+        entered = h if isinstance(h, dict) else {MAIN: h}
+        out = self.module(entered if self.several else entered[MAIN])
+        made = out if isinstance(out, dict) else {MAIN: out}
+        left = {**entered, **{name: tensor for name, tensor in made.items() if tensor is not None}}
+        return left if len(left) > 1 else left[MAIN]
+
+
+class Main(nn.Module):
+    """The main one of the tensors that enter."""
+
+    def forward(self, h: Any) -> Tensor:
+        return main_of(h)
 
 
 class RequiresGrad(nn.Module):
@@ -37,10 +62,10 @@ class RequiresGrad(nn.Module):
     The input of a block requires no gradient. Behind such an input a reentrant checkpoint gives its parameters none.
     """
 
-    def forward(self, h: Tensor) -> Tensor:
-        if h.requires_grad or not torch.is_grad_enabled():
+    def forward(self, h: Any) -> Any:
+        if main_of(h).requires_grad or not torch.is_grad_enabled():
             return h
-        return cast(Tensor, _Drop.apply(h, torch.empty(0, requires_grad=True)))
+        return with_main(h, lambda main: cast(Tensor, _Drop.apply(main, torch.empty(0, requires_grad=True))))
 
 
 class _Drop(torch.autograd.Function):
@@ -59,10 +84,13 @@ class Unit:
 
     Attributes:
         name: The name of the backbone's module at its end.
-        module: What runs it, [B, *input.shape] -> [B, *output.shape]. It references the backbone's own modules.
+        module: What runs it, [B, *input.shape] -> [B, *output.shape], or dictionaries where there are passengers. It
+            references the backbone's own modules.
         input: The boundary before it.
         output: The boundary behind it.
         checkpoint: The number of the checkpoint in which the backbone itself runs it, or None.
+        needs: The names of the passengers that it reads.
+        fed: Whether passengers cross somewhere in the network, so that copies of the unit are `Fed`.
     """
 
     name: str
@@ -70,6 +98,8 @@ class Unit:
     input: Boundary
     output: Boundary
     checkpoint: int | None = None
+    needs: frozenset[str] = frozenset()
+    fed: bool = False
 
     @property
     def changes_shape(self) -> bool:
@@ -88,7 +118,7 @@ class Unit:
         module = duplicate(self.module)
         vars(module)["origin"] = origin
         origin.start(module)
-        return module
+        return Fed(module, self.input) if self.fed else module
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,17 +181,18 @@ class Block(nn.Sequential):
         # A tuple, so that the modules are not registered a second time.
         self._steps = tuple(_with_ranges(list(self), self.ranges))
 
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h: Any) -> Any:
         for step in self._steps:
             h = step(h)
         return h
 
-    def check(self, h: Tensor) -> None:
+    def check(self, h: Any) -> None:
         """Raises UserError if the block's hooks give its output h a shape for which the auxiliary is not built."""
-        if h.shape[1:] != self.boundary.shape and any(getattr(m, kind) for m in self.modules() for kind in FORWARD):
+        main = main_of(h)
+        if main.shape[1:] != self.boundary.shape and any(getattr(m, kind) for m in self.modules() for kind in FORWARD):
             raise UserError(
-                f"'{self.names[-1]}' hands on {tuple(h.shape[1:])} and not {self.boundary.shape}, as it did when the "
-                "network was cut: hooks that change a shape belong into the forward of a module, before localize"
+                f"'{self.names[-1]}' hands on {tuple(main.shape[1:])} and not {self.boundary.shape}, as it did when "
+                "the network was cut: hooks that change a shape belong into the forward of a module, before localize"
             )
 
 
@@ -195,21 +226,33 @@ class Traced:
     checkpoint: int | None
 
 
-def trace_units(backbone: nn.Module, example: Tensor) -> Traced:
-    """Cuts a network into its units. Raises UserError if it cannot be cut."""
+def trace_units(backbone: nn.Module, example: Tensor, blocks: int | Sequence[str] | None = None) -> Traced:
+    """Cuts a network into its units.
+
+    Args:
+        backbone: The network.
+        example: An input batch, [B, ...].
+        blocks: The blocks that are wanted. If they need it, the network is cut where several tensors cross, too.
+
+    Raises:
+        UserError: It cannot be cut.
+    """
     check_network(backbone, example)
-    cut = segments(backbone, example)
+    cut = segments(backbone, example, blocks)
     found: list[Unit] = []
     stage = 0
     rest = [*cut.units[1:], cut.head]
     entering = tuple(example.shape[1:])
-    image = (entering[-2], entering[-1]) if len(entering) == 3 else (1, 1)
-    kinds = {2: reads_row(entering, cut.units[0]) or "NLC", 3: "NCHW"}
+    image = (entering[-2], entering[-1]) if len(entering) in (3, 4) else (1, 1)
+    kinds = {2: reads_row(entering, cut.units[0]) or "NLC", 3: "NCHW", 4: "NCDHW"}
     before = Boundary(entering, kinds.get(len(entering), "NC"), stage, dtype=cut.units[0].entered)
     for segment, following in zip(cut.units, rest, strict=True):
         stage += segment.enters != segment.leaves and bool(found)
-        after = replace(boundary_behind(segment, before, following, stage, image), dtype=segment.left)
-        found.append(Unit(segment.name, _runnable(segment, segment.in_place), before, after, segment.checkpoint))
+        after = boundary_behind(segment, before, following, stage, image)
+        after = replace(after, dtype=segment.left, passengers=segment.passengers)
+        module = _runnable(segment, segment.in_place)
+        fed = any(s.passengers for s in cut.units)
+        found.append(Unit(segment.name, module, before, after, segment.checkpoint, segment.needs, fed))
         before = after
     tail, checkpoint = (_runnable(cut.head, False), cut.head.checkpoint) if cut.head else (None, None)
     # A last unit that turns maps into a vector is the network's own head, whatever its module is called.
@@ -251,14 +294,24 @@ def split(traced: Traced, blocks: int | Sequence[str]) -> list[list[Unit]]:
 
 
 def _even_ends(traced: Traced, blocks: int) -> list[int]:
-    """The number of units up to the end of each block, for blocks of about the same number of units."""
+    """The number of units up to the end of each block, for blocks of about the same number of units.
+
+    An end with fewer passengers is preferred to one that is nearer, within a quarter of a block.
+    """
     count = len(traced.units)
     if not 1 <= blocks <= count:
         raise UserError(
             f"blocks={blocks} is out of range: this network has {count} unit{'s' * (count > 1)}, so 1 to "
             f"{count}{_why(traced.cut)}"
         )
-    return [i * count // blocks for i in range(1, blocks + 1)]
+    carried = [len(unit.output.passengers) for unit in traced.units]
+    around = count // (4 * blocks)
+
+    def end(even: int) -> int:
+        near = range(max(1, even - around), min(count - 1, even + around) + 1)
+        return min(near, key=lambda i: (carried[i - 1], abs(i - even)))
+
+    return [*(end(i * count // blocks) for i in range(1, blocks)), count]
 
 
 def _named_ends(traced: Traced, blocks: Iterable[str]) -> list[int]:
@@ -303,7 +356,23 @@ def select_path(downstream: Sequence[Unit], depth: int) -> list[Unit]:
     others = [i for i, u in enumerate(downstream) if not u.changes_shape]
     extra = max(0, min(depth - len(changing), len(others)))
     spread = [others[i * len(others) // extra] for i in range(extra)]
-    return [downstream[i] for i in sorted(changing + spread)]
+    path = [downstream[i] for i in sorted(changing + spread)]
+    return as_far_as_fed(path, downstream[0].input) if path else []
+
+
+def as_far_as_fed(path: list[Unit], entering: Boundary) -> list[Unit]:
+    """The units of a path up to the first one that reads a passenger that is not there.
+
+    Args:
+        path: Units in order. In the network, others may lie between them.
+        entering: The boundary before the first one.
+    """
+    there = {p.name for p in entering.passengers}
+    for i, unit in enumerate(path):
+        if not unit.needs <= there:
+            return path[:i]
+        there |= {p.name for p in unit.output.passengers}
+    return path
 
 
 def _with_ranges(modules: Sequence[nn.Module], ranges: Sequence[Range]) -> list[nn.Module]:

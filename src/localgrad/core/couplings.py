@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from localgrad.core.blocks import Call, Unit, plain_call, select_path
+from localgrad.core.blocks import Call, Unit, as_far_as_fed, plain_call, select_path
+from localgrad.core.boundary import main_of, with_main
 from localgrad.core.errors import UserError
 
 PLAIN_DEPTH = 3  # Deep MAN copies three units where a network has no stages; one of four stages has three later ones.
@@ -132,7 +133,7 @@ class DeepMAN(MAN):
     def select(self, downstream: Sequence[Unit]) -> list[Unit]:
         later = [u for u in downstream[1:] if u.changes_shape]
         if self.depth is None and (later or downstream[0].output.stage):
-            return [downstream[0], *later]
+            return as_far_as_fed([downstream[0], *later], downstream[0].input)
         return select_path(downstream, self.depth or PLAIN_DEPTH)
 
 
@@ -169,13 +170,14 @@ class Link(nn.Module):
         """The branch that follows the source."""
         return self.ema
 
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h: Any) -> Any:
         if self.learnable is None or self.ema is None:
             branch = self.ema if self.learnable is None else self.learnable
             assert branch is not None
             return self.call(branch, h)
-        learnable, ema = self.call(self.learnable, h), self.call(self.ema, h)
-        return learnable + ema if self.scale is None else self.scale * learnable + (2 - self.scale) * ema
+        learnable, averaged = self.call(self.learnable, h), self.call(self.ema, h)
+        ema, s = main_of(averaged), self.scale  # Passengers are those of the learnable branch.
+        return with_main(learnable, lambda main: main + ema if s is None else s * main + (2 - s) * ema)
 
 
 class PullLink(Link):
@@ -216,7 +218,7 @@ class Momentum(nn.Module):
             followed = [unit for unit, link in zip(sources, self.links, strict=True) if link.ema is not None]
             self.snapshots = nn.ModuleList(Snapshots(unit, spec.lag, spec.ema_every) for unit in followed)
 
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h: Any) -> Any:
         for link in self.links:
             h = link(h)
         return h

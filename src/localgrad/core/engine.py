@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from localgrad.core.auxiliary import Auxiliary, full_precision
+from localgrad.core.boundary import detached, main_of
 from localgrad.core.checks import check_call
 from localgrad.core.errors import UserError
 from localgrad.core.model import LocalModel, localized
@@ -25,7 +26,8 @@ class BlockResult:
         block: The number of the block, from 0.
         loss: The weighted sum of the block's objectives, a scalar. It is 0 for a wholly frozen block, which has none.
         parts: The value of each objective by name, unweighted. It is empty for the last block.
-        output: The input of the next block, [B, *boundary.shape]. For the last block, the output of the network.
+        output: The input of the next block: [B, *boundary.shape], or where several tensors cross a dictionary of them.
+            For the last block, the output of the network.
     """
 
     block: int
@@ -191,7 +193,7 @@ def _mean(results: Sequence[StepResult], shares: Sequence[float]) -> StepResult:
 def check_step(
     model: LocalModel,
     blocks: Sequence[int],
-    h: Tensor,
+    entering: Any,
     y: Any,
     *,
     images: Tensor | None,
@@ -199,7 +201,8 @@ def check_step(
     autocast: torch.dtype | None,
     backward: object = None,
 ) -> None:
-    """Raises UserError unless neighbouring blocks can take a step. The first of them reads h."""
+    """Raises UserError unless neighbouring blocks can take a step. The first of them reads `entering`."""
+    h = main_of(entering)
     check_call(h, y, scale, autocast, backward)
     model.watch.check(model.backbone)
     shape = tuple(model.blocks[blocks[0] - 1].boundary.shape) if blocks[0] else model.image
@@ -217,7 +220,7 @@ def check_step(
 def run_blocks(
     model: LocalModel,
     blocks: Iterable[int],
-    h: Tensor,
+    h: Any,
     y: Any,
     *,
     images: Tensor | None,
@@ -230,7 +233,7 @@ def run_blocks(
     Args:
         model: The result of `localize`.
         blocks: The numbers of neighbouring blocks.
-        h: The input of the first of these blocks, [B, *shape], without a graph.
+        h: The input of the first of these blocks, [B, *shape], or a dictionary of tensors. They have no graph.
         y: Targets, as in `block_steps`.
         images: The images that decoders reconstruct, or None if no block has a decoder.
         scale: As in `block_steps`, like the following arguments.
@@ -246,7 +249,7 @@ def run_blocks(
 def block_backward(
     model: LocalModel,
     k: int,
-    h: Tensor,
+    h: Any,
     y: Any,
     *,
     images: Tensor | None = None,
@@ -270,7 +273,7 @@ def block_backward(
         with torch.no_grad(), autocasting(h, autocast):
             h = block(h)
         block.check(h)
-        return BlockResult(k, full_precision(h.new_zeros(())), {}, h)
+        return BlockResult(k, full_precision(main_of(h).new_zeros(())), {}, h)
     with autocasting(h, autocast):
         h = block(h)
         block.check(h)
@@ -279,7 +282,7 @@ def block_backward(
     del outputs  # Otherwise they would stay in memory during the backward pass.
     loss = auxiliary.total(parts)
     _run_backward(loss, scale, backward)
-    return BlockResult(k, loss.detach(), {name: value.detach() for name, value in parts.items()}, h.detach())
+    return BlockResult(k, loss.detach(), {name: value.detach() for name, value in parts.items()}, detached(h))
 
 
 def _run_backward(loss: Tensor, scale: float | Tensor, backward: Callable[[Tensor], object] | None) -> None:
@@ -289,6 +292,6 @@ def _run_backward(loss: Tensor, scale: float | Tensor, backward: Callable[[Tenso
     scaled.backward() if backward is None else backward(scaled)
 
 
-def autocasting(h: Tensor, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+def autocasting(h: Any, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
     """Autocast for the forward pass of one block. Around a whole step, its cache would keep the cast weights alive."""
-    return contextlib.nullcontext() if dtype is None else torch.autocast(h.device.type, dtype)
+    return contextlib.nullcontext() if dtype is None else torch.autocast(main_of(h).device.type, dtype)

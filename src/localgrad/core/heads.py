@@ -11,7 +11,7 @@ from torch import nn
 
 from localgrad.core.boundary import Boundary
 from localgrad.core.errors import UserError, unknown
-from localgrad.core.task import Task
+from localgrad.core.task import AnyLoss, Task
 
 # Heads that `--head` names, with the numbers of their convolutions and linear layers.
 CONVOLUTIONAL = {"0c1f": (0, 1), "1c1f": (1, 1), "1c2f": (1, 2), "1c3f": (1, 3), "2c2f": (2, 2)}
@@ -34,6 +34,8 @@ def classifier(head: str, boundary: Boundary, task: Task, *, width: int, hidden:
     Raises:
         UserError: No head has this name, or the side is no number from 1 on.
     """
+    if isinstance(task, AnyLoss) and task.dense is not None:
+        return nn.Sequential(task.as_network_gives(dense(boundary, task.dense)))
     name, at, number = head.partition("@")
     if at and not re.fullmatch(r"[1-9]\d*", number):
         raise UserError(f"head takes the side of a pooled map behind @, as in 1c2f@4, not '{head}'")
@@ -74,6 +76,33 @@ def convolutional(
         layers += [nn.Linear(features, hidden), nn.ReLU()]
         features = hidden
     return nn.Sequential(*layers, output(features))
+
+
+def dense(boundary: Boundary, shape: tuple[int, ...]) -> nn.Sequential:
+    """One layer for each position: [B, *boundary.shape] -> [B, *shape].
+
+    For a map it is a 1x1 convolution, whose output is resized, as in InfoPro's segmentation (ICLR 2021). For tokens it
+    is a layer norm and a linear layer.
+
+    Args:
+        boundary: The input of the head.
+        shape: [C, H, W] or [C, D, H, W] for a map, or [L, C] for tokens.
+
+    Raises:
+        UserError: The boundary has no such positions.
+    """
+    if len(shape) == 2:
+        if boundary.layout == "NLC" and boundary.shape[0] == shape[0]:
+            return nn.Sequential(nn.LayerNorm(boundary.channels), nn.Linear(boundary.channels, shape[1]))
+    elif boundary.layout == "NCDHW" and len(shape) == 4:
+        return nn.Sequential(nn.Conv3d(boundary.channels, shape[0], 1), nn.Upsample(shape[1:], mode="trilinear"))
+    elif boundary.layout != "NCDHW" and len(shape) == 3:
+        layers = [*boundary.to_map(), nn.Conv2d(boundary.channels, shape[0], 1)]
+        return nn.Sequential(*layers, nn.Upsample(shape[1:], mode="bilinear"))
+    raise UserError(
+        f"the network gives {shape} for a sample, and a head cannot make that of {boundary.shape}: train it in one "
+        "block, by lg.bp(), or pass a task of your own"
+    )
 
 
 def dgl_classifier(

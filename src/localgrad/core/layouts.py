@@ -1,7 +1,8 @@
 """What the dimensions of a boundary mean, as the layers around it tell.
 
 Two dimensions a sample are a map of one row [B, C, L], as `nn.Conv1d` reads it ("NCL"), or tokens [B, L, C] ("NLC").
-Three are a map, with channels first ("NCHW") or last ("NHWC"). One dimension is a vector ("NC").
+Three are a map, with channels first ("NCHW") or last ("NHWC"), and four a map of a volume or a video ("NCDHW"). One
+dimension is a vector ("NC").
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def boundary_behind(
         image: Height and width of the network's input.
 
     Raises:
-        UserError: One sample has more than three dimensions.
+        UserError: One sample has more than four dimensions.
     """
     shape = segment.leaves
     itself = segment if segment.enters == shape else None
@@ -102,6 +103,8 @@ def boundary_behind(
         return (
             Boundary(shape, "NCL", stage) if told == "NCL" else Boundary(shape, "NLC", stage, *_grid(shape[0], image))
         )
+    if len(shape) == 4:
+        return Boundary(shape, "NCDHW", stage)
     if len(shape) != 3:
         raise UserError(f"behind '{segment.name}', {shape} crosses: neither a map, nor tokens, nor a vector")
     return Boundary(shape, _read_as(shape, following) or _read_as(shape, itself) or "NCHW", stage)

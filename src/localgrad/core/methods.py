@@ -9,10 +9,11 @@ from torch import nn
 
 from localgrad.core import heads, objectives
 from localgrad.core.auxiliary import Method, Site, Term
-from localgrad.core.blocks import select_path
+from localgrad.core.blocks import Main, select_path
+from localgrad.core.boundary import MAIN
 from localgrad.core.decoder import Decoder
 from localgrad.core.errors import UserError
-from localgrad.core.task import Classification
+from localgrad.core.task import AnyLoss, Classification
 
 IMAGENET_SIZE = 128  # Images of at least this size get InfoPro's ImageNet auxiliaries.
 
@@ -162,14 +163,15 @@ def _auglocal(site: Site, *, depth: int, shrink: float) -> dict[str, Term]:
     path = select_path(site.downstream, max(wanted, sum(u.changes_shape for u in site.downstream)))
     boundary = path[-1].output if path else site.boundary
     end = heads.classifier(site.head or "0c1f", boundary, site.task, width=site.width)
-    return {"classifier": Term(nn.Sequential(*[u.copy(fresh=True) for u in path], end), site.task.criterion)}
+    layers = [*[u.copy(fresh=True) for u in path], *[Main()] * any(u.fed for u in path), end]
+    return {"classifier": Term(nn.Sequential(*layers), site.task.criterion, reads=None if path else MAIN)}
 
 
 def _classifier(site: Site, own) -> nn.Module:
     """Makes the classifier that the site names, or the method's `own(boundary, task)`."""
-    if site.head is None:
+    if site.head is None and not (isinstance(site.task, AnyLoss) and site.task.dense):
         return own(site.boundary, site.task)
-    return heads.classifier(site.head, site.boundary, site.task, width=site.width)
+    return heads.classifier(site.head or "0c1f", site.boundary, site.task, width=site.width)
 
 
 METHODS = {"bp": bp, "dgl": dgl, "predsim": predsim, "infopro": infopro, "auglocal": auglocal}

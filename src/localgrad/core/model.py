@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from localgrad.core.auxiliary import Auxiliary, Method, Site, cast_head
 from localgrad.core.blocks import Block, Traced, Unit, split, trace_units
+from localgrad.core.boundary import Boundary
 from localgrad.core.checks import StepChecks, check_example_targets, check_making, no_local_model
 from localgrad.core.copies import computed
 from localgrad.core.couplings import MAN
@@ -19,6 +20,7 @@ from localgrad.core.errors import UserError
 from localgrad.core.rebuild import TensorReference
 from localgrad.core.table import table
 from localgrad.core.task import AnyLoss, Classification, Task
+from localgrad.core.unreached import passengers_with_heads
 from localgrad.core.watch import Watch
 
 
@@ -216,7 +218,8 @@ def _localize(
     for name, value, kind in (("method", method, Method), ("coupling", coupling, MAN | None)):
         if not isinstance(value, kind):
             raise UserError(f"{name} takes what its function gives, such as lg.dgl() or lg.MAN(), not {value!r}")
-    traced = trace_units(backbone, example)
+    wanted = 4 if blocks is None and method.terms is not None and not of_units else blocks
+    traced = trace_units(backbone, example, wanted)
     if method.terms is None:
         if blocks not in (None, 1) and blocks != (traced.units[-1].name,):  # A plan of one block names its last unit.
             warnings.warn(f"{method.name} trains end to end: blocks={blocks} has no effect, there is 1", stacklevel=3)
@@ -282,21 +285,28 @@ def _auxiliaries(
             task=task,
             head=method.head,
         )
-        auxiliaries.append(_auxiliary(site, method, coupling))
+        auxiliaries.append(_auxiliary(site, method, coupling, passengers_with_heads(group)))
     return auxiliaries
 
 
-def _auxiliary(site: Site, method: Method, coupling: MAN | None) -> Auxiliary:
+def _auxiliary(site: Site, method: Method, coupling: MAN | None, passengers: Sequence[Boundary]) -> Auxiliary:
+    """passengers: those that get heads of their own, which a coupling does not change."""
+    assert method.terms is not None
+    beside = {
+        f"{name}_of_{passenger.passengers[0].name}": replace(term, reads=passenger.passengers[0].name)
+        for passenger in passengers
+        for name, term in method.terms(replace(site, boundary=passenger, downstream=())).items()
+    }
     momentum = None
     if coupling is not None:
         momentum = coupling.build(site.downstream)
         end = momentum.sources[-1]
         beyond = site.downstream[site.downstream.index(end) + 1 :]
         site = replace(site, boundary=end.output, downstream=beyond, head=site.head or coupling.head)
-    assert method.terms is not None
-    auxiliary = Auxiliary(momentum, method.terms(site))
-    for head in auxiliary.heads.values():
-        cast_head(head, site.boundary.dtype)
+    auxiliary = Auxiliary(momentum, method.terms(site) | beside)
+    dtypes = {passenger.passengers[0].name: passenger.dtype for passenger in passengers}
+    for name, term in auxiliary.terms.items():
+        cast_head(auxiliary.heads[name], dtypes.get(term.reads or "", site.boundary.dtype))
     return auxiliary
 
 

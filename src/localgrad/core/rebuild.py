@@ -4,6 +4,8 @@
 
     h (what entered) -> layers.0 -> add(table) -> layers.1 -> out           table = mul(position, scale)
 
+Several tensors may enter or leave. Then h is a dictionary, and so is what the module returns.
+
 The steps from `h` to `out` are the chain: their tensors depend on the network's input. The others, such as `table`, are
 beside the chain, and several units may read them. Each unit computes them again. A parameter there, such as `position`,
 belongs to the first unit that reads it. The others read its value, and send no gradient to it.
@@ -24,6 +26,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils._pytree import tree_map
 
+from localgrad.core.boundary import MAIN
 from localgrad.core.errors import UserError
 from localgrad.core.tracer import BATCHES, CHECKPOINT, EVALUATION, NO_GRAD, VALUE, WRITES, has_tensor
 
@@ -154,7 +157,7 @@ class Rebuild:
         self.writers: dict[int, list[fx.Node]] = {}
         for node in nodes:
             for written in () if node in depends else node.meta[WRITES]:
-                self.writers.setdefault(id(_base(written)), []).append(node)
+                self.writers.setdefault(id(base_of(written)), []).append(node)
 
     def module(self, node: fx.Node) -> nn.Module | None:
         return self.backbone.get_submodule(name_of(node)) if node.op == "call_module" else None
@@ -170,12 +173,15 @@ class Rebuild:
         beside = (n for n in node.all_input_nodes if n not in self.depends and has_tensor(n.meta[VALUE]))
         return set().union(*map(self.parameters_beside, beside))
 
-    def build(self, unit: str, entering: fx.Node, run: Sequence[fx.Node], leaving: Any) -> nn.Module:
+    def build(
+        self, unit: str, entering: fx.Node | dict[str, fx.Node], run: Sequence[fx.Node], leaving: Any
+    ) -> nn.Module:
         """Makes the module of a unit.
 
         Args:
             unit: The unit's name.
-            entering: The step whose tensor the module takes as its input.
+            entering: The step whose tensor the module takes as its input, or several of them by name, the main one
+                first.
             run: The steps of the chain that the module runs.
             leaving: The step whose tensor the module returns, or a structure of steps such as a tuple.
         """
@@ -191,7 +197,7 @@ class Rebuild:
             node = waiting.pop()
             read = [n for n in (node, *node.all_input_nodes) if n not in self.depends and has_tensor(n.meta[VALUE])]
             written = [
-                w for n in read for w in self.writers.get(id(_base(n.meta[VALUE][0])), ()) if self.index[w] < last
+                w for n in read for w in self.writers.get(id(base_of(n.meta[VALUE][0])), ()) if self.index[w] < last
             ]
             new = {*read, *written} - found
             found |= new
@@ -233,17 +239,26 @@ class _UnitBuilder:
 
     Attributes:
         graph: The new graph.
-        input: The new graph's input.
+        main: The step whose tensor is the main one of those that enter.
+        input: The new step that gives that tensor.
         roots: The modules and tensors that the new steps call and read, by the names that the steps have for them.
         made: The new step, or the constant, that stands for an old step.
     """
 
-    def __init__(self, rebuild: Rebuild, unit: str, entering: fx.Node) -> None:
-        self.rebuild, self.unit, self.entering = rebuild, unit, entering
+    def __init__(self, rebuild: Rebuild, unit: str, entering: fx.Node | dict[str, fx.Node]) -> None:
+        self.rebuild, self.unit = rebuild, unit
         self.graph = fx.Graph()
-        self.input = self.graph.placeholder("h")
         self.roots: dict[str, Any] = {}
-        self.made: dict[fx.Node, Any] = {entering: self.input}
+        self.made: dict[fx.Node, Any] = {}
+        h = self.graph.placeholder("h")
+        if isinstance(entering, fx.Node):
+            self.main = entering
+            self.made[entering] = h
+        else:
+            self.main = entering[MAIN]
+            for name, node in entering.items():
+                self.made[node] = self.graph.call_function(passenger, (h, name))
+        self.input = self.made[self.main]
 
     def build(self, run: Sequence[fx.Node], leaving: Any) -> nn.Module:
         for node in self.rebuild.with_beside(run, leaving):
@@ -289,13 +304,19 @@ class _UnitBuilder:
 
     def _value(self, node: fx.Node) -> Any:
         if node not in self.made:  # It gives no tensor: steps that do were copied before, in their order.
-            self.made[node] = _literal(node.meta[VALUE], self.input, self.entering.meta[VALUE][0].dtype)
+            self.made[node] = _literal(node.meta[VALUE], self.input, self.main.meta[VALUE][0].dtype)
         return self.made[node]
 
     def _call(self, kind: str, module: nn.Module, *args: Any) -> fx.Node:
         name = f"{kind}_{len(self.roots)}"
         self.roots[name] = module
         return self.graph.call_module(name, args)
+
+
+def passenger(h: dict[str, Tensor], name: str) -> Tensor | None:
+    """One of the tensors that enter, or None: a copy of a unit elsewhere in the network does not get what it only hands
+    on."""
+    return h.get(name)
 
 
 def name_of(node: fx.Node) -> str:
@@ -305,7 +326,7 @@ def name_of(node: fx.Node) -> str:
     return str(node.target).removeprefix("network").removeprefix(".") or node.name
 
 
-def _base(value: Any) -> Any:
+def base_of(value: Any) -> Any:
     """The tensor whose view `value` is, or `value` itself."""
     return value if not isinstance(value, Tensor) or value._base is None else value._base
 

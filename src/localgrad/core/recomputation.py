@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from localgrad.core.copies import RESULT, copied_state
@@ -53,7 +53,7 @@ class Recomputed(nn.Module):
         return recomputed(self.module, *given)
 
 
-def repeats(module: nn.Module, h: Tensor) -> bool:
+def repeats(module: nn.Module, h: Any) -> bool:
     """Whether a second run of `module` gives the result of the first one, as recomputation needs it.
 
     Args:
@@ -61,11 +61,11 @@ def repeats(module: nn.Module, h: Tensor) -> bool:
         h: Its input, which is not changed.
     """
     before = _Before(module)
-    devices = [h.device] if h.device.type == "cuda" else []
+    devices = {t.device for t in tree_leaves(h) if t.device.type == "cuda"}
     with torch.no_grad(), torch.random.fork_rng(devices):
-        first = module(h.clone())
+        first = module(tree_map_only(Tensor, Tensor.clone, h))
     with torch.no_grad(), torch.random.fork_rng(devices), before:
-        second = module(h.clone())
+        second = module(tree_map_only(Tensor, Tensor.clone, h))
     _set_random_states(before.drawn)
     pairs = zip(tree_leaves(first), tree_leaves(second), strict=True)
     return all(torch.allclose(a, b, rtol=1e-3, equal_nan=True) for a, b in pairs if isinstance(a, Tensor))

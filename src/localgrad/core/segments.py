@@ -1,39 +1,35 @@
-"""A traced network -> its units, each a module that maps one tensor to one tensor.
+"""A traced network -> its units, each a module that maps what enters to what leaves.
 
-A network can be cut behind a step if exactly one tensor that depends on the input crosses there:
+The steps between two cuts are a unit, and `core/flow.py` says where a cut can be. A unit begins at a module that is
+worth it (`is_unit`), such as a residual unit, or at each layer with weights where the network has no such modules.
 
-    x -> conv -> norm -> relu -+-> conv -> norm -+-> add -> relu -> fc -> out
-                               |                 |
-                               +-----------------+       no cut between these: two tensors cross
-
-The steps between two cuts are a unit. A unit begins at a module that is worth it (`is_unit`), such as a residual unit,
-or at each layer with weights where the network has no such modules.
+The network is cut where one tensor crosses. If that gives too few units, it is cut where several cross, too.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.fx.passes.split_module import split_module
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves, tree_map
 
+from localgrad.core.boundary import MAIN, Passenger
 from localgrad.core.errors import UserError
+from localgrad.core.flow import Crossing, Flow, has_parameters
 from localgrad.core.opened import is_unit, weighted_layers
-from localgrad.core.rebuild import Rebuild, name_of
+from localgrad.core.rebuild import name_of
 from localgrad.core.recomputation import Recomputed
 from localgrad.core.trace import Trace, trace
-from localgrad.core.tracer import BATCHES, BORN, CHECKPOINT, NO_GRAD, PACKED, REENTRANT, VALUE, WRITES, has_tensor
+from localgrad.core.tracer import BORN, CHECKPOINT, NO_GRAD, PACKED, REENTRANT, VALUE, has_tensor
 from localgrad.core.watch import Watch
 
-DRAWS = re.compile("rand|dropout|bernoulli|normal_|uniform_|multinomial")  # Functions with such names draw numbers.
+FEW = 4  # A network that has fewer units where one tensor crosses is cut where several cross, too.
 
 
 @dataclass(frozen=True)
@@ -43,15 +39,17 @@ class Segment:
     Attributes:
         name: Its name: that of the module that it runs, or "stem" or "head".
         module: Runs the steps.
-        enters: The shape of one sample of the tensor that enters.
-        leaves: The shape of one sample of the tensor that leaves.
+        enters: The shape of one sample of the main tensor that enters.
+        leaves: The shape of one sample of the main tensor that leaves.
         reads: The first module with parameters that it calls, and the shape of one sample of what that module gets.
-        in_place: Whether it overwrites the tensor that enters.
+        in_place: Whether it overwrites the main tensor that enters.
         checkpoint: The number of the network's own activation checkpoint that it runs in, or None.
         packed: Whether the network runs it with other hooks on saved tensors.
         reentrant: Whether its modules enter reentrant checkpoints.
-        entered: The dtype of the tensor that enters.
-        left: The dtype of the tensor that leaves.
+        entered: The dtype of the main tensor that enters.
+        left: The dtype of the main tensor that leaves.
+        passengers: The tensors that leave beside the main one.
+        needs: The names of the passengers that it reads itself, and does not only hand on.
     """
 
     name: str
@@ -65,6 +63,8 @@ class Segment:
     reentrant: bool
     entered: torch.dtype
     left: torch.dtype
+    passengers: tuple[Passenger, ...]
+    needs: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,13 @@ class Segments:
     watch: Watch
 
 
-def segments(backbone: nn.Module, example: Tensor) -> Segments:
+def segments(backbone: nn.Module, example: Tensor, blocks: int | Sequence[str] | None = None) -> Segments:
     """Finds the units of a network.
 
     Args:
         backbone: The network.
         example: An input batch [B, ...], of which the shape and dtype count.
+        blocks: The number of blocks that are wanted, or the names of the units that end them. Default: not known.
 
     Raises:
         UserError: The network cannot be followed, returns no tensor, or has no module with weights.
@@ -106,7 +107,20 @@ def segments(backbone: nn.Module, example: Tensor) -> Segments:
     *nodes, output = traced.graph.nodes
     if not has_tensor(map_arg(output.args[0], lambda n: n.meta[VALUE][0])):
         raise UserError(f"{type(backbone).__name__} gives no tensor")
-    return _Flow(backbone, nodes, output).segments(traced)
+    found = _Cutter(Flow(backbone, nodes, output), several=False).segments(traced)
+    if _are_enough(found, blocks):
+        return found
+    more = _Cutter(Flow(backbone, nodes, output), several=True).segments(traced)
+    return more if len(more.units) > len(found.units) else found
+
+
+def _are_enough(found: Segments, blocks: int | Sequence[str] | None) -> bool:
+    """Whether the units that were found without passengers can be grouped into these blocks."""
+    if isinstance(blocks, Integral) and int(blocks) > 1:
+        return int(blocks) <= len(found.units)
+    # What is neither a number nor names is refused later.
+    named = {name for name in blocks if isinstance(name, str)} if isinstance(blocks, list | tuple) else set()
+    return len(found.units) >= FEW and named <= {unit.name for unit in found.units}
 
 
 def split_recomputed(traced: nn.Module, key: str) -> nn.Module:
@@ -135,104 +149,46 @@ def split_recomputed(traced: nn.Module, key: str) -> nn.Module:
     return divided
 
 
-class _Flow:
-    """The steps of a network, and the tensors that flow between them.
+class _Cutter:
+    """Cuts the steps of a network into segments.
 
     Attributes:
-        nodes: All steps, up to the last one whose value the network returns.
-        output: The step that returns it.
-        depends: The steps whose tensors depend on the input's values.
-        steps: `depends` in order, the input first.
-        index: The number of each step in `nodes`.
-        last_use: The number of the last step that reads the tensor of a step.
-        shared: Pairs of steps that share parameters, the first and the last step that use them.
+        flow: The steps.
+        several: Whether several tensors may cross at a cut.
         worthy: Whether the network has modules that are worth being units.
     """
 
-    def __init__(self, backbone: nn.Module, nodes: list[fx.Node], output: fx.Node) -> None:
-        last = max(nodes.index(node) for node in output.all_input_nodes)
-        self.backbone, self.nodes, self.output = backbone, nodes[: last + 1], output
-        self.depends = self._dependent()
-        self.rebuild = Rebuild(backbone, self.nodes, self.depends)
-        self.index, self.module = self.rebuild.index, self.rebuild.module
-        self.steps = [node for node in self.nodes if node in self.depends]
-        self.last_use = {
-            node: max((self.index[u] for u in self._users(node)), default=self.index[node]) for node in self.steps
-        } | dict.fromkeys(output.all_input_nodes, len(self.nodes))
-        self.shared = self._shared()
-        self.worthy = sum(m is not None and is_unit(m) for m in map(self.module, self.steps)) > 1
-
-    def _dependent(self) -> set[fx.Node]:
-        """The steps that return tensors computed from the input's values, and those that must not run twice. A step
-        that returns no tensor, such as a size or a device, is not among them."""
-        found: set[fx.Node] = set()
-        for node in self.nodes:
-            made = node.op == "placeholder" or any(n in found for n in node.all_input_nodes)
-            if (made or self._once(node)) and has_tensor(node.meta[VALUE]):
-                found.add(node)
-        return found
-
-    def _once(self, node: fx.Node) -> bool:
-        """Whether a step must not run twice, because it draws random numbers or changes the network."""
-        held = [id(n.meta[VALUE][0]) for n in node.all_input_nodes if n.op == "get_attr"]
-        if any(id(written) in held for written in node.meta[WRITES]):
-            return True
-        if node.op == "call_module":
-            parts = self.backbone.get_submodule(name_of(node)).modules()
-            return any(isinstance(m, _NormBase) or (isinstance(m, _DropoutNd) and m.p > 0) for m in parts)
-        return bool(DRAWS.search(getattr(node.target, "__name__", str(node.target))))
-
-    def _shared(self) -> list[tuple[fx.Node, fx.Node]]:
-        """The first and the last step that use a parameter, for each parameter of a module that several steps use."""
-        uses: dict[int, set[fx.Node]] = {}
-        for node in self.steps:
-            for parameter in (self.module(node) or nn.Identity()).parameters():
-                uses.setdefault(id(parameter), set()).add(node)
-        for node in self.steps:  # A step may also read the parameter of another step's module as a tensor.
-            for parameter in self.rebuild.parameters_read(node) & uses.keys():
-                uses[parameter].add(node)
-        ordered = (sorted(nodes, key=self.index.__getitem__) for nodes in uses.values() if len(nodes) > 1)
-        return list({(nodes[0], nodes[-1]) for nodes in ordered})
-
-    def _users(self, node: fx.Node) -> Iterable[fx.Node]:
-        """The steps of the chain that read what `node` returns."""
-        return (u for u in node.users if u in self.depends and u in self.index)
-
-    def crossing(self, after: int) -> list[fx.Node]:
-        """The steps whose tensors are still needed behind step number `after`."""
-        return [n for n in self.steps if self.index[n] <= after < self.last_use[n]]
-
-    def is_cut(self, after: int) -> bool:
-        """Whether the network can be cut behind step number `after`: one floating-point tensor crosses there, its first
-        dimension is the batch, and no parameters are used on both sides."""
-        crossing = self.crossing(after)
-        if len(crossing) != 1 or any(self.index[a] <= after < self.index[b] for a, b in self.shared):
-            return False
-        values = crossing[0].meta[VALUE]
-        tensors = all(isinstance(v, Tensor) and v.ndim > 1 and v.is_floating_point() for v in values)
-        return tensors and [len(v) for v in values] == list(BATCHES)
+    def __init__(self, flow: Flow, *, several: bool) -> None:
+        self.flow, self.several = flow, several
+        self.index, self.module = flow.index, flow.module
+        self.worthy = sum(m is not None and is_unit(m) for m in map(flow.module, flow.steps)) > 1
 
     def segments(self, traced: Trace) -> Segments:
+        flow = self.flow
         ends, refused = self._ends()
-        bounds = list(zip([0, *(end + 1 for end in ends)], [*ends, len(self.nodes) - 1], strict=True))
-        runs = [[n for n in self.steps[1:] if a <= self.index[n] <= b] for a, b in bounds]
+        bounds = list(zip([0, *(end + 1 for end in ends)], [*ends, len(flow.nodes) - 1], strict=True))
+        runs = [[n for n in flow.steps[1:] if a <= self.index[n] <= b] for a, b in bounds]
         names = self._names(runs)
         found: list[Segment] = []
-        entering: Any = self.steps[0]
+        entering: Crossing = flow.steps[0]
         for name, run, (_, end) in zip(names, runs, bounds, strict=True):
-            leaving = self.output.args[0] if run is runs[-1] else self.crossing(end)[0]
-            found.append(self._segment(name, entering, run, leaving))
+            if run is runs[-1]:
+                found.append(self._segment(name, entering, run, flow.output.args[0], ()))
+                break
+            leaving = flow.leaving(end, several=self.several)
+            assert leaving is not None
+            found.append(self._segment(name, entering, run, leaving, flow.passengers(leaving)))
             entering = leaving
-        gives = map_arg(self.output.args[0], lambda n: tree_map(_shape, n.meta[VALUE][0]))
+        gives = map_arg(flow.output.args[0], lambda n: tree_map(_shape, n.meta[VALUE][0]))
         packed = [segment.name for segment in found if segment.packed]
         head = None
         if len(found) > 1 and not self._begins_with_unit(runs[-1]):
             head = found.pop()
-        starts = {self.index[n]: name_of(n) for n in self.steps if self._is_start(n)}
+        starts = {self.index[n]: name_of(n) for n in flow.steps if self._is_start(n)}
         legal = {end: segment.name for (_, end), segment in zip(bounds, found, strict=False)}
         order = {**{p: n for p, n in starts.items() if n in refused}, **legal}
-        taken = filter(None, map(self.rebuild.taken, self.nodes))
-        watch = Watch(self.backbone, taken, traced.written, traced.runs)
+        taken = filter(None, map(flow.rebuild.taken, flow.nodes))
+        watch = Watch(flow.backbone, taken, traced.written, traced.runs)
         return Segments(found, head, refused, [order[p] for p in sorted(order)], traced.closed, gives, packed, watch)
 
     def _is_start(self, node: fx.Node) -> bool:
@@ -247,66 +203,49 @@ class _Flow:
 
     def _ends(self) -> tuple[list[int], dict[str, str]]:
         """The last step of each unit but the last one, and the units behind which no cut can be, with the reason."""
-        starts = [self.index[n] for n in self.steps if self._is_start(n)]
+        starts = [self.index[n] for n in self.flow.steps if self._is_start(n)]
         if not starts:
-            raise UserError(f"{type(self.backbone).__name__} cannot be cut into units: it has no module with weights")
+            raise UserError(
+                f"{type(self.flow.backbone).__name__} cannot be cut into units: it has no module with weights"
+            )
         ends: list[int] = []
         refused: dict[str, str] = {}
         # Steps without weights behind a unit, such as pooling, belong to it. A layer with weights between two units
         # belongs to the next one if it can: where units run beside a shortcut, the cut is behind where the two meet.
-        for start, following in zip(starts, [*starts[1:], len(self.nodes)], strict=True):
-            between = [n for n in self.steps if start < self.index[n] < following]
-            weighted = [n for n in between if (m := self.module(n)) is not None and _has_parameters(m)]
-            if following == len(self.nodes):  # Behind the last unit comes the network's own head.
-                reading = [self.index[n] for n in between if n in weighted or self.rebuild.parameters_read(n)]
+        for start, following in zip(starts, [*starts[1:], len(self.flow.nodes)], strict=True):
+            between = [n for n in self.flow.steps if start < self.index[n] < following]
+            weighted = [n for n in between if has_parameters(self.module(n))]
+            if following == len(self.flow.nodes):  # Behind the last unit comes the network's own head.
+                reading = [self.index[n] for n in between if n in weighted or self.flow.rebuild.parameters_read(n)]
                 places = [*range(start, reading[-1])] if self.worthy and reading else []
             else:
                 first = (self.index[weighted[0]] if weighted else following) - 1
                 places = [*range(first, following), *range(start, first)]
-            cut = next((p for p in places if self.is_cut(p)), None)
+            cut = self._best(places)
             if cut is not None:
                 ends.append(cut)
             elif places:
-                refused[name_of(self.nodes[start])] = self._reason(start)
+                refused[name_of(self.flow.nodes[start])] = self.flow.reason(start)
         first = starts[0]
-        before = [m for n in self.steps if self.index[n] < first and (m := self.module(n)) is not None]
-        if any(map(_has_parameters, before)) and self.is_cut(first - 1):
+        before = [self.module(n) for n in self.flow.steps if self.index[n] < first]
+        if any(map(has_parameters, before)) and self._can_end(first - 1):
             ends.insert(0, first - 1)
         return ends, refused
 
-    def _reason(self, after: int) -> str:
-        for a, b in self.shared:
-            if self.index[a] <= after < self.index[b]:
-                again = name_of(a) == name_of(b)
-                return (
-                    f"'{name_of(a)}' runs again" if again else f"'{name_of(b)}' shares parameters with '{name_of(a)}'"
-                )
-        crossing = self.crossing(after)
-        others = [n for n in crossing if n is not self.nodes[after]]
-        if not crossing:
-            return "nothing crosses there"
-        if not others:
-            value = crossing[0].meta[VALUE][0]
-            if isinstance(value, Tensor) and not value.is_floating_point():
-                return (
-                    f"a tensor of {str(value.dtype).removeprefix('torch.')} numbers crosses, and heads read real ones"
-                )
-            given = (
-                f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            )
-            return f"for {BATCHES[0]} samples {given} crosses, not one tensor whose first dimension is the samples"
-        skips = self._maker(others[0])
-        later = [u for u in self._users(others[0]) if self.index[u] > after]
-        if not later:
-            return f"the network gives the tensor of '{skips}' at its end"
-        to = min(later, key=self.index.__getitem__)
-        return f"the tensor of '{skips}' skips over it to '{name_of(to)}'"
+    def _best(self, places: Sequence[int]) -> int | None:
+        """The first of these steps behind which the fewest tensors cross, or None if no cut can be there. A cut within
+        one of the network's own checkpoints is the last choice."""
+        legal = [place for place in places if self._can_end(place)]
+        return min(
+            legal, key=lambda place: (self._parts_checkpoint(place), len(self.flow.crossing(place))), default=None
+        )
 
-    def _maker(self, node: fx.Node) -> str:
-        """The name of the module that made a step's tensor, or of the last module before it."""
-        while node.op != "call_module" and any(n in self.depends for n in node.all_input_nodes):
-            node = next(n for n in node.all_input_nodes if n in self.depends)
-        return "the input" if node.op == "placeholder" else name_of(node)
+    def _parts_checkpoint(self, after: int) -> bool:
+        here, following = (node.meta.get(CHECKPOINT) for node in self.flow.nodes[after : after + 2])
+        return here is not None and here == following
+
+    def _can_end(self, after: int) -> bool:
+        return self.flow.leaving(after, several=self.several) is not None
 
     def _names(self, runs: Sequence[Sequence[fx.Node]]) -> list[str]:
         """The name of each run: that of the module that it runs, or "stem" for the steps before the first unit."""
@@ -327,32 +266,41 @@ class _Flow:
             found.append(name)
         return found
 
-    def _segment(self, name: str, entering: fx.Node, run: Sequence[fx.Node], leaving: Any) -> Segment:
-        before = entering.meta[VALUE][0]
+    def _segment(
+        self, name: str, entering: Crossing, run: Sequence[fx.Node], leaving: Any, passengers: tuple[Passenger, ...]
+    ) -> Segment:
+        flow = self.flow
+        main = entering if isinstance(entering, fx.Node) else entering[MAIN]
+        before = main.meta[VALUE][0]
         leaves = tree_leaves(map_arg(leaving, lambda n: n.meta[VALUE][0]))
         after = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
         reads = None
         for node in run:
             module = self.module(node)
-            if module is not None and _has_parameters(module):
-                given = next((n.meta[VALUE][0] for n in node.all_input_nodes if n in self.depends), before)
+            if module is not None and has_parameters(module):
+                given = next((n.meta[VALUE][0] for n in node.all_input_nodes if n in flow.depends), before)
                 reads = (module, tuple(given.shape[1:]))
                 break
         only = [leaving] == list(run) and leaving.args == (entering,) and not leaving.kwargs
         alone = self.module(leaving) if only and not leaving.meta[NO_GRAD] else None
-        built = self.rebuild.build(name, entering, run, leaving) if alone is None else alone
-        overwritten = before._version != entering.meta[BORN]
+        built = flow.rebuild.build(name, entering, run, leaving) if alone is None else alone
+        overwritten = before._version != main.meta[BORN]
         checkpoint, *others = self._checkpoints(run) or [None]
         if others:
             checkpoint, built = None, split_recomputed(built, CHECKPOINT)
         packed, reentrant = (any(node.meta[key] for node in run) for key in (PACKED, REENTRANT))
         shapes, dtypes = (tuple(before.shape[1:]), tuple(after.shape[1:])), (before.dtype, after.dtype)
-        return Segment(name, built, *shapes, reads, overwritten, checkpoint, packed, reentrant, *dtypes)
+        read = {n for node in run for n in node.all_input_nodes}
+        entered = {} if isinstance(entering, fx.Node) else entering
+        needs = frozenset(key for key, node in entered.items() if key != MAIN and node in read)
+        return Segment(
+            name, built, *shapes, reads, overwritten, checkpoint, packed, reentrant, *dtypes, passengers, needs
+        )
 
     def _checkpoints(self, run: Sequence[fx.Node]) -> list[int]:
         """The numbers of the network's own checkpoints that the layers of a run are in. If no layer is in any, those
         of its other steps."""
-        layers = [n for n in run if (m := self.module(n)) is not None and _has_parameters(m)]
+        layers = [n for n in run if has_parameters(self.module(n))]
         found, least = (
             {n.meta[CHECKPOINT]: None for n in steps if n.meta[CHECKPOINT] is not None} for steps in (layers, run)
         )
@@ -361,7 +309,3 @@ class _Flow:
 
 def _shape(value: Any) -> Any:
     return tuple(value.shape[1:]) if isinstance(value, Tensor) else value
-
-
-def _has_parameters(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from localgrad.core.boundary import Boundary
+
 if TYPE_CHECKING:
     from localgrad.core.blocks import Block
     from localgrad.core.model import LocalModel
@@ -29,7 +31,7 @@ def table(model: LocalModel) -> str:
             (
                 str(k),
                 _units(block),
-                "logits" if auxiliary is None else "x".join(map(str, block.boundary.shape)),
+                "logits" if auxiliary is None else _crossing(block.boundary),
                 "-" if auxiliary is None else str(auxiliary),
                 f"{count(own):,}",
                 f"{count(extra):,}",
@@ -71,3 +73,9 @@ def _units(block: Block) -> str:
     if trained < count(own):
         text += f", {trained:,} trained" if trained else ", frozen"
     return text
+
+
+def _crossing(boundary: Boundary) -> str:
+    """The shape of the main tensor, and how many passengers cross beside it."""
+    beside = len(boundary.passengers)
+    return "x".join(map(str, boundary.shape)) + (f" + {beside}" if beside else "")

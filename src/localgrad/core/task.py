@@ -66,10 +66,28 @@ class AnyLoss:
     @property
     def classes(self) -> int | None:
         """The length of the vector that the network gives for a sample, or None if it gives something else."""
-        match self.gives:
+        match self._shape:
             case (int() as count,):
                 return count
         return None
+
+    @property
+    def dense(self) -> tuple[int, ...] | None:
+        """The shape of one sample if the network gives a vector for each position: [C, H, W], [C, D, H, W] or [L, C].
+        Else None."""
+        shape = self._shape
+        numbers = isinstance(shape, tuple) and all(isinstance(size, int) for size in shape)
+        return shape if numbers and 2 <= len(shape) <= 4 else None
+
+    @property
+    def _shape(self) -> Any:
+        """What the network gives, without the dictionary around a single tensor."""
+        single = isinstance(self.gives, dict) and len(self.gives) == 1
+        return next(iter(self.gives.values())) if single else self.gives
+
+    def as_network_gives(self, head: nn.Module) -> nn.Module:
+        """A head whose output lies in a dictionary, if that of the network does."""
+        return nn.Sequential(head, Named(next(iter(self.gives)))) if isinstance(self.gives, dict) else head
 
     def criterion(self, output: Any, targets: Any) -> Tensor:
         """The loss of the network's output or of a head's."""
@@ -96,15 +114,26 @@ class AnyLoss:
         Raises:
             UserError: The network gives something else.
         """
-        match self.gives:
+        match self._shape:
             case (int() as count,):
-                return nn.Linear(features, count)
+                return self.as_network_gives(nn.Linear(features, count))
             case ():
-                return nn.Sequential(nn.Linear(features, 1), nn.Flatten(0))
+                return self.as_network_gives(nn.Sequential(nn.Linear(features, 1), nn.Flatten(0)))
         raise UserError(
-            f"the backbone gives {self.gives}, and a head can give a number or a vector of numbers a sample: train it "
-            "in one block, by lg.bp(), or pass a task of your own"
+            f"the backbone gives {self.gives}, and a head can give a number or a vector of numbers a sample, or a "
+            "vector for each position: train it in one block, by lg.bp(), or pass a task of your own"
         )
+
+
+class Named(nn.Module):
+    """Puts its input into a dictionary: h -> {name: h}."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, h: Tensor) -> dict[str, Tensor]:
+        return {self.name: h}
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from localgrad.core.blocks import Unit, split, trace_units
-from localgrad.core.boundary import Boundary
+from localgrad.core.boundary import Boundary, main_of
 from localgrad.core.errors import UserError
 from localgrad.run import data as data_room
 from localgrad.run.augment import permutation
@@ -66,7 +66,7 @@ class Network:
         for unit in self.units:
             with torch.no_grad():
                 h = unit.module(h)
-            yield h.float().clone()  # A later unit may change its input in place.
+            yield main_of(h).float().clone()  # A later unit may change its input in place.
 
 
 def load(run: Path, recipe: Recipe, images: int) -> Network:

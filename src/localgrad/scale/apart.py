@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from localgrad.core.blocks import trace_units
+from localgrad.core.boundary import main_of, with_main
 from localgrad.core.copies import duplicate, undisturbed
 from localgrad.core.engine import autocasting
 from localgrad.core.model import to_training
@@ -30,15 +33,14 @@ def treats_samples_apart(backbone: nn.Module, example: Tensor, autocast: torch.d
         if not parameter.is_meta and not parameter.any():  # A branch that is scaled by zero would show nothing.
             nn.init.constant_(parameter, 0.5)
     traced = trace_units(copied, example)
-    parts = [(unit.module, unit.input.shape, unit.input.dtype) for unit in traced.units]
+    parts = [(unit.module, unit.input) for unit in traced.units]
     if traced.head is not None:
-        end = traced.units[-1].output
-        parts.append((traced.head, end.shape, end.dtype))
+        parts.append((traced.head, traced.units[-1].output))
     before = _versions(copied)
     with undisturbed(example.device):
-        for module, shape, dtype in parts:
-            h = torch.randn(2, *shape, device=example.device) if dtype.is_floating_point else example[:2]
-            if _mixes(module, h.detach().to(dtype), autocast):
+        for module, enters in parts:
+            h = enters.random(2, example.device) if enters.dtype.is_floating_point else example[:2].detach()
+            if _mixes(module, h, autocast):
                 return False
     after = _versions(copied)
     return [(id(buffer), version) for buffer, version in before] == [(id(buffer), version) for buffer, version in after]
@@ -49,11 +51,13 @@ def _versions(module: nn.Module) -> list[tuple[Tensor, int]]:
     return [(buffer, buffer._version) for buffer in module.buffers()]
 
 
-def _mixes(module: nn.Module, h: Tensor, autocast: torch.dtype | None) -> bool:
-    """Whether what a module makes of the first sample of h depends on the second one."""
+def _mixes(module: nn.Module, crossing: Any, autocast: torch.dtype | None) -> bool:
+    """Whether what a module makes of the first sample of its main input depends on the second one."""
+    h = main_of(crossing)
     h.requires_grad_(h.is_floating_point())
     with torch.enable_grad(), autocasting(h, autocast):
-        leaves = [leaf for leaf in tree_leaves(module(h.clone())) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        made = tree_leaves(module(with_main(crossing, Tensor.clone)))
+        leaves = [leaf for leaf in made if isinstance(leaf, Tensor) and leaf.requires_grad]
         firsts = [leaf[0] if leaf.ndim else leaf for leaf in leaves]
     if not (firsts and h.requires_grad):
         return False

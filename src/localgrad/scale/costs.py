@@ -44,7 +44,8 @@ class Cost:
     """What one unit, or one auxiliary with its loss, takes for one batch. Sizes are in bytes.
 
     Attributes:
-        output: what it hands on.
+        output: what it hands on, without the passengers that entered.
+        beside: the passengers that enter it and that the unit before it has not made.
         kept: what the forward pass leaves for the backward pass, output included; 0 if there is no backward pass,
             because nothing up to here is trained.
         forward_peak: the most in the forward pass, above what lived before that.
@@ -67,6 +68,7 @@ class Cost:
     forward: Work
     backward: Work
     casts: int = 0
+    beside: int = 0
     seconds: tuple[float, float] = (0.0, 0.0)
 
 
@@ -108,6 +110,10 @@ class Costs:
     batch: int
     images: int = 0
     trained: tuple[bool, ...] = ()
+
+    def entering(self, first: int) -> int:
+        """The bytes that cross before a unit, 0 for the first one: its batch counts apart."""
+        return self.units[0][first - 1].output + self.units[0][first].beside if first else 0
 
     def end(self, first: int, last: int, *, coupling_recomputed: bool = False) -> Cost | None:
         """What the auxiliary of a block of these units costs, or None if it has none: the last and frozen ones."""
@@ -166,8 +172,9 @@ def _trace(
     """What the units and the auxiliaries cost, and the bytes of the targets."""
     seen: dict[str, Cost] = {}
 
-    def once(what: nn.Module, run: Callable[[Tensor], Tensor], h: Tensor) -> Cost:
-        key = f"{looks(what)} {tuple(h.shape)} {h.dtype} {h.requires_grad}"
+    def once(what: nn.Module, run: Callable[[Any], Any], h: Any) -> Cost:
+        crossing = [(tuple(t.shape), t.dtype, t.requires_grad) for t in tree_leaves(h)]
+        key = f"{looks(what)} {crossing}"
         if key not in seen:
             seen[key] = _traced(what, run, h, autocast)
         return seen[key]
@@ -177,22 +184,23 @@ def _trace(
         images = copied.method.images(x) if any(a.needs_images for _, a in copied.isolated) else None
         units, auxiliaries, h, trained = [], [], x, False
         for block, auxiliary in copied.isolated:
-            units.append(once(block, block, h))
+            units.append(replace(once(block, block, h), beside=_beside(h, units)))
             with torch.no_grad(), autocasting(h, autocast):
                 h = block(h)
             trained = trained or any(p.requires_grad for p in block.parameters())
-            h.requires_grad_(trained)
+            for tensor in tree_leaves(h):
+                tensor.requires_grad_(trained and tensor.is_floating_point())
 
-            def local_loss(h: Tensor, auxiliary: Auxiliary = auxiliary) -> Tensor:
+            def local_loss(h: Any, auxiliary: Auxiliary = auxiliary) -> Tensor:
                 return auxiliary.total(auxiliary.losses(auxiliary(h), y, images))
 
             auxiliaries.append(once(auxiliary, local_loss, h))
         last = copied.blocks[-1]
 
-        def loss(h: Tensor) -> Tensor:
+        def loss(h: Any) -> Tensor:
             return copied.task.criterion(tree_map_only(Tensor, full_precision, last(h)), y)
 
-        units.append(once(last, loss, h))
+        units.append(replace(once(last, loss, h), beside=_beside(h, units)))
         return units, auxiliaries, _bytes([leaf for leaf in tree_leaves(y) if isinstance(leaf, Tensor)])
 
 
@@ -205,30 +213,31 @@ def looks(module: nn.Module) -> str:
 
 
 class _End(torch.autograd.Function):
-    """A scalar that keeps nothing of what it is made of; its backward pass makes a gradient as the next unit would."""
+    """A scalar that keeps nothing of what it is made of; its backward pass makes gradients as the next unit would."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor) -> Tensor:
-        ctx.like = out.shape, out.dtype, out.device
-        return out.new_zeros(())
+    def forward(ctx: Any, *out: Tensor) -> Tensor:
+        ctx.like = [(t.shape, t.dtype, t.device) if t.requires_grad else None for t in out]
+        return out[0].new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> Tensor:
-        shape, dtype, device = ctx.like
-        return torch.empty(shape, dtype=dtype, device=device)
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        made = [like and torch.empty(like[0], dtype=like[1], device=like[2]) for like in ctx.like]
+        return tuple(made)
 
 
-def _traced(what: nn.Module, run: Callable[[Tensor], Tensor], h: Tensor, autocast: torch.dtype | None) -> Cost:
+def _traced(what: nn.Module, run: Callable[[Any], Any], h: Any, autocast: torch.dtype | None) -> Cost:
     forward, backward, meter = WorkMeter(), WorkMeter(), MemoryMeter()
-    h = h.detach().requires_grad_(h.requires_grad)
+    h = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), h)
+    entering = _storages(h)
     with meter:
         meter.mark("forward")
         with forward, autocasting(h, autocast):
             out = run(h)
             meter.mark("end of autocast")
-        output = out.untyped_storage().nbytes()
+        output = sum(nbytes for key, nbytes in _storages(out).items() if key not in entering)
         meter.mark("backward")
-        end = _End.apply(out)
+        end = _End.apply(*(t for t in tree_leaves(out) if t.is_floating_point()))
         del out  # only what its own backward pass has kept of it lives on
         with backward:
             if end.requires_grad:  # where all is frozen from the first unit on, there is nothing to compute
@@ -252,6 +261,17 @@ def _traced(what: nn.Module, run: Callable[[Tensor], Tensor], h: Tensor, autocas
         backward=backward.work,
         casts=during["forward"][-1] - left,
     )
+
+
+def _storages(crossing: Any) -> dict[int, int]:
+    """The bytes of each storage of what crosses, by its number."""
+    storages = (t.untyped_storage() for t in tree_leaves(crossing))
+    return {storage._cdata: storage.nbytes() for storage in storages}
+
+
+def _beside(crossing: Any, units: Sequence[Cost]) -> int:
+    """The bytes of what enters behind these units, without what the last of them has made."""
+    return sum(_storages(crossing).values()) - units[-1].output if isinstance(crossing, dict) else 0
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

@@ -32,7 +32,6 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -42,6 +41,7 @@ from localgrad.core.engine import BlockResult, check_step, run_blocks
 from localgrad.core.errors import UserError
 from localgrad.core.model import LocalModel, localized
 from localgrad.core.rebuild import FrozenReference
+from localgrad.scale.messages import Layouts, Message
 from localgrad.scale.replicas import Ranks, SyncBatchNorm, refuse_unlike
 
 AHEAD = 2  # The number of outputs that a rank may send before the next rank has received the first of them.
@@ -109,10 +109,10 @@ class Stage:
         for module in model.modules():
             if isinstance(module, SyncBatchNorm):
                 module.alone = True  # Each rank has the whole batch.
-        self._sent: deque[tuple[Any, Tensor]] = deque()  # Sends in the background, each with its tensor.
-        self._next_input: tuple[Any, Tensor] | None = None  # The receive that is posted already.
-        self._input_layout: _Layout | None = None
-        self._output_layout: _Layout | None = None
+        self._sent: deque[Message] = deque()  # Sends in the background.
+        self._next_input: Message | None = None  # The receive that is posted already.
+        self._input_layout: Layouts | None = None
+        self._output_layout: Layouts | None = None
         self._sources = _Sources(model, self.owners, timeout)
 
     def block_steps(
@@ -144,7 +144,7 @@ class Stage:
         """
         if x is not None and images is None and self.model.needs_images(self.blocks):
             images = self.model.method.images(x)
-        h = self._receive_input() if self.ranks.rank else cast(Tensor, x)
+        h = self._receive_input() if self.ranks.rank else x
         check_step(self.model, self.blocks, h, y, images=images, scale=scale, autocast=autocast)
         done = None
         for done in run_blocks(self.model, self.blocks, h, y, images=images, scale=scale, autocast=autocast):
@@ -180,11 +180,11 @@ class Stage:
         """
         self._sources.wait()
         if self._sent:  # The next rank has posted a receive, which is answered here with no new output.
-            self._send(self._sent[-1][1])
+            self._send(self._sent[-1].tensors)
         while self._sent:
-            self._sent.popleft()[0].wait()
+            self._sent.popleft().wait()
         if self._next_input is not None:
-            self._next_input[0].wait()
+            self._next_input.wait()
             self._next_input = None
 
     def _refuse_shared(self) -> None:
@@ -202,55 +202,33 @@ class Stage:
                         "them on one rank, with fewer blocks or ranks"
                     )
 
-    def _send_output(self, h: Tensor) -> None:
-        layout = _Layout.of(h)
+    def _send_output(self, crossing: Any) -> None:
+        layouts = Layouts.of(crossing)
         if self._output_layout is None:  # The next rank needs the layout once, before the first batch.
-            self._output_layout = layout
-            dist.send_object_list([layout], self.ranks.rank + 1)
-        elif self._output_layout != layout:
-            raise UserError(
-                f"a pipeline's batches are all alike: {self._output_layout.shape} was handed on, then {layout.shape}"
-            )
+            self._output_layout = layouts
+            dist.send_object_list([layouts], self.ranks.rank + 1)
+        elif self._output_layout != layouts:
+            raise UserError(f"a pipeline's batches are all alike: {self._output_layout} was handed on, then {layouts}")
         while len(self._sent) >= AHEAD:
-            self._sent.popleft()[0].wait()
-        self._send(h.permute(layout.order).contiguous())
+            self._sent.popleft().wait()
+        self._send(layouts.pack(crossing))
 
-    def _send(self, packed: Tensor) -> None:
-        self._sent.append((dist.isend(packed, self.ranks.rank + 1), packed))
+    def _send(self, packed: list[Tensor]) -> None:
+        self._sent.append(Message([dist.isend(tensor, self.ranks.rank + 1) for tensor in packed], packed))
 
-    def _receive_input(self) -> Tensor:
+    def _receive_input(self) -> Any:
         if self._input_layout is None:
             box: list[Any] = [None]
             dist.recv_object_list(box, self.ranks.rank - 1)
-            self._input_layout = cast(_Layout, box[0])
-        work, packed = self._next_input or self._post_receive(self._input_layout)
-        work.wait()
+            self._input_layout = cast(Layouts, box[0])
+        message = self._next_input or self._post_receive(self._input_layout)
+        message.wait()
         self._next_input = self._post_receive(self._input_layout)  # It travels while this one is trained on.
-        return packed.permute(np.argsort(self._input_layout.order).tolist())
+        return self._input_layout.unpack(message.tensors)
 
-    def _post_receive(self, layout: _Layout) -> tuple[Any, Tensor]:
-        device = next(self.model.parameters()).device
-        packed = torch.empty([layout.shape[d] for d in layout.order], dtype=layout.dtype, device=device)
-        return dist.irecv(packed, self.ranks.rank - 1), packed
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """The memory layout of the tensors that one rank sends to the next.
-
-    The receiver restores it, because kernels round differently for another memory format.
-
-    Attributes:
-        order: The dimensions from the largest stride to the smallest.
-    """
-
-    shape: tuple[int, ...]
-    order: tuple[int, ...]
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, h: Tensor) -> _Layout:
-        return cls(tuple(h.shape), tuple(sorted(range(h.ndim), key=lambda d: -h.stride(d))), h.dtype)
+    def _post_receive(self, layouts: Layouts) -> Message:
+        packed = layouts.empty(next(self.model.parameters()).device)
+        return Message([dist.irecv(tensor, self.ranks.rank - 1) for tensor in packed], packed)
 
 
 @dataclass

@@ -52,8 +52,11 @@ class BlockOption:
 
     def peak(self, costs: Costs) -> int:
         """The most bytes that it takes above what lives anyway, its input included."""
-        enters = costs.batch + (costs.units[0][self.i - 1].output if self.i else 0)
-        return enters + block_peak(costs, self.i, self.j, self.ranges, self.coupling_recomputed)
+        return (
+            costs.batch
+            + costs.entering(self.i)
+            + block_peak(costs, self.i, self.j, self.ranges, self.coupling_recomputed)
+        )
 
     def seconds(self, costs: Costs) -> float:
         """The time of a step through it."""
@@ -185,7 +188,7 @@ class Search:
 
     def _base(self, i: int, j: int) -> float:
         """Bytes that a block of pieces i..j takes and its table does not count, less what that counts too much."""
-        enters = self.costs.batch + (self._output[i - 1] if i else 0)
+        enters = self.costs.batch + self.costs.entering(self.pieces[i][0])
         # What the block hands on lives until the block is done.
         return enters + self._output[j] - self._offset(j)
 

@@ -6,12 +6,15 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from localgrad.core.blocks import Unit, trace_units
+from localgrad.core.boundary import with_main
 from localgrad.core.copies import duplicate, undisturbed
 from localgrad.core.engine import autocasting
 from localgrad.scale.costs import Cost, Costs, Work, WorkMeter, looks
@@ -96,24 +99,25 @@ def _timed(unit: Unit, example: Tensor, autocast: torch.dtype | None) -> list[li
     last = example.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if last and len(unit.input.shape) == 3 else torch.contiguous_format
 
-    def batch(size: int) -> Tensor:
+    def batch(size: int) -> Any:
         if not unit.input.dtype.is_floating_point:  # A table may hold no other numbers than those of the example.
             return example.detach()[torch.arange(size, device=example.device) % len(example)]
-        h = torch.randn(size, *unit.input.shape, device=example.device, dtype=unit.input.dtype)
-        return h.contiguous(memory_format=layout).requires_grad_()
+        h = with_main(unit.input.random(size, example.device), lambda main: main.contiguous(memory_format=layout))
+        return tree_map_only(Tensor, lambda t: t.requires_grad_(t.is_floating_point()), h)
 
-    def back(out: Tensor) -> None:
-        if out.requires_grad:  # A frozen unit that reads numbers of words has nothing to compute.
-            out.backward(torch.ones_like(out))
+    def back(out: Any) -> None:
+        trained = [t for t in tree_leaves(out) if t.requires_grad and not t.is_leaf]
+        if trained:  # A frozen unit that reads numbers of words has nothing to compute.
+            torch.autograd.backward(trained, [torch.ones_like(t) for t in trained])
 
-    def run(h: Tensor) -> list[float]:
+    def run(h: Any) -> list[float]:
         times = [time.perf_counter()]
         with autocasting(h, autocast):
             out = unit.module(h)
-        _wait(h)
+        _wait(example)
         times.append(time.perf_counter())
         back(out)
-        _wait(h)
+        _wait(example)
         return [times[1] - times[0], time.perf_counter() - times[1]]
 
     def measured(size: int) -> list[tuple[Work, float]]:
@@ -134,6 +138,6 @@ def _timed(unit: Unit, example: Tensor, autocast: torch.dtype | None) -> list[li
     return [measured(size), measured(max(1, size // FEWER) if size // FEWER > 1 else size)]
 
 
-def _wait(h: Tensor) -> None:
-    if h.device.type == "cuda":
-        torch.cuda.synchronize(h.device)
+def _wait(example: Tensor) -> None:
+    if example.device.type == "cuda":
+        torch.cuda.synchronize(example.device)
