@@ -310,7 +310,7 @@ def test_targets_of_another_batch_are_refused() -> None:
     assert text.startswith("inputs of shape (6, 3, 8, 8) for 6 and 3 targets: this model was localized for batch x 3")
 
 
-def maps() -> nn.Module:
+def maps() -> nn.Sequential:
     return nn.Sequential(*(nn.Conv2d(c, 2, 1) for c in (3, 2, 2)))
 
 
