@@ -211,6 +211,24 @@ def finetune() -> str:
     return table(head, body)
 
 
+def memory_any() -> str:
+    """Bytes and time of a step of three networks that are no classifiers. Times are there once they were measured."""
+    times: dict[tuple[str, str], float] = {}
+    if (ROOT / "results" / "memory_any_times.csv").exists():
+        times = {(r["network"], r["way"]): float(r["seconds_of_step"]) for r in read_results("memory_any_times.csv")}
+    rows = read_results("memory_any.csv")
+    whole = {row["network"]: int(row["peak_bytes"]) for row in rows if row["way"] == "BP"}
+    body = []
+    for row in rows:
+        key, plain = (row["network"], row["way"]), (row["network"], "BP")
+        share = f"{int(row['peak_bytes']) / whole[row['network']]:.0%}"
+        slower = f"{times[key] / times[plain]:.2f}" if key in times else ""
+        cuts = ", ".join(f"`{name}`" for name in row["cuts"].split())
+        body.append([*key, cuts, row["recomputed"], peak_of(row), share, slower])
+    head = ["network", "way", "cut after", "units recomputed", "peak memory", "of BP's", "time of a step"]
+    return table(head, body)
+
+
 WAYS = {"bp": "BP", "bp, twice": "BP, twice", "1f1b": "BP, 1F1B", "gpipe": "BP, GPipe"}
 
 
@@ -273,7 +291,8 @@ TABLES: dict[str, Callable[[], str]] = {
     **accuracy_tables.TABLES, "probes": probes,
     "deeper": deeper, "frontier": frontier, "large": large, "sizes": sizes, "fits": fits,
     "imagenet": imagenet, "parts": parts, "coverage": coverage,
-    "refused": refused, "families": families, "training": training, "finetune": finetune, "scaling": scaling,
+    "refused": refused, "families": families, "training": training, "finetune": finetune,
+    "memory_any": memory_any, "scaling": scaling,
     "delays": delays, "check": check, "devices": devices,
 }  # fmt: skip
 

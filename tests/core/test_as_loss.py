@@ -353,7 +353,7 @@ MISTAKES: list[tuple[Callable[[lg.LocalModel], Any], str]] = [
     (lambda m: lg.as_loss(m, X, Y, autocast=torch.float16), "small ones of float16 would become 0"),
     (lambda m: lg.as_loss(m, X, Y, autocast="bf16"), "autocast takes a dtype"),  # pyright: ignore[reportArgumentType]
     (lambda m: lg.as_loss(m.backbone, X, Y), "as_loss takes the LocalModel"),  # pyright: ignore[reportArgumentType]
-    (lambda m: lg.as_loss(m, (X, Y), Y), "not a tuple"),  # pyright: ignore[reportArgumentType]
+    (lambda m: lg.as_loss(m, (X, Y), Y), "x is a tuple of x0, x1, and this model was localized for a tensor"),
     (lambda m: lg.as_loss(m, X[:, :2], Y), "this model was localized for batch x 3 x 8 x 8"),
     (lambda m: lg.as_loss(m, X, Y[:3]), "for 3 targets"),
     (lambda m: lg.as_loss(m, X, Y + 10), "targets run from 10 to 13"),

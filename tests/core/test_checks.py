@@ -28,10 +28,11 @@ X, Y = batch()
 @pytest.mark.parametrize(
     ("example", "message"),
     [
-        ((X, Y), r"the inputs alone, as x of a batch \(x, y\), not a tuple"),
-        ({"pixel_values": X}, "not a dict"),
+        ((X, Y), r"takes \(too many positional arguments\): give the inputs alone, as x of a batch \(x, y\)"),
+        ({"pixel_values": X}, "example is not what the forward of CifarResNet takes"),
+        ([X], "not a list"),
         (X.numpy(), "not an array of numpy"),
-        (None, "example takes a tensor, not a NoneType"),
+        (None, "example takes a tensor, or a tuple or dictionary of tensors .* not a NoneType"),
         (torch.tensor(1.0), r"one sample or more, such as \[B, C, H, W\], not shape \(\)"),
         (X[0, 0, 0], r"not shape \(8,\)"),
         (X[:0], r"not shape \(0, 3, 8, 8\)"),
@@ -106,7 +107,7 @@ def test_a_model_that_is_made_without_gradients_learns_unless_a_block_is_frozen(
     ("change", "message"),
     [
         ({"x": X.numpy()}, "x takes a tensor, not an array of numpy"),
-        ({"x": (X, Y)}, "x takes one tensor, the inputs alone"),
+        ({"x": (X, Y)}, "x is a tuple of x0, x1, and this model was localized for a tensor"),
         ({"x": (99 * X).to(torch.uint8)}, r"x is torch.uint8, and this network takes torch.float32.*x.float\(\) / 255"),
         ({"x": X.long()}, "x is torch.int64, and this network takes torch.float32"),
         ({"x": X.double()}, r"x is torch.float64, and this network takes torch.float32: x.to\(torch.float32\)"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import pytest
 import torch
 from spawned import on_ranks
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import localgrad as lg
 from localgrad.core.errors import UserError
 
 GREEDY, LAG = partial(lg.dgl, "0c1f"), 2
+WORDS = 20
 CASES: dict[str, tuple[int, Any, Any]] = {  # blocks, method, coupling
     "infopro": (4, lg.infopro, None),
     "man++": (4, GREEDY, partial(lg.MANPlusPlus, 0.9, lag=LAG)),
@@ -87,25 +90,53 @@ class Tokens(nn.Module):
         return self.head(x.mean(1))
 
 
-class Skips(nn.Module):
-    """Hands the outputs of its first two layers on to the last ones, past the layers between."""
+class UNet(nn.Module):
+    """Hands the maps of its first two layers on to the last ones, past the layers between."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(size, 12) for size in (12, 12, 12, 12, 24, 24))
-        self.head = nn.Linear(12, 10)
+        sizes = ((3, 6), (6, 6), (6, 6), (6, 6), (12, 6), (12, 6))
+        self.layers = nn.ModuleList(nn.Conv2d(before, after, 3, padding=1) for before, after in sizes)
+        self.head = nn.Linear(6, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         first, second, third, fourth, fifth, sixth = self.layers
-        kept = [early := torch.relu(first(x)), later := torch.relu(second(early))]
-        x = torch.relu(fourth(torch.relu(third(later))))
+        kept = [early := torch.relu(first(x)), later := torch.relu(second(F.max_pool2d(early, 2)))]
+        x = torch.relu(fourth(torch.relu(third(F.max_pool2d(later, 2)))))
         for layer in (fifth, sixth):
-            x = torch.relu(layer(torch.cat([x, kept.pop()], 1)))
-        return self.head(x)
+            x = torch.relu(layer(torch.cat([F.interpolate(x, scale_factor=2), kept.pop()], 1)))
+        return self.head(x.mean((2, 3)))
+
+
+def gpt2(*, tied: bool) -> nn.Module:
+    """GPT-2 without dropout, whose random numbers each rank would draw by itself."""
+    from transformers import GPT2Config, GPT2LMHeadModel  # pyright: ignore[reportMissingImports]
+
+    config: dict[str, Any] = {"n_layer": 4, "n_embd": 16, "n_head": 2, "vocab_size": WORDS, "n_positions": 8}
+    config |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(**config, tie_word_embeddings=tied))
+
+
+def texts() -> dict[str, Tensor]:
+    """Four texts, one of which is shorter, with the next words as labels."""
+    words = torch.randint(WORDS, (4, 9))
+    mask = torch.ones(4, 8, dtype=torch.int64)
+    mask[1, 5:] = 0
+    return {"input_ids": words[:, :-1], "attention_mask": mask, "labels": words[:, 1:]}
+
+
+def next_words(output: Any, labels: Tensor) -> Tensor:
+    return F.cross_entropy(output.logits.flatten(0, 1), labels.flatten())
+
+
+def language_model(*, tied: bool, coupling: lg.MAN | None = None) -> lg.LocalModel:
+    how: dict[str, Any] = {"coupling": coupling, "example": texts(), "criterion": next_words}
+    return lg.localize(gpt2(tied=tied), blocks=4, method=GREEDY(), **how)
 
 
 # Each with the shape of an image.
-NETWORKS = {"follows": (Follows, (12,)), "tokens": (Tokens, (3, 8, 8)), "skips": (Skips, (12,))}
+NETWORKS = {"follows": (Follows, (12,)), "tokens": (Tokens, (3, 8, 8)), "u-net": (UNet, (3, 8, 8))}
+LANGUAGE = {"gpt-2": None, "gpt-2 and man": lg.MAN(0.9, lag=LAG)} if find_spec("transformers") else {}
 
 
 def network(case: str) -> nn.Module:
@@ -115,6 +146,8 @@ def network(case: str) -> nn.Module:
 
 def model_of(case: str) -> lg.LocalModel:
     torch.manual_seed(0)
+    if case in LANGUAGE:
+        return language_model(tied=False, coupling=LANGUAGE[case])
     if case in NETWORKS:
         make, shape = NETWORKS[case]
         return lg.localize(make(), blocks=4, method=GREEDY(), example=torch.zeros(2, *shape))
@@ -127,8 +160,10 @@ def model_of(case: str) -> lg.LocalModel:
     return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
-def batches(case: str) -> list[tuple[Tensor, Tensor]]:
+def batches(case: str) -> list[tuple[Any, Any]]:
     torch.manual_seed(1)
+    if case in LANGUAGE:
+        return [(texts(), None) for _ in range(STEPS)]
     shape = NETWORKS[case][1] if case in NETWORKS else (3, 8, 8)
     found = [(torch.randn(4, *shape), torch.randint(10, (4,))) for _ in range(MANY if case in LONG else STEPS)]
     return found if len(shape) == 1 else [(x.contiguous(memory_format=torch.channels_last), y) for x, y in found]
@@ -157,7 +192,7 @@ class Loop:
             if self.stage is None:
                 steps = lg.block_steps(self.model, x, y)
             else:
-                steps = self.stage.block_steps(x if self.stage.reads_images else None, y)
+                steps = self.stage.block_steps(x if self.stage.reads_images or y is None else None, y)
             losses = []
             for done in steps:
                 self.model.move_averages(done.block)
@@ -219,8 +254,10 @@ def refused() -> list[str]:
     x, said = torch.zeros(2, 3, 8, 8), []
     pull = lg.localize(network("man++"), blocks=4, method=GREEDY(), coupling=lg.MAN(form="pull"), example=x)
     shared = lg.localize(Shares(), blocks=4, method=GREEDY(), example=torch.zeros(2, 12))
-    plain = model_of("follows")
-    for model, shares in ((plain, (2, 1)), (plain, (2, 2, 0)), (pull, (2, 1, 1)), (shared, (2, 1, 1))):
+    plain, models = model_of("follows"), [(pull, (2, 1, 1)), (shared, (2, 1, 1))]
+    if LANGUAGE:
+        models.append((language_model(tied=True), (2, 1, 1)))
+    for model, shares in ((plain, (2, 1)), (plain, (2, 2, 0)), *models):
         with pytest.raises(UserError) as told:
             lg.Stage(model, shares)
         said.append(str(told.value))
@@ -228,7 +265,7 @@ def refused() -> list[str]:
 
 
 def all_of_it(file: Path) -> dict[str, Any]:
-    return {"refused": refused(), "moved": there_and_back(file), **piped([*CASES, *NETWORKS])}
+    return {"refused": refused(), "moved": there_and_back(file), **piped([*CASES, *NETWORKS, *LANGUAGE])}
 
 
 # Against one process
@@ -254,7 +291,7 @@ def check(case: str, ranks: list[dict[str, Any]]) -> None:
     assert any("ema" in name for name in states[-1]) == ("man" in case)
 
 
-@pytest.mark.parametrize("case", [*CASES, *NETWORKS])
+@pytest.mark.parametrize("case", [*CASES, *NETWORKS, *LANGUAGE])
 def test_a_pipeline_is_one_process_that_steps_as_it_goes(case: str, trained: list[dict[str, Any]]) -> None:
     check(case, trained)
 
@@ -285,7 +322,9 @@ def test_what_cannot_be_a_pipeline_is_refused(trained: list[dict[str, Any]]) -> 
         "shares [2, 2, 0] do not deal 4 blocks out to 3 ranks",
         'form="pull" follows its sources at once, which lie on another rank: take branches',
         "blocks 0 and 2 read the same parameters, which ranks of a pipeline cannot share: put them on one rank, with "
-        "fewer blocks or ranks",
+        "fewer blocks or ranks, or give each block its own",
     ]
+    if LANGUAGE:
+        said.append(said[-1].replace("blocks 0 and 2", "blocks 0 and 3"))
     assert [rank["refused"] for rank in trained] == [said] * 3
     assert (lg.least_lag(), lg.least_lag(0), lg.least_lag(3)) == (2, 0, 6)

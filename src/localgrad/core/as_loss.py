@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from localgrad.core.checks import check_call
 from localgrad.core.engine import StepResult, local_backward
 from localgrad.core.errors import UserError
+from localgrad.core.inputs import main_input, resized, targets_of, tensors_of
 from localgrad.core.model import LocalModel, localized
 
 
@@ -31,8 +32,8 @@ class LossResult(StepResult):
 
 def as_loss(
     model: LocalModel,
-    x: Tensor,
-    y: Any,
+    x: Any,
+    y: Any = None,
     *,
     images: Tensor | None = None,
     autocast: torch.dtype | None = None,
@@ -69,12 +70,14 @@ def as_loss(
         UserError: An argument is wrong or does not fit the model, which may be in evaluation mode.
     """
     model = _in_training(model)
+    y = targets_of(x, y)
     check_call(x, y, 1.0, autocast)
     cast_to, without_cache = _autocast(x, autocast)
     parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-    leaf = x.detach().requires_grad_(x.requires_grad)
-    asked: list[Tensor] = [*parameters, *([leaf] if x.requires_grad else [])]
-    inputs: list[Tensor] = [*parameters, *([x] if x.requires_grad else [])]
+    leaves = resized(x, len(main_input(x)), lambda t, _: t.detach().requires_grad_(t.requires_grad))
+    asked, inputs = (
+        [*parameters, *(t for t in tensors_of(batch).values() if t.requires_grad)] for batch in (leaves, x)
+    )
     gradients: list[Tensor | None] = [None] * len(asked)
 
     def backward(loss: Tensor) -> None:
@@ -89,7 +92,7 @@ def as_loss(
 
     with _unhooked(parameters), without_cache:
         out = local_backward(
-            model, leaf, y, images=images, autocast=cast_to, backward=backward, move_averages=move_averages
+            model, leaves, y, images=images, autocast=cast_to, backward=backward, move_averages=move_averages
         )
     loss = cast(Tensor, _HandOn.apply(out.losses, gradients, len(parameters), *inputs))
     return LossResult(out.losses, out.parts, out.logits, loss)
@@ -152,14 +155,12 @@ def _in_training(model: Any) -> LocalModel:
     return model
 
 
-def _autocast(
-    x: Tensor, dtype: torch.dtype | None
-) -> tuple[torch.dtype | None, contextlib.AbstractContextManager[Any]]:
+def _autocast(x: Any, dtype: torch.dtype | None) -> tuple[torch.dtype | None, contextlib.AbstractContextManager[Any]]:
     """The dtype of each block's forward pass, and a context in which no cast weight outlives its block.
 
     An enclosing autocast would keep all cast weights until it ends, and would also apply to the backward passes.
     """
-    kind = x.device.type
+    kind = main_input(x).device.type
     around: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind) if dtype is None else dtype

@@ -19,7 +19,9 @@ from localgrad.core.checks import check_network
 from localgrad.core.copies import copy_values, draw_anew, duplicate
 from localgrad.core.errors import UserError, unknown
 from localgrad.core.hooks import FORWARD
+from localgrad.core.inputs import main_input
 from localgrad.core.layouts import boundary_behind, reads_row
+from localgrad.core.rebuild import FrozenReference
 from localgrad.core.recomputation import Recomputed
 from localgrad.core.segments import Segment, Segments, segments
 
@@ -171,6 +173,10 @@ class Block(nn.Sequential):
         super().__init__(*[u.module for u in units], *([] if head is None else [head]))
         self.names = tuple(u.name for u in units)
         self.entering, self.boundary = units[0].input, units[-1].output
+        own = set(self.parameters())
+        for part in self.modules():
+            if isinstance(part, FrozenReference):
+                part.whole = own.issuperset(map(part.reference[0].get_parameter, part.frozen))
         numbers = [*[u.checkpoint for u in units], *([] if head is None else [checkpoint])]
         runs = [list(run) for _, run in groupby(range(len(numbers)), numbers.__getitem__)]
         self.recompute([(run[0], run[-1]) for run in runs if numbers[run[0]] is not None])
@@ -196,12 +202,13 @@ class Block(nn.Sequential):
             )
 
 
-def units(backbone: nn.Module, example: Tensor) -> list[str]:
+def units(backbone: nn.Module, example: Any) -> list[str]:
     """Lists the names of a network's units in order. `localize(blocks=[...])` cuts after those that it is given.
 
     Args:
         backbone: The network.
-        example: An input batch, [B, ...]. Only its shape counts.
+        example: An input batch: a tensor [B, ...], or a tuple or dictionary of the tensors that the network's forward
+            takes. Only shapes and dtypes count.
 
     Raises:
         UserError: The network cannot be cut.
@@ -226,12 +233,12 @@ class Traced:
     checkpoint: int | None
 
 
-def trace_units(backbone: nn.Module, example: Tensor, blocks: int | Sequence[str] | None = None) -> Traced:
+def trace_units(backbone: nn.Module, example: Any, blocks: int | Sequence[str] | None = None) -> Traced:
     """Cuts a network into its units.
 
     Args:
         backbone: The network.
-        example: An input batch, [B, ...].
+        example: An input batch.
         blocks: The blocks that are wanted. If they need it, the network is cut where several tensors cross, too.
 
     Raises:
@@ -242,16 +249,18 @@ def trace_units(backbone: nn.Module, example: Tensor, blocks: int | Sequence[str
     found: list[Unit] = []
     stage = 0
     rest = [*cut.units[1:], cut.head]
-    entering = tuple(example.shape[1:])
+    entering = tuple(main_input(example).shape[1:])
     image = (entering[-2], entering[-1]) if len(entering) in (3, 4) else (1, 1)
     kinds = {2: reads_row(entering, cut.units[0]) or "NLC", 3: "NCHW", 4: "NCDHW"}
-    before = Boundary(entering, kinds.get(len(entering), "NC"), stage, dtype=cut.units[0].entered)
+    before = Boundary(
+        entering, kinds.get(len(entering), "NC"), stage, dtype=cut.units[0].entered, passengers=cut.inputs
+    )
     for segment, following in zip(cut.units, rest, strict=True):
         stage += segment.enters != segment.leaves and bool(found)
         after = boundary_behind(segment, before, following, stage, image)
         after = replace(after, dtype=segment.left, passengers=segment.passengers)
         module = _runnable(segment, segment.in_place)
-        fed = any(s.passengers for s in cut.units)
+        fed = bool(cut.inputs) or any(s.passengers for s in cut.units)
         found.append(Unit(segment.name, module, before, after, segment.checkpoint, segment.needs, fed))
         before = after
     tail, checkpoint = (_runnable(cut.head, False), cut.head.checkpoint) if cut.head else (None, None)

@@ -83,14 +83,20 @@ class Boundary:
     dtype: torch.dtype = field(default=torch.float32, repr=False)
     passengers: tuple[Passenger, ...] = field(default=(), repr=False)
 
-    def random(self, batch: int, device: torch.device) -> Any:
-        """Makes what crosses for a batch of so many samples: random real numbers, and zeros of other dtypes."""
+    def random(self, batch: int, device: torch.device, main_dtype: torch.dtype | None = None) -> Any:
+        """Makes what crosses for a batch of so many samples: random real numbers, and zeros of other dtypes.
+
+        Args:
+            batch: The number of samples.
+            device: Where the tensors are.
+            main_dtype: The dtype of the main tensor. Default: its own.
+        """
 
         def drawn(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             real = dtype.is_floating_point
             return (torch.randn if real else torch.zeros)(shape, dtype=dtype, device=device)
 
-        main = drawn((batch, *self.shape), self.dtype)
+        main = drawn((batch, *self.shape), main_dtype or self.dtype)
         if not self.passengers:
             return main
         return {MAIN: main, **{p.name: drawn(p.sized(batch), p.dtype) for p in self.passengers}}
@@ -136,6 +142,22 @@ class Boundary:
         if grid or not self.prefix:
             return norm, self
         return [ClassToken(), *norm], Boundary((self.channels,), "NC", self.stage, dtype=self.dtype)
+
+
+class Named(nn.Module):
+    """Makes a dictionary of another class, such as those of transformers, or names a tensor in one.
+
+    Args:
+        kind: The class.
+        name: The name of the tensor. Default: the input is a dictionary.
+    """
+
+    def __init__(self, kind: Callable[..., Any], name: str | None = None) -> None:
+        super().__init__()
+        self.kind, self.name = kind, name
+
+    def forward(self, h: Any) -> Any:
+        return self.kind(**(h if self.name is None else {self.name: h}))
 
 
 class ToMap(nn.Module):

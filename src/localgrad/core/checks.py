@@ -7,6 +7,7 @@ looks odd is tried on a copy of a unit, once.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Sequence
 from numbers import Real
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from localgrad.core.boundary import main_of, with_main
 from localgrad.core.copies import duplicate, undisturbed, without_values
 from localgrad.core.errors import UserError, callers_level
 from localgrad.core.hooks import without_hooks
+from localgrad.core.inputs import arguments, check_inputs, main_input, rows, tensors_of
 from localgrad.core.stale import StaleCopies
 from localgrad.core.task import Classification
 from localgrad.core.trace import input_dtype
@@ -49,8 +52,18 @@ def check_network(backbone: object, example: object) -> None:
             "DistributedDataParallel averages nothing of K separate backward passes: give the network itself, and "
             "average the gradients with lg.Replicas(model)"
         )
-    check_tensor("example", example)
-    shape = tuple(cast(Tensor, example).shape)
+    check_inputs("example", example)
+    args, kwargs = arguments(example)
+    try:
+        inspect.signature(backbone.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise UserError(
+            f"example is not what the forward of {type(backbone).__name__} takes ({error}): give the inputs alone, as "
+            "x of a batch (x, y)"
+        ) from error
+    except ValueError:  # Some callables tell no signature.
+        pass
+    shape = tuple(main_input(example).shape)
     if len(shape) < 2 or 0 in shape:
         raise UserError(f"example takes a batch of one sample or more, such as [B, C, H, W], not shape {shape}")
 
@@ -95,20 +108,18 @@ def check_example_targets(model: LocalModel, targets: object, count: int, device
 
 def check_tensor(name: str, value: object) -> None:
     """Raises UserError unless `value`, the argument of this name, is a tensor."""
-    if isinstance(value, tuple | list | dict):
-        raise UserError(f"{name} takes one tensor, the inputs alone, as x of a batch (x, y), not {_kind(value)}")
     if isinstance(value, np.ndarray):
         raise UserError(f"{name} takes a tensor, not an array of numpy: torch.from_numpy(...) makes one")
     if not isinstance(value, Tensor):
         raise UserError(f"{name} takes a tensor, not {_kind(value)}")
 
 
-def check_call(x: object, y: object, scale: object, autocast: object, backward: object = None) -> None:
+def check_call(x: Any, y: object, scale: object, autocast: object, backward: object = None) -> None:
     """Raises UserError for arguments of a step of the wrong kind, or without gradients. See `block_steps`."""
     if not torch.is_grad_enabled():
         raise UserError(f"gradients are switched off, so nothing can be trained: {OUTSIDE}")
-    check_tensor("x", x)
-    for name, value in [("x", x), *(("y", leaf) for leaf in tree_leaves(y))]:
+    check_inputs("x", x)
+    for name, value in [*(("x", t) for t in tensors_of(x).values()), *(("y", leaf) for leaf in tree_leaves(y))]:
         if isinstance(value, Tensor) and value.is_inference():
             raise UserError(f"{name} was made under torch.inference_mode(): train on {name}.clone()")
         if name == "y" and isinstance(value, Tensor) and value.requires_grad:
@@ -183,7 +194,7 @@ class StepChecks:
         self,
         model: LocalModel,
         blocks: Sequence[int],
-        x: Tensor,
+        h: Any,
         y: Any,
         images: Any,
         autocast: torch.dtype | None,
@@ -193,7 +204,7 @@ class StepChecks:
         Args:
             model: The model.
             blocks: The numbers of neighbouring blocks, through which the step goes.
-            x: What the first of them reads. Its shape is right.
+            h: What the first of them reads. Its shape is right.
             y: The targets.
             images: What decoders reconstruct, or None.
             autocast: The dtype of the forward pass, or None.
@@ -201,6 +212,7 @@ class StepChecks:
         Raises:
             UserError: The step cannot be taken.
         """
+        x = main_of(h)
         if not len(x):
             raise UserError("an empty batch has no loss: give one sample or more")
         if isinstance(y, Tensor) and y.device != x.device and isinstance(model.task, Classification):
@@ -213,7 +225,7 @@ class StepChecks:
                 raise UserError("images require a gradient, but they are only compared with: images.detach()")
         first = next(model.blocks[blocks[0]].parameters(), None)
         if first is not None and not blocks[0]:
-            self._check_kind(model, x, first, autocast)
+            self._check_kind(model, h, first, autocast)
         _check_frozen(model, blocks, x)
         self.check_size(model, len(x))
         self.trial.check(model, y, x.device)
@@ -238,17 +250,19 @@ class StepChecks:
                 + (', or take a head without batch norm, as lg.dgl("0c1f")' if what.startswith("the head") else "")
             )
 
-    def _check_kind(self, model: LocalModel, x: Tensor, first: Tensor, autocast: torch.dtype | None) -> None:
+    def _check_kind(self, model: LocalModel, h: Any, first: Tensor, autocast: torch.dtype | None) -> None:
         """Raises UserError for an input of another dtype or device than the network takes.
 
         It is tried on a copy of the first unit, because the network may convert its input.
         """
-        given = model.blocks[0].entering.dtype
+        x, given = main_of(h), model.blocks[0].entering.dtype
         dtype = first.dtype if given.is_floating_point and first.is_floating_point() else given
         key = (x.dtype, x.device, dtype, first.device, autocast)
         if (x.dtype, x.device) == (dtype, first.device) or key in self._tried:
             return
-        if _fails(model.blocks[0][0], x[:2], torch.zeros_like(x[:2], dtype=dtype, device=first.device), autocast):
+        with undisturbed(first.device):
+            right = model.blocks[0].entering.random(2, first.device, dtype)
+        if _fails(model.blocks[0][0], rows(h, slice(2)), with_main(right, torch.zeros_like), autocast):
             if x.device != first.device:
                 raise UserError(f"x is on {x.device} and the model on {first.device}: x.to('{first.device}')")
             also = "; of bytes, x.float() / 255, normalised" if x.dtype == torch.uint8 else ""
@@ -331,14 +345,15 @@ def _probes(model: LocalModel, k: int) -> tuple[nn.Parameter, nn.Parameter] | No
     return None if own is None or not heads else (own, heads[-1])
 
 
-def _fails(unit: nn.Module, x: Tensor, right: Tensor, autocast: torch.dtype | None) -> bool:
-    """Whether a unit can take `right` but cannot take `x`."""
-    cast_to = contextlib.nullcontext() if autocast is None else torch.autocast(right.device.type, autocast)
-    with undisturbed(right.device), contextlib.suppress(*ODD), cast_to:
+def _fails(unit: nn.Module, h: Any, right: Any, autocast: torch.dtype | None) -> bool:
+    """Whether a unit can take `right` but cannot take `h`."""
+    device = main_of(right).device
+    cast_to = contextlib.nullcontext() if autocast is None else torch.autocast(device.type, autocast)
+    with undisturbed(device), contextlib.suppress(*ODD), cast_to:
         copied = without_hooks(duplicate(unit)).eval()
         wanted = copied(right)
         try:
-            return copied(x).device != wanted.device
+            return main_of(copied(h)).device != main_of(wanted).device
         except ODD:
             return True
     return False
@@ -351,7 +366,7 @@ def _refuses_one(model: LocalModel) -> str | None:
         try:
             copied = without_values(model, "meta")
             dtype = input_dtype(copied.backbone, copied.blocks[0].entering.dtype)
-            h = torch.empty(1, *copied.image, dtype=dtype)
+            h = copied.blocks[0].entering.random(1, torch.device("meta"), dtype)
             for k, block in enumerate(copied.blocks):
                 what = f"block {k} (up to '{block.names[-1]}')"
                 h = block(h)

@@ -15,6 +15,7 @@ from localgrad.core.auxiliary import Auxiliary, full_precision
 from localgrad.core.boundary import detached, main_of
 from localgrad.core.checks import check_call
 from localgrad.core.errors import UserError
+from localgrad.core.inputs import main_input, rows, targets_of
 from localgrad.core.model import LocalModel, localized
 
 
@@ -61,8 +62,8 @@ class StepResult:
 
 def block_steps(
     model: LocalModel,
-    x: Tensor,
-    y: Any,
+    x: Any,
+    y: Any = None,
     *,
     images: Tensor | None = None,
     scale: float | Tensor = 1.0,
@@ -89,9 +90,11 @@ def block_steps(
 
     Args:
         model: The result of `localize`.
-        x: Normalised inputs, [B, C, H, W].
+        x: Normalised inputs, [B, C, H, W]. Where the network's forward takes several tensors, a tuple of them, or a
+            dictionary by name, like the example of `localize`.
         y: Targets, [B], or what the criterion takes: a tensor or a tuple, list or dictionary of tensors, each with the
-            batch as its first dimension. A number in it belongs to the whole batch.
+            batch as its first dimension. A number in it belongs to the whole batch. Default: the `labels` of the
+            dictionary x.
         images: The images that decoders reconstruct, [B, C, H, W] in [0, 1]. Default: x, un-normalised with the
             method's mean and std.
         scale: A factor for every loss before its backward pass, such as 1 / n to accumulate the gradients of n
@@ -109,16 +112,17 @@ def block_steps(
     """
     model = localized(model, "block_steps")
     blocks = range(len(model.blocks))
-    check_step(model, blocks, x, y, images=images, scale=scale, autocast=autocast, backward=backward)
+    h, y = model.inputs.crossing(x), targets_of(x, y)
+    check_step(model, blocks, h, y, images=images, scale=scale, autocast=autocast, backward=backward)
     if images is None and model.needs_images(blocks):
-        images = model.method.images(x)
-    return run_blocks(model, blocks, x, y, images=images, scale=scale, autocast=autocast, backward=backward)
+        images = model.method.images(main_of(h))
+    return run_blocks(model, blocks, h, y, images=images, scale=scale, autocast=autocast, backward=backward)
 
 
 def local_backward(
     model: LocalModel,
-    x: Tensor,
-    y: Any,
+    x: Any,
+    y: Any = None,
     *,
     images: Tensor | None = None,
     scale: float | Tensor = 1.0,
@@ -136,7 +140,7 @@ def local_backward(
 
     Args:
         model: The result of `localize`.
-        x: Normalised inputs, [B, C, H, W].
+        x: Normalised inputs, [B, C, H, W], or a tuple or dictionary of several, as in `block_steps`.
         y: Targets, [B], or what the criterion takes, as in `block_steps`.
         images: As in `block_steps`, like the following arguments.
         scale: A factor for every loss before its backward pass. Default: 1.
@@ -151,19 +155,21 @@ def local_backward(
         UserError: An argument is wrong or does not fit the model.
     """
     model = localized(model, "local_backward")
+    y = targets_of(x, y)
     check_call(x, y, scale, autocast, backward)
     if not isinstance(move_averages, bool):
         raise UserError(f"move_averages takes True or False, not {move_averages!r}")
     results: list[StepResult] = []
     shares: list[float] = []
-    count = max(1, min(model.accumulate, len(x)))
+    size = len(main_input(x))
+    count = max(1, min(model.accumulate, size))
     for part in range(count):
-        rows = slice(part * len(x) // count, (part + 1) * len(x) // count)
-        own = {"images": None if images is None else images[rows], "autocast": autocast, "backward": backward}
-        share = 1.0 if count == 1 else (rows.stop - rows.start) / len(x)
+        own_rows = slice(part * size // count, (part + 1) * size // count)
+        own = {"images": None if images is None else images[own_rows], "autocast": autocast, "backward": backward}
+        share = 1.0 if count == 1 else (own_rows.stop - own_rows.start) / size
         losses, parts, output = [], [], None
-        own_y = tree_map_only(Tensor, lambda t, rows=rows: t[rows] if t.ndim else t, y)
-        steps = block_steps(model, x[rows], own_y, scale=scale if count == 1 else scale * share, **own)
+        own_y = tree_map_only(Tensor, lambda t, rows=own_rows: t[rows] if t.ndim else t, y)
+        steps = block_steps(model, rows(x, own_rows), own_y, scale=scale if count == 1 else scale * share, **own)
         if move_averages and part == 0:  # The arguments are checked by now.
             model.move_averages(stepped=True)
         for done in steps:
@@ -203,7 +209,7 @@ def check_step(
 ) -> None:
     """Raises UserError unless neighbouring blocks can take a step. The first of them reads `entering`."""
     h = main_of(entering)
-    check_call(h, y, scale, autocast, backward)
+    check_call(entering, y, scale, autocast, backward)
     model.watch.check(model.backbone)
     shape = tuple(model.blocks[blocks[0] - 1].boundary.shape) if blocks[0] else model.image
     model.task.check_targets(y)
@@ -214,7 +220,7 @@ def check_step(
             f"inputs of shape {tuple(h.shape)} for {' and '.join(map(str, counts))} targets: this model was localized "
             f"for {expected}, with a target for each sample"
         )
-    model.checks.check_step(model, blocks, h, y, images, autocast)
+    model.checks.check_step(model, blocks, entering, y, images, autocast)
 
 
 def run_blocks(

@@ -12,7 +12,6 @@ parameters, and the others are passengers.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,10 +20,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from localgrad.core.boundary import MAIN, Passenger
+from localgrad.core.pairs import BATCHES
 from localgrad.core.rebuild import Rebuild, base_of, name_of
-from localgrad.core.tracer import BATCHES, VALUE, WRITES, has_tensor
+from localgrad.core.steps import VALUE, WRITES, draws, has_tensor
 
-DRAWS = re.compile("rand|dropout|bernoulli|normal_|uniform_|multinomial")  # Functions with such names draw numbers.
 Crossing = fx.Node | dict[str, fx.Node]  # The step whose tensor crosses, or several by name, the main one first.
 
 
@@ -35,20 +34,24 @@ class Flow:
         nodes: All steps, up to the last one whose value the network returns.
         output: The step that returns it.
         depends: The steps whose tensors depend on the input's values.
-        steps: `depends` in order, the input first.
+        steps: `depends` in order, the inputs first.
+        entering: The input, or several by name, the main one first.
         index: The number of each step in `nodes`.
         last_use: The number of the last step that reads the tensor of a step.
+        several: Whether several tensors may cross at a cut, and units may share a table of an embedding.
         shared: Pairs of steps that share parameters, the first and the last step that use them.
         learned: `depends` without those that no parameter has changed, such as a mask of the input.
     """
 
-    def __init__(self, backbone: nn.Module, nodes: list[fx.Node], output: fx.Node) -> None:
+    def __init__(self, backbone: nn.Module, nodes: list[fx.Node], output: fx.Node, *, several: bool) -> None:
         last = max(nodes.index(node) for node in output.all_input_nodes)
-        self.backbone, self.nodes, self.output = backbone, nodes[: last + 1], output
+        self.backbone, self.nodes, self.output, self.several = backbone, nodes[: last + 1], output, several
         self.depends = self._dependent()
         self.rebuild = Rebuild(backbone, self.nodes, self.depends)
         self.index, self.module = self.rebuild.index, self.rebuild.module
         self.steps = [node for node in self.nodes if node in self.depends]
+        main, *others = [node for node in self.nodes if node.op == "placeholder"]
+        self.entering: Crossing = {MAIN: main, **{n.name: n for n in others}} if others else main
         self.last_use = {
             node: max((self.index[u] for u in self._users(node)), default=self.index[node]) for node in self.steps
         } | dict.fromkeys(output.all_input_nodes, len(self.nodes))
@@ -73,7 +76,7 @@ class Flow:
         if node.op == "call_module":
             parts = self.backbone.get_submodule(name_of(node)).modules()
             return any(isinstance(m, _NormBase) or (isinstance(m, _DropoutNd) and m.p > 0) for m in parts)
-        return bool(DRAWS.search(getattr(node.target, "__name__", str(node.target))))
+        return draws(node.target)
 
     def _shared(self) -> list[tuple[fx.Node, fx.Node]]:
         """The first and the last step that use a parameter, for each parameter of a module that several steps use."""
@@ -84,8 +87,14 @@ class Flow:
         for node in self.steps:  # A step may also read the parameter of another step's module as a tensor.
             for parameter in self.rebuild.parameters_read(node) & uses.keys():
                 uses[parameter].add(node)
-        ordered = (sorted(nodes, key=self.index.__getitem__) for nodes in uses.values() if len(nodes) > 1)
-        return list({(nodes[0], nodes[-1]) for nodes in ordered})
+        found = set()
+        for parameter, nodes in uses.items():
+            first, *others = sorted(nodes, key=self.index.__getitem__)
+            if others and self.several and _is_table(parameter, self.module(first)):
+                self.rebuild.tied.add(parameter)
+            elif others:
+                found.add((first, others[-1]))
+        return list(found)
 
     def _users(self, node: fx.Node) -> Iterable[fx.Node]:
         """The steps of the chain that read what `node` returns."""
@@ -103,15 +112,13 @@ class Flow:
         """The steps whose tensors are still needed behind step number `after`."""
         return [n for n in self.steps if self.index[n] <= after < self.last_use[n]]
 
-    def leaving(self, after: int, *, several: bool) -> Crossing | None:
+    def leaving(self, after: int) -> Crossing | None:
         """What crosses behind step number `after`, or None if the network cannot be cut there.
 
         It can be cut if no parameters are used on both sides, and if one floating-point tensor crosses, whose first
         dimension is the batch.
 
-        Args:
-            after: The number of the step.
-            several: Whether others may cross beside it. No later step may change these in place.
+        With `several`, others may cross beside it, which no later step may change in place.
         """
         crossing = self.crossing(after)
         if not crossing or any(self.index[a] <= after < self.index[b] for a, b in self.shared):
@@ -120,7 +127,7 @@ class Flow:
             return crossing[0] if _is_main(crossing[0]) else None
         main = next((n for n in reversed(crossing) if n in self.learned and _is_main(n)), None)
         others = [n for n in crossing if n is not main]
-        if not several or main is None or any(map(self._kept_back, others)) or self._overwritten(others, after):
+        if not self.several or main is None or any(map(self._kept_back, others)) or self._overwritten(others, after):
             return None
         return {MAIN: main, **{n.name: n for n in others}}
 
@@ -187,6 +194,12 @@ def _is_main(node: fx.Node) -> bool:
     values = node.meta[VALUE]
     tensors = all(isinstance(v, Tensor) and v.ndim > 1 and v.is_floating_point() for v in values)
     return tensors and [len(v) for v in values] == list(BATCHES)
+
+
+def _is_table(parameter: int, module: nn.Module | None) -> bool:
+    """Whether a parameter, by its id, is the table of an embedding in a module."""
+    parts = module.modules() if module is not None else ()
+    return any(isinstance(part, nn.Embedding) and id(part.weight) == parameter for part in parts)
 
 
 def _by_batch(values: tuple[Any, ...]) -> tuple[int, ...]:

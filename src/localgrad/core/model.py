@@ -17,6 +17,7 @@ from localgrad.core.checks import StepChecks, check_example_targets, check_makin
 from localgrad.core.copies import computed
 from localgrad.core.couplings import MAN
 from localgrad.core.errors import UserError
+from localgrad.core.inputs import Inputs, main_input, targets_of
 from localgrad.core.rebuild import TensorReference
 from localgrad.core.table import table
 from localgrad.core.task import AnyLoss, Classification, Task
@@ -35,7 +36,8 @@ class LocalModel(nn.Module):
         auxiliaries: The K - 1 auxiliaries. Number k gives block k its loss. That of a wholly frozen block is empty.
         method: The method that has built the auxiliaries.
         task: The task of the network.
-        image: The shape of one input, without the batch.
+        image: The shape of one input, without the batch. Of several inputs, that of the main one.
+        inputs: How a batch enters the first block.
         checks: What earlier steps have shown about the model.
         watch: Finds changes of the backbone since it was cut.
     """
@@ -49,6 +51,7 @@ class LocalModel(nn.Module):
         task: Task,
         image: tuple[int, ...],
         watch: Watch,
+        inputs: Inputs,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -56,7 +59,7 @@ class LocalModel(nn.Module):
         self.blocks = tuple(blocks)  # In a tuple, because the backbone has registered their modules already.
         self.method = method
         self.task = task
-        self.image = image
+        self.image, self.inputs = image, inputs
         self.accumulate: Any = 1  # into how many micro-batches `local_backward` splits a batch
         self.checks = StepChecks()
         self.checks.copies.note(self)
@@ -69,8 +72,8 @@ class LocalModel(nn.Module):
         vars(twin).update(copy.deepcopy(vars(self), memo))
         return twin
 
-    def forward(self, x: Tensor) -> Any:
-        return self.backbone(x)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.backbone(*args, **kwargs)
 
     def train(self, mode: bool = True) -> LocalModel:
         super().train(mode)
@@ -145,7 +148,7 @@ def localize(
     blocks: int | Sequence[str] | None = None,
     method: Method,
     coupling: MAN | None = None,
-    example: Tensor,
+    example: Any,
     criterion: Callable[[Any, Any], Tensor] | None = None,
     targets: Any = None,
     task: Task | None = None,
@@ -168,7 +171,8 @@ def localize(
             Default: 4, and 1 for `bp()`.
         method: What gives each block its own loss, such as `dgl()`.
         coupling: `MAN()`, `MANPlusPlus()`, `DeepMAN()` or None. Default: None.
-        example: A normalised input batch, [B, C, H, W]. Only its shape counts.
+        example: A normalised input batch, [B, C, H, W]. Where the network's forward takes several tensors, a tuple of
+            them, or a dictionary by name. Its `labels` are targets. Only shapes and dtypes count.
         criterion: The loss, called as `criterion(output, targets)`, which returns a scalar. The output is that of the
             network, or that of a head, which has the same shape: [B, n], or [B] if the network gives one number a
             sample. Default: cross-entropy with as many classes as the backbone has logits.
@@ -190,7 +194,7 @@ def localize_units(
     *,
     method: Method,
     coupling: MAN | None = None,
-    example: Tensor,
+    example: Any,
     criterion: Callable[[Any, Any], Tensor] | None = None,
     task: Task | None = None,
 ) -> LocalModel:
@@ -206,7 +210,7 @@ def _localize(
     blocks: int | Sequence[str] | None,
     method: Method,
     coupling: MAN | None,
-    example: Tensor,
+    example: Any,
     criterion: Callable[[Any, Any], Tensor] | None,
     targets: Any,
     task: Task | None,
@@ -229,16 +233,24 @@ def _localize(
         warnings.warn("a coupling has no effect on a single block", stacklevel=3)
     task = _task(traced, task) if criterion is None else AnyLoss(criterion, traced.cut.gives)
     built = [*map(Block, groups[:-1]), Block(groups[-1], traced.head, traced.checkpoint)]
-    auxiliaries = _auxiliaries(groups, method, coupling, task, everywhere=of_units)
+    # A last unit that returns several tensors or a dictionary is not copied, because a head could not read the copy.
+    copied = traced.units if traced.head is not None or traced.cut.gives_one else traced.units[:-1]
+    if coupling is not None and len(groups) > 1 and groups[-1][0] not in copied and not of_units:
+        warnings.warn(
+            f"a coupling has no effect before '{groups[-1][0].name}', which returns several tensors or a dictionary",
+            stacklevel=3,
+        )
+    auxiliaries = _auxiliaries(groups, copied, method, coupling, task, everywhere=of_units)
     device = next(backbone.parameters()).device
     for auxiliary in auxiliaries:
         auxiliary.to(device).train()
-    watch = traced.cut.watch
+    watch, entering = traced.cut.watch, built[0].entering
+    inputs = Inputs.of(example, ("main", *(p.name for p in entering.passengers)))
     for source in (s for auxiliary in auxiliaries if auxiliary.coupling for s in auxiliary.coupling.sources):
         watch.copies(source.name, source.module)
-    model = LocalModel(backbone, built, auxiliaries, method, task, tuple(example.shape[1:]), watch)
-    if targets is not None:
-        check_example_targets(model, targets, len(example), device)
+    model = LocalModel(backbone, built, auxiliaries, method, task, entering.shape, watch, inputs)
+    if (targets := targets_of(example, targets)) is not None:
+        check_example_targets(model, targets, len(main_input(example)), device)
     to_training(backbone)
     _warn_of_hooks(traced)
     return model
@@ -266,9 +278,18 @@ def _task(traced: Traced, task: Task | None) -> Task:
 
 
 def _auxiliaries(
-    groups: list[list[Unit]], method: Method, coupling: MAN | None, task: Task, *, everywhere: bool
+    groups: list[list[Unit]],
+    copied: Sequence[Unit],
+    method: Method,
+    coupling: MAN | None,
+    task: Task,
+    *,
+    everywhere: bool,
 ) -> list[Auxiliary]:
-    """Builds the auxiliary of each block but the last. That of a wholly frozen block is empty unless `everywhere`."""
+    """Builds the auxiliary of each block but the last. That of a wholly frozen block is empty unless `everywhere`.
+
+    copied: the units that copies may be made of.
+    """
     image, width = groups[0][0].input, groups[-1][-1].output.channels
     auxiliaries = []
     for index, group in enumerate(groups[:-1]):
@@ -277,7 +298,7 @@ def _auxiliaries(
             continue
         site = Site(
             boundary=group[-1].output,
-            downstream=tuple(u for later in groups[index + 1 :] for u in later),
+            downstream=tuple(u for later in groups[index + 1 :] for u in later if u in copied),
             index=index,
             count=len(groups) - 1,
             image=(image.channels, *image.size),
@@ -298,7 +319,7 @@ def _auxiliary(site: Site, method: Method, coupling: MAN | None, passengers: Seq
         for name, term in method.terms(replace(site, boundary=passenger, downstream=())).items()
     }
     momentum = None
-    if coupling is not None:
+    if coupling is not None and site.downstream:
         momentum = coupling.build(site.downstream)
         end = momentum.sources[-1]
         beyond = site.downstream[site.downstream.index(end) + 1 :]

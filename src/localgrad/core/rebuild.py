@@ -17,33 +17,51 @@ import copy
 import importlib
 import operator
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.func import functional_call
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils._pytree import tree_map
 
 from localgrad.core.boundary import MAIN
 from localgrad.core.errors import UserError
-from localgrad.core.tracer import BATCHES, CHECKPOINT, EVALUATION, NO_GRAD, VALUE, WRITES, has_tensor
+from localgrad.core.pairs import BATCHES
+from localgrad.core.steps import CHECKPOINT, CONSTANT, EVALUATION, NO_GRAD, VALUE, WRITES, has_tensor
 
 
 class FrozenReference(nn.Module):
-    """Runs a module that another block trains. Its parameters are not part of this one, and get no gradient from it."""
+    """Runs a module with parameters that another unit trains. These are not part of this one.
 
-    def __init__(self, module: nn.Module) -> None:
+    Args:
+        module: The module.
+        frozen: The names of these parameters. Its others are part of this one.
+
+    Attributes:
+        whole: Whether the block that runs it trains these parameters, too. Else they get no gradient from it.
+    """
+
+    def __init__(self, module: nn.Module, frozen: Iterable[str]) -> None:
         super().__init__()
-        self.reference = (module,)  # In a tuple, it is not registered as a submodule.
+        self.reference, self.frozen, self.whole = (module,), tuple(frozen), False  # A tuple registers no submodule.
+        for name, parameter in module.named_parameters():
+            if name not in self.frozen:
+                self.register_parameter(name.replace(".", "_"), parameter)
 
     def __deepcopy__(self, memo: dict) -> FrozenReference:
-        whole = any(id(p) in memo for p in self.reference[0].parameters())
-        return FrozenReference(copy.deepcopy(self.reference[0], memo) if whole else self.reference[0])
+        shared = {id(p): p for p in map(self.reference[0].get_parameter, self.frozen) if id(p) not in memo}
+        twin = FrozenReference(copy.deepcopy(self.reference[0], memo | shared), self.frozen)
+        twin.whole = self.whole
+        return twin
 
-    def forward(self, h: Tensor) -> Tensor:
-        return self.reference[0](h).detach()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.reference[0]
+        if self.whole:
+            return module(*args, **kwargs)
+        return functional_call(module, {n: module.get_parameter(n).detach() for n in self.frozen}, args, kwargs)
 
 
 class TensorReference(nn.Module):
@@ -146,7 +164,8 @@ class Rebuild:
         nodes: All steps in their order.
         depends: The steps of the chain, whose tensors depend on the network's input.
         index: The number of each step.
-        owner: The unit that a parameter beside the chain belongs to, by the parameter's id.
+        owner: The unit that a parameter beside the chain, or a tied one, belongs to, by the parameter's id.
+        tied: The ids of tied parameters: a table of an embedding that other modules use, too.
         writers: The steps beside the chain that change a tensor in place, by the tensor's id.
     """
 
@@ -154,6 +173,7 @@ class Rebuild:
         self.backbone, self.nodes, self.depends = backbone, nodes, depends
         self.index = {node: i for i, node in enumerate(nodes)}
         self.owner: dict[int, str] = {}
+        self.tied: set[int] = set()
         self.writers: dict[int, list[fx.Node]] = {}
         for node in nodes:
             for written in () if node in depends else node.meta[WRITES]:
@@ -165,13 +185,19 @@ class Rebuild:
     def taken(self, node: fx.Node) -> str | None:
         """The name of the module or tensor that a step takes from the backbone."""
         name = name_of(node)
-        own = node.op in ("call_module", "get_attr") and not name.rpartition(".")[2].startswith("_tensor_constant")
+        own = node.op in ("call_module", "get_attr") and not name.rpartition(".")[2].startswith(CONSTANT)
         return name if own else None
 
     def parameters_read(self, node: fx.Node) -> set[int]:
         """The ids of the parameters that a step reads beside the chain."""
         beside = (n for n in node.all_input_nodes if n not in self.depends and has_tensor(n.meta[VALUE]))
         return set().union(*map(self.parameters_beside, beside))
+
+    def tied_elsewhere(self, unit: str, node: fx.Node) -> list[str]:
+        """The names of the tied parameters of a step's module that an earlier unit trains."""
+        module = self.module(node)
+        named = module.named_parameters() if module is not None else ()
+        return [name for name, p in named if id(p) in self.tied and self.owner.setdefault(id(p), unit) != unit]
 
     def build(
         self, unit: str, entering: fx.Node | dict[str, fx.Node], run: Sequence[fx.Node], leaving: Any
@@ -222,14 +248,14 @@ class Rebuild:
         if node.op == "call_module":
             return self.backbone.get_submodule(name_of(node))
         owner, _, name = name_of(node).rpartition(".")
-        if name.startswith("_tensor_constant"):  # The forward itself has made this tensor.
+        if name.startswith(CONSTANT):  # The forward itself has made this tensor.
             return node.meta[VALUE][0]
         return getattr(self.backbone.get_submodule(owner), name)
 
     def holder(self, node: fx.Node) -> tuple[nn.Module, str] | None:
         """The module that holds the tensor that a step reads, and the tensor's name there. None for a parameter."""
         owner, _, name = name_of(node).rpartition(".")
-        if name.startswith("_tensor_constant") or isinstance(self.attribute(node), nn.Parameter):
+        if name.startswith(CONSTANT) or isinstance(self.attribute(node), nn.Parameter):
             return None
         return self.backbone.get_submodule(owner), name
 
@@ -279,7 +305,7 @@ class _UnitBuilder:
         rebuild = self.rebuild
         owner = next(rebuild.owner[p] for p in rebuild.parameters_beside(node))
         module = rebuild.build(owner, rebuild.nodes[0], [node], node)
-        return self._call("held", FrozenReference(module), self.input)
+        return self._call("held", FrozenReference(module, (n for n, _ in module.named_parameters())), self.input)
 
     def _copy(self, node: fx.Node) -> fx.Node:
         if node.op == "get_attr" and (holder := self.rebuild.holder(node)) is not None:
@@ -288,6 +314,8 @@ class _UnitBuilder:
         if node.op in ("call_module", "get_attr"):
             target = name_of(node)
             self.roots[target] = self.rebuild.attribute(node)
+            if frozen := self.rebuild.tied_elsewhere(self.unit, node):
+                self.roots[target] = FrozenReference(self.roots[target], frozen)
         training = node.args, node.kwargs
         args, kwargs = tree_map(self._argument, training, node.meta.get(EVALUATION, training))
         copied: Any = self.graph.create_node(node.op, target, args, kwargs, node.name)
@@ -323,7 +351,7 @@ def name_of(node: fx.Node) -> str:
     """The name in the backbone of the module or tensor that a step takes from there. Else the step's own name."""
     if node.op not in ("call_module", "get_attr"):
         return node.name
-    return str(node.target).removeprefix("network").removeprefix(".") or node.name
+    return str(node.target)
 
 
 def base_of(value: Any) -> Any:
@@ -342,8 +370,8 @@ def _literal(values: tuple[Any, ...], h: fx.Node, dtype: torch.dtype) -> Any:
     first, other = values
     if isinstance(first, torch.device):
         return h.graph.call_function(getattr, (h, "device"))
-    if first is dtype:
-        return h.graph.call_function(getattr, (h, "dtype"))
+    if isinstance(first, torch.dtype):
+        return h.graph.call_function(getattr, (h, "dtype")) if first is dtype else first
     if isinstance(first, tuple | list):
         parts = [_literal((a, b), h, dtype) for a, b in zip(first, other, strict=True)]
         return parts if isinstance(first, list) else tuple(parts)

@@ -9,7 +9,7 @@ The network is cut where one tensor crosses. If that gives too few units, it is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
@@ -19,16 +19,17 @@ from torch.fx.node import map_arg
 from torch.fx.passes.split_module import split_module
 from torch.utils._pytree import tree_leaves, tree_map
 
-from localgrad.core.boundary import MAIN, Passenger
+from localgrad.core.boundary import MAIN, Named, Passenger
 from localgrad.core.errors import UserError
 from localgrad.core.flow import Crossing, Flow, has_parameters
 from localgrad.core.opened import is_unit, weighted_layers
 from localgrad.core.rebuild import name_of
 from localgrad.core.recomputation import Recomputed
+from localgrad.core.steps import BORN, CHECKPOINT, NO_GRAD, PACKED, REENTRANT, VALUE, has_tensor
 from localgrad.core.trace import Trace, trace
-from localgrad.core.tracer import BORN, CHECKPOINT, NO_GRAD, PACKED, REENTRANT, VALUE, has_tensor
 from localgrad.core.watch import Watch
 
+MOST = 0.5  # A unit that has so many of a network's layers counts as nearly the whole network.
 FEW = 4  # A network that has fewer units where one tensor crosses is cut where several cross, too.
 
 
@@ -80,6 +81,7 @@ class Segments:
         gives: The shapes of one sample of what the network returns, in the structure in which it returns them.
         packed: The names of the units and the head that the network runs with other hooks on saved tensors.
         watch: Tells whether the network is still the one that was cut.
+        inputs: The input tensors beside the main one.
     """
 
     units: list[Segment]
@@ -90,14 +92,20 @@ class Segments:
     gives: Any
     packed: list[str]
     watch: Watch
+    inputs: tuple[Passenger, ...]
+
+    @property
+    def gives_one(self) -> bool:
+        """Whether the network returns one tensor, and not several or a dictionary."""
+        return isinstance(self.gives, tuple) and all(isinstance(size, int) for size in self.gives)
 
 
-def segments(backbone: nn.Module, example: Tensor, blocks: int | Sequence[str] | None = None) -> Segments:
+def segments(backbone: nn.Module, example: Any, blocks: int | Sequence[str] | None = None) -> Segments:
     """Finds the units of a network.
 
     Args:
         backbone: The network.
-        example: An input batch [B, ...], of which the shape and dtype count.
+        example: An input batch, of which the shapes and dtypes count.
         blocks: The number of blocks that are wanted, or the names of the units that end them. Default: not known.
 
     Raises:
@@ -107,20 +115,27 @@ def segments(backbone: nn.Module, example: Tensor, blocks: int | Sequence[str] |
     *nodes, output = traced.graph.nodes
     if not has_tensor(map_arg(output.args[0], lambda n: n.meta[VALUE][0])):
         raise UserError(f"{type(backbone).__name__} gives no tensor")
-    found = _Cutter(Flow(backbone, nodes, output), several=False).segments(traced)
+    found = _Cutter(Flow(backbone, nodes, output, several=False)).segments(traced)
     if _are_enough(found, blocks):
         return found
-    more = _Cutter(Flow(backbone, nodes, output), several=True).segments(traced)
+    more = _Cutter(Flow(backbone, nodes, output, several=True)).segments(traced)
     return more if len(more.units) > len(found.units) else found
 
 
 def _are_enough(found: Segments, blocks: int | Sequence[str] | None) -> bool:
-    """Whether the units that were found without passengers can be grouped into these blocks."""
+    """Whether the units that were found without passengers can be grouped into these blocks, of which none is nearly
+    the whole network."""
     if isinstance(blocks, Integral) and int(blocks) > 1:
-        return int(blocks) <= len(found.units)
+        return int(blocks) <= len(found.units) and not _is_one_piece(found)
     # What is neither a number nor names is refused later.
     named = {name for name in blocks if isinstance(name, str)} if isinstance(blocks, list | tuple) else set()
-    return len(found.units) >= FEW and named <= {unit.name for unit in found.units}
+    return len(found.units) >= FEW and not _is_one_piece(found) and named <= {unit.name for unit in found.units}
+
+
+def _is_one_piece(found: Segments) -> bool:
+    """Whether most layers with weights are in one of the units."""
+    pieces = [weighted_layers(unit.module) for unit in found.units]
+    return max(pieces) > MOST * sum(pieces)
 
 
 def split_recomputed(traced: nn.Module, key: str) -> nn.Module:
@@ -154,12 +169,11 @@ class _Cutter:
 
     Attributes:
         flow: The steps.
-        several: Whether several tensors may cross at a cut.
         worthy: Whether the network has modules that are worth being units.
     """
 
-    def __init__(self, flow: Flow, *, several: bool) -> None:
-        self.flow, self.several = flow, several
+    def __init__(self, flow: Flow) -> None:
+        self.flow = flow
         self.index, self.module = flow.index, flow.module
         self.worthy = sum(m is not None and is_unit(m) for m in map(flow.module, flow.steps)) > 1
 
@@ -167,20 +181,24 @@ class _Cutter:
         flow = self.flow
         ends, refused = self._ends()
         bounds = list(zip([0, *(end + 1 for end in ends)], [*ends, len(flow.nodes) - 1], strict=True))
-        runs = [[n for n in flow.steps[1:] if a <= self.index[n] <= b] for a, b in bounds]
+        own = [n for n in flow.steps if n.op != "placeholder"]
+        runs = [[n for n in own if a <= self.index[n] <= b] for a, b in bounds]
         names = self._names(runs)
         found: list[Segment] = []
-        entering: Crossing = flow.steps[0]
+        entering = flow.entering
         for name, run, (_, end) in zip(names, runs, bounds, strict=True):
             if run is runs[-1]:
                 found.append(self._segment(name, entering, run, flow.output.args[0], ()))
                 break
-            leaving = flow.leaving(end, several=self.several)
+            leaving = flow.leaving(end)
             assert leaving is not None
             found.append(self._segment(name, entering, run, leaving, flow.passengers(leaving)))
             entering = leaving
-        gives = map_arg(flow.output.args[0], lambda n: tree_map(_shape, n.meta[VALUE][0]))
+        gives: Any = map_arg(flow.output.args[0], lambda n: tree_map(_shape, n.meta[VALUE][0]))
         packed = [segment.name for segment in found if segment.packed]
+        if traced.kind is not None:
+            found[-1] = replace(found[-1], module=nn.Sequential(found[-1].module, Named(traced.kind)))
+            gives = traced.kind(**dict(gives))
         head = None
         if len(found) > 1 and not self._begins_with_unit(runs[-1]):
             head = found.pop()
@@ -189,7 +207,8 @@ class _Cutter:
         order = {**{p: n for p, n in starts.items() if n in refused}, **legal}
         taken = filter(None, map(flow.rebuild.taken, flow.nodes))
         watch = Watch(flow.backbone, taken, traced.written, traced.runs)
-        return Segments(found, head, refused, [order[p] for p in sorted(order)], traced.closed, gives, packed, watch)
+        places, inputs = [order[p] for p in sorted(order)], flow.passengers(flow.entering)
+        return Segments(found, head, refused, places, traced.closed, gives, packed, watch, inputs)
 
     def _is_start(self, node: fx.Node) -> bool:
         """Whether a unit begins at a step: at a module that is worth it, or at each layer with weights if none is."""
@@ -245,7 +264,7 @@ class _Cutter:
         return here is not None and here == following
 
     def _can_end(self, after: int) -> bool:
-        return self.flow.leaving(after, several=self.several) is not None
+        return self.flow.leaving(after) is not None
 
     def _names(self, runs: Sequence[Sequence[fx.Node]]) -> list[str]:
         """The name of each run: that of the module that it runs, or "stem" for the steps before the first unit."""
@@ -282,7 +301,8 @@ class _Cutter:
                 reads = (module, tuple(given.shape[1:]))
                 break
         only = [leaving] == list(run) and leaving.args == (entering,) and not leaving.kwargs
-        alone = self.module(leaving) if only and not leaving.meta[NO_GRAD] else None
+        plain = only and not leaving.meta[NO_GRAD] and not flow.rebuild.tied_elsewhere(name, leaving)
+        alone = self.module(leaving) if plain else None
         built = flow.rebuild.build(name, entering, run, leaving) if alone is None else alone
         overwritten = before._version != main.meta[BORN]
         checkpoint, *others = self._checkpoints(run) or [None]

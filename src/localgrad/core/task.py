@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
+from localgrad.core.boundary import Named
 from localgrad.core.errors import UserError
 
 ROUNDING = 0.02  # By so much the shares of the classes may add up to something else than 1: they may be bfloat16.
@@ -87,7 +88,9 @@ class AnyLoss:
 
     def as_network_gives(self, head: nn.Module) -> nn.Module:
         """A head whose output lies in a dictionary, if that of the network does."""
-        return nn.Sequential(head, Named(next(iter(self.gives)))) if isinstance(self.gives, dict) else head
+        if not isinstance(self.gives, dict):
+            return head
+        return nn.Sequential(head, Named(type(self.gives), next(iter(self.gives))))
 
     def criterion(self, output: Any, targets: Any) -> Tensor:
         """The loss of the network's output or of a head's."""
@@ -123,17 +126,6 @@ class AnyLoss:
             f"the backbone gives {self.gives}, and a head can give a number or a vector of numbers a sample, or a "
             "vector for each position: train it in one block, by lg.bp(), or pass a task of your own"
         )
-
-
-class Named(nn.Module):
-    """Puts its input into a dictionary: h -> {name: h}."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-
-    def forward(self, h: Tensor) -> dict[str, Tensor]:
-        return {self.name: h}
 
 
 @dataclass(frozen=True)

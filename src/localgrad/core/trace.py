@@ -15,20 +15,24 @@ evaluation mode: if both have the same steps, each step carries its arguments of
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
 from localgrad.core.copies import without_values
 from localgrad.core.errors import UserError
 from localgrad.core.hooks import FORWARD, is_of_torch
+from localgrad.core.inputs import main_input, resized
 from localgrad.core.opened import opened_modules
+from localgrad.core.pairs import BATCHES, paired
+from localgrad.core.recorder import ON_VALUES, Stopped, recorded
+from localgrad.core.steps import Recording
 from localgrad.core.threads import one_trace
-from localgrad.core.tracer import BATCHES, EVALUATION, Tracer
-from localgrad.core.watch import changed_attributes, read_attributes
 
 
 @dataclass(frozen=True)
@@ -38,17 +42,20 @@ class Trace:
     Attributes:
         graph: The steps.
         closed: Modules that had to be one step each because their forward cannot be followed, with the reason.
+        kind: The class of dictionaries that the network returns, such as one of transformers. None for a plain one or
+            something else.
         runs: Tells of a hook whether it ran during the trace, and so is in the steps.
         written: Attributes that the forward changes itself, as (name of the module, name of the attribute).
     """
 
     graph: fx.Graph
     closed: dict[str, str]
+    kind: Callable[..., Any] | None
     runs: Callable[[Callable], bool]
     written: set[tuple[str, str]]
 
 
-def trace(backbone: nn.Module, example: Tensor) -> Trace:
+def trace(backbone: nn.Module, example: Any) -> Trace:
     """Follows the forward pass of a network.
 
     Nothing runs on real tensors, and no hooks run but PyTorch's own. If the network cannot be followed so, it is tried
@@ -56,7 +63,7 @@ def trace(backbone: nn.Module, example: Tensor) -> Trace:
 
     Args:
         backbone: The network. A copy of it is traced.
-        example: An input batch [B, ...], of which the shape and dtype count.
+        example: An input batch, of which the shapes and dtypes count.
 
     Raises:
         UserError: The network's own forward cannot be followed. The sentence names the module that stopped it.
@@ -72,35 +79,81 @@ def trace(backbone: nn.Module, example: Tensor) -> Trace:
             raise
 
 
-def _trace(backbone: nn.Module, example: Tensor, runs: Callable[[Callable], bool]) -> Trace:
+def _trace(backbone: nn.Module, example: Any, runs: Callable[[Callable], bool]) -> Trace:
     try:
         shapes = without_values(backbone, "meta", hooks=runs)
     except Exception as error:  # What a network holds may refuse to be copied in its own way.
         raise UserError(f"{type(backbone).__name__} cannot be copied: {str(error).splitlines()[0]}") from error
-    sample = example.shape[1:], input_dtype(backbone, example.dtype)
+    _switch_caches_off(shapes)
     opened = opened_modules(shapes)
-    attributes = {name: (m, read_attributes(m)) for name, m in shapes.named_modules() if name in opened}
     closed: dict[str, str] = {}
+    few, many = (resized(example, size, partial(_without_values, backbone)) for size in BATCHES)
+    compiled = contextlib.nullcontext
     while True:
-        tracer = Tracer(opened, sample)
         try:
-            with torch.enable_grad(), tracer.functions_as_steps():
-                graph = tracer.steps(shapes.train())
-                with contextlib.suppress(Exception):  # A network that fails in evaluation mode can still be trained.
-                    _note_evaluation(graph, Tracer(opened, sample, BATCHES[:1]).steps(shapes.eval()))
-        except Exception as error:  # Symbolic tracing fails in as many ways as Python has control flow.
-            stopped = tracer.stopped or ""
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            if stopped == "" or stopped not in opened:
-                raise _cannot_be_cut(backbone, example, stopped, reason, stopped in opened) from error
-            opened.discard(stopped)  # It becomes one step, and so do the modules within it.
-            closed[stopped] = reason
-        else:
-            written = {(name, key) for name, now in attributes.items() for key in changed_attributes(*now)}
-            return Trace(graph, closed, runs, written)
+            with torch.enable_grad(), compiled():
+                first = recorded(shapes.train(), opened, few)
+                kind = type(first.output) if isinstance(first.output, dict) and type(first.output) is not dict else None
+                return Trace(_graph(shapes, opened, few, many, first), closed, kind, runs, first.written)
+        except Stopped as error:  # A forward cannot be followed in as many ways as Python has control flow.
+            if str(error) == ON_VALUES and compiled is not as_compiled:
+                compiled = as_compiled
+                continue
+            if error.module == "" or error.module not in opened:
+                raise _cannot_be_cut(backbone, example, error.module, str(error), error.module in opened) from error
+            opened.discard(error.module)  # It becomes one step, and so do the modules within it.
+            closed[error.module] = str(error)
 
 
-def _cannot_be_cut(backbone: nn.Module, example: Tensor, stopped: str, reason: str, opened: bool) -> UserError:
+@contextlib.contextmanager
+def as_compiled() -> Iterator[None]:
+    """Lets `torch.compiler.is_compiling()` be true. Then many networks compute something that is right for all values,
+    such as the mask of a text, where they would ask for values to save it."""
+    compiler: Any = torch.compiler
+    before = compiler._is_compiling_flag
+    compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        compiler._is_compiling_flag = before
+
+
+def _switch_caches_off(network: nn.Module) -> None:
+    """Networks of transformers keep keys and values of earlier tokens in a cache, which training has no use for."""
+    for config in (vars(module).get("config") for module in network.modules()):
+        if config is not None and getattr(config, "use_cache", False):
+            config.use_cache = False
+
+
+def _without_values(network: nn.Module, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=input_dtype(network, tensor.dtype), device="meta")
+
+
+def _double(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _graph(shapes: nn.Module, opened: set[str], few: Any, many: Any, first: Recording) -> fx.Graph:
+    """The steps of a network, from a recording of it in training mode and from others of what may differ.
+
+    Args:
+        shapes: The network, without values, in training mode.
+        opened: The names of the modules whose forward is followed.
+        few: An input batch of the first of BATCHES, without values.
+        many: One of the second.
+        first: The recording for the first of BATCHES.
+    """
+    other = recorded(shapes, opened, many)
+    evaluation = wide = None
+    with contextlib.suppress(Stopped):  # A network that fails in evaluation mode can still be trained.
+        evaluation = recorded(shapes.eval(), opened, few)
+    if any(isinstance(leaf, torch.dtype) for step in first.steps for leaf in tree_leaves((step.args, step.kwargs))):
+        with contextlib.suppress(Stopped):  # It may take no other dtype.
+            wide = recorded(shapes.train().double(), opened, resized(few, BATCHES[0], _double))
+    return paired(first, other, evaluation, wide)
+
+
+def _cannot_be_cut(backbone: nn.Module, example: Any, stopped: str, reason: str, opened: bool) -> UserError:
     if opened:
         return UserError(
             f"{type(backbone).__name__} cannot be cut: its forward cannot be followed ({reason}); give its "
@@ -111,16 +164,7 @@ def _cannot_be_cut(backbone: nn.Module, example: Tensor, stopped: str, reason: s
             f"{type(backbone).__name__} cannot be cut: '{stopped}' asks for the values of a tensor, and a "
             "network is cut without any; let it ask for shapes alone"
         )
-    return UserError(f"an example of {tuple(example.shape)} does not pass '{stopped}': {reason}")
-
-
-def _note_evaluation(graph: fx.Graph, evaluation: fx.Graph) -> None:
-    """Adds to each step its arguments in evaluation mode, if both modes have the same steps."""
-    pairs = list(zip(graph.nodes, evaluation.nodes, strict=False))
-    if len(graph.nodes) == len(evaluation.nodes) and all((a.op, a.target) == (b.op, b.target) for a, b in pairs):
-        twins = {b: a for a, b in pairs}
-        for a, b in pairs:
-            a.meta[EVALUATION] = map_arg((b.args, b.kwargs), twins.__getitem__)
+    return UserError(f"an example of {tuple(main_input(example).shape)} does not pass '{stopped}': {reason}")
 
 
 def input_dtype(network: nn.Module, example: torch.dtype) -> torch.dtype:

@@ -113,9 +113,8 @@ def _pieces(model: LocalModel) -> list[Piece]:
     try:
         copied = without_values(model, "meta")
         with undisturbed(torch.device("cpu")), torch.device("meta"):
-            h: Any = torch.empty(
-                BATCH, *copied.image, dtype=input_dtype(copied.backbone, copied.blocks[0].entering.dtype)
-            )
+            entering = copied.blocks[0].entering
+            h = entering.random(BATCH, torch.device("meta"), input_dtype(copied.backbone, entering.dtype))
             for k, block in enumerate(copied.blocks):
                 h = block(h)
                 for auxiliary in cast("list[Auxiliary]", copied.auxiliaries[k : k + 1]):

@@ -12,10 +12,11 @@ from localgrad.core.blocks import trace_units
 from localgrad.core.boundary import main_of, with_main
 from localgrad.core.copies import duplicate, undisturbed
 from localgrad.core.engine import autocasting
+from localgrad.core.inputs import main_input
 from localgrad.core.model import to_training
 
 
-def treats_samples_apart(backbone: nn.Module, example: Tensor, autocast: torch.dtype | None = None) -> bool:
+def treats_samples_apart(backbone: nn.Module, example: Any, autocast: torch.dtype | None = None) -> bool:
     """Whether a training step gives the same gradients and the same state if its batch is taken in parts.
 
     Each unit of a copy runs on two random samples. It treats them apart if the gradient of what it makes of the first
@@ -37,9 +38,9 @@ def treats_samples_apart(backbone: nn.Module, example: Tensor, autocast: torch.d
     if traced.head is not None:
         parts.append((traced.head, traced.units[-1].output))
     before = _versions(copied)
-    with undisturbed(example.device):
+    with undisturbed(main_input(example).device):
         for module, enters in parts:
-            h = enters.random(2, example.device) if enters.dtype.is_floating_point else example[:2].detach()
+            h = enters.random(2, main_input(example).device)
             if _mixes(module, h, autocast):
                 return False
     after = _versions(copied)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from localgrad.core.auxiliary import Auxiliary, full_precision
+from localgrad.core.boundary import main_of
 from localgrad.core.engine import autocasting
 from localgrad.core.model import LocalModel
 from localgrad.core.trace import input_dtype
@@ -149,8 +149,9 @@ def trace_costs(model: LocalModel, batch_size: int, autocast: torch.dtype | None
     plain, again = (_trace(model, batch_size, autocast, targets, again=again) for again in (False, True))
     names = tuple(block.names[0] for block in model.blocks)
     dtype = input_dtype(model.backbone, model.blocks[0].entering.dtype)
-    inputs = batch_size * math.prod(model.image) * dtype.itemsize
-    images = inputs if any(auxiliary.needs_images for _, auxiliary in model.isolated) else 0
+    entering = model.blocks[0].entering.random(batch_size, torch.device("meta"), dtype)
+    inputs = _bytes(tree_leaves(entering))
+    images = _bytes([main_of(entering)]) if any(auxiliary.needs_images for _, auxiliary in model.isolated) else 0
     trained = tuple(any(p.requires_grad for p in block.parameters()) for block in model.blocks)
     return Costs(names, (plain[0], again[0]), (plain[1], again[1]), inputs + plain[2], images, trained)
 
@@ -182,9 +183,9 @@ def _trace(
     with on_fake_tensors(model, batch_size, targets) as (copied, x, y):
         recompute(copied, units=again, couplings=again)
         images = copied.method.images(x) if any(a.needs_images for _, a in copied.isolated) else None
-        units, auxiliaries, h, trained = [], [], x, False
+        units, auxiliaries, h, trained, batch = [], [], x, False, _storages(x)
         for block, auxiliary in copied.isolated:
-            units.append(replace(once(block, block, h), beside=_beside(h, units)))
+            units.append(replace(once(block, block, h), beside=_beside(h, units, batch)))
             with torch.no_grad(), autocasting(h, autocast):
                 h = block(h)
             trained = trained or any(p.requires_grad for p in block.parameters())
@@ -200,7 +201,7 @@ def _trace(
         def loss(h: Any) -> Tensor:
             return copied.task.criterion(tree_map_only(Tensor, full_precision, last(h)), y)
 
-        units.append(replace(once(last, loss, h), beside=_beside(h, units)))
+        units.append(replace(once(last, loss, h), beside=_beside(h, units, batch)))
         return units, auxiliaries, _bytes([leaf for leaf in tree_leaves(y) if isinstance(leaf, Tensor)])
 
 
@@ -269,9 +270,12 @@ def _storages(crossing: Any) -> dict[int, int]:
     return {storage._cdata: storage.nbytes() for storage in storages}
 
 
-def _beside(crossing: Any, units: Sequence[Cost]) -> int:
-    """The bytes of what enters behind these units, without what the last of them has made."""
-    return sum(_storages(crossing).values()) - units[-1].output if isinstance(crossing, dict) else 0
+def _beside(crossing: Any, units: Sequence[Cost], batch: Collection[int]) -> int:
+    """The bytes of what enters behind these units, without what the last of them has made, and without the tensors of
+    the batch, by the numbers of their storages."""
+    if not units or not isinstance(crossing, dict):
+        return 0
+    return sum(size for key, size in _storages(crossing).items() if key not in batch) - units[-1].output
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

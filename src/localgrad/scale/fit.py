@@ -7,12 +7,14 @@ from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from localgrad.core.auxiliary import Method
+from localgrad.core.boundary import detached
 from localgrad.core.copies import duplicate, undisturbed
 from localgrad.core.couplings import MAN
 from localgrad.core.errors import UserError
+from localgrad.core.inputs import main_input, rows
 from localgrad.core.methods import bp, dgl
 from localgrad.core.model import LocalModel
 from localgrad.core.recomputation import repeats
@@ -47,7 +49,7 @@ class Fit:
 
 def fit(
     backbone: nn.Module,
-    example: Tensor,
+    example: Any,
     budget: int | float | str,
     *,
     method: Method | None = None,
@@ -106,7 +108,7 @@ def fit(
         raise UserError(f"exact=True is backpropagation: leave the {what} of local losses out, or exact=True")
     if not (isinstance(at_most, Real) and at_most > 0) or isinstance(at_most, bool):
         raise UserError(f"at_most takes a number of times backpropagation's time, such as 1.3, not {at_most!r}")
-    if speed is None and not example.is_meta:
+    if speed is None and not main_input(example).is_meta:
         speed = calibrate(backbone, example, autocast=autocast)
     how: dict[str, Any] = {"criterion": criterion, "targets": targets, "task": task, "optimizer": optimizer}
     how |= {"autocast": autocast, "speed": speed, "accumulate": accumulate}
@@ -125,7 +127,7 @@ def fit(
     elif plan is None:
         plan = whole.fastest(budget, 1, as_you_go=False)  # It says what would do.
     model = plan.localize(backbone, example)
-    if plan.units and not example.is_meta:
+    if plan.units and not main_input(example).is_meta:
         _check_repeats(model, example)
     return _fit(model, plan, whole.bp, budget)
 
@@ -145,10 +147,10 @@ def _fewest_cuts(planner: Planner, budget: int, most: float) -> Plan | None:
     return fastest
 
 
-def _check_repeats(model: LocalModel, example: Tensor) -> None:
+def _check_repeats(model: LocalModel, example: Any) -> None:
     """Raises UserError for a recomputed unit whose second run would give another result than its first one."""
-    h = example[:2].detach()
-    with undisturbed(h.device):
+    h = detached(model.inputs.crossing(rows(example, slice(2))))
+    with undisturbed(main_input(example).device):
         for block in model.blocks:
             for u, (name, module) in enumerate(zip(block.names, block, strict=False)):
                 if any(a <= u <= b for a, b in block.ranges) and not repeats(duplicate(module), h):

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from localgrad.core.boundary import with_main
 from localgrad.core.checks import check_example_targets
 from localgrad.core.copies import without_values
 from localgrad.core.engine import block_steps, local_backward
@@ -255,7 +256,7 @@ def predicted(
         own = optimizers(copied)
 
         def step() -> None:
-            training_step(copied, own, x, y, step_as_you_go=step_as_you_go, autocast=autocast)
+            training_step(copied, own, copied.inputs.batch(x), y, step_as_you_go=step_as_you_go, autocast=autocast)
 
         step()  # makes the optimizers' state
         return measure_peak(step, model=copied, optimizers=own)
@@ -305,7 +306,8 @@ def _faked(model: LocalModel, task: Task, batch_size: int, targets: Any) -> tupl
     last = weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if last and len(model.image) == 3 else torch.contiguous_format
     dtype = input_dtype(copied.backbone, model.blocks[0].entering.dtype)
-    x = torch.empty(batch_size, *model.image, device=weight.device, dtype=dtype).to(memory_format=layout)
+    drawn = model.blocks[0].entering.random(batch_size, weight.device, dtype)
+    x = with_main(drawn, lambda t: t.contiguous(memory_format=layout))
     like = torch.zeros(1, dtype=torch.int64) if targets is None else targets
 
     def faked(t: Tensor) -> Tensor:
@@ -318,7 +320,7 @@ def _faked(model: LocalModel, task: Task, batch_size: int, targets: Any) -> tupl
 def training_step(
     model: LocalModel,
     optimizers: Optimizers,
-    x: Tensor,
+    x: Any,
     y: Any,
     *,
     step_as_you_go: bool = False,

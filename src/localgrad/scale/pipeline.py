@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from localgrad.core.couplings import Momentum, Snapshots, update_ema
 from localgrad.core.engine import BlockResult, check_step, run_blocks
 from localgrad.core.errors import UserError
+from localgrad.core.inputs import main_input, targets_of
 from localgrad.core.model import LocalModel, localized
 from localgrad.core.rebuild import FrozenReference
 from localgrad.scale.messages import Layouts, Message
@@ -117,8 +118,8 @@ class Stage:
 
     def block_steps(
         self,
-        x: Tensor | None,
-        y: Tensor,
+        x: Any,
+        y: Any = None,
         *,
         images: Tensor | None = None,
         scale: float | Tensor = 1.0,
@@ -130,8 +131,9 @@ class Stage:
         ranks get the result.
 
         Args:
-            x: Normalised inputs, [B, C, H, W]. Ranks without `reads_images` may give None.
-            y: Targets, [B].
+            x: Normalised inputs, [B, C, H, W], or a tuple or dictionary of several, as in `localgrad.block_steps`.
+                Ranks without `reads_images` may give None.
+            y: Targets, [B], or what the criterion takes. Default: the `labels` of the dictionary x.
             images: The images that decoders of this rank reconstruct. Default: x, un-normalised.
             scale: A factor for every loss before its backward pass. Default: 1.
             autocast: The dtype of each block's forward pass. Default: the model's own.
@@ -143,8 +145,9 @@ class Stage:
             UserError: The batch has another size than the first one, or an argument is wrong.
         """
         if x is not None and images is None and self.model.needs_images(self.blocks):
-            images = self.model.method.images(x)
-        h = self._receive_input() if self.ranks.rank else x
+            images = self.model.method.images(main_input(x))
+        y = targets_of(x, y)
+        h = self._receive_input() if self.ranks.rank else self.model.inputs.crossing(x)
         check_step(self.model, self.blocks, h, y, images=images, scale=scale, autocast=autocast)
         done = None
         for done in run_blocks(self.model, self.blocks, h, y, images=images, scale=scale, autocast=autocast):
@@ -199,7 +202,7 @@ class Stage:
                 if self.owners[other] != owner:
                     raise UserError(
                         f"blocks {other} and {k} read the same parameters, which ranks of a pipeline cannot share: put "
-                        "them on one rank, with fewer blocks or ranks"
+                        "them on one rank, with fewer blocks or ranks, or give each block its own"
                     )
 
     def _send_output(self, crossing: Any) -> None:

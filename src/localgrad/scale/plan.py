@@ -22,6 +22,7 @@ from localgrad.core.copies import undisturbed, without_values
 from localgrad.core.couplings import MAN
 from localgrad.core.errors import UserError
 from localgrad.core.groups import param_groups
+from localgrad.core.inputs import main_input, resized, targets_of
 from localgrad.core.methods import bp
 from localgrad.core.model import LocalModel, localize, localize_units
 from localgrad.core.sizes import bytes_of
@@ -67,7 +68,7 @@ class Planner:
     def __init__(
         self,
         backbone: nn.Module,
-        example: Tensor,
+        example: Any,
         *,
         method: Method,
         coupling: MAN | None = None,
@@ -80,20 +81,21 @@ class Planner:
         accumulate: Accumulate = "exact",
     ) -> None:
         check_planned(backbone, example, method, coupling, optimizer, autocast, speed, accumulate)
-        shapes, one = without_values(backbone, "meta"), torch.empty_like(example[:1], device="meta")
+        shapes = without_values(backbone, "meta")
+        one = resized(example, 1, lambda t, shape: torch.empty(shape, dtype=t.dtype, device="meta"))
+        self._batch, self._targets = len(main_input(example)), targets_of(example, targets)
         self._coupling, self._speed, self._autocast, self._accumulate = coupling, speed or Speed(), autocast, accumulate
-        if accumulate == "exact" and len(example) > 1 and not treats_samples_apart(backbone, example, autocast):
+        if accumulate == "exact" and self._batch > 1 and not treats_samples_apart(backbone, example, autocast):
             self._accumulate = "never"
         cuttable = method if method.terms else Method("units", _no_loss)
         self._how: dict[str, Any] = {"method": method, "coupling": coupling, "criterion": criterion, "task": task}
         how = self._how | {"method": cuttable, "example": one}
         self._cut = partial(localize, shapes, **how)
-        self._batch, self._targets = len(example), targets
         self._blocks = None if method.terms else 1
         self._optimizer = optimizer or partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)
-        with undisturbed(one.device), torch.enable_grad():  # Heads draw random numbers, even without values.
+        with undisturbed(torch.device("meta")), torch.enable_grad():  # Heads draw numbers, even without values.
             self._model = localize_units(shapes, **how)
-        check_targets(self._model, targets, next(backbone.parameters()).device)
+        check_targets(self._model, self._targets, next(backbone.parameters()).device)
         self._searches: dict[tuple[int, bool], Search] = {}
         self.costs = self._search(1).costs
         self._slots, scratch = optimizer_slots(self._optimizer)
@@ -355,7 +357,7 @@ class Planner:
 
 def plan(
     backbone: nn.Module,
-    example: Tensor,
+    example: Any,
     budget: int | float | str,
     *,
     method: Method | None = None,

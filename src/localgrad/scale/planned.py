@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from localgrad.core.methods import bp
 from localgrad.core.model import LocalModel, localize
@@ -48,7 +48,7 @@ class Plan:
     count: int = 0
     how: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
-    def localize(self, backbone: nn.Module, example: Tensor) -> LocalModel:
+    def localize(self, backbone: nn.Module, example: Any) -> LocalModel:
         """Makes the model that was planned, with what it recomputes and how `local_backward` splits a batch.
 
         Args:

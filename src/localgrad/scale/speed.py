@@ -17,6 +17,7 @@ from localgrad.core.blocks import Unit, trace_units
 from localgrad.core.boundary import with_main
 from localgrad.core.copies import duplicate, undisturbed
 from localgrad.core.engine import autocasting
+from localgrad.core.inputs import main_input
 from localgrad.scale.costs import Cost, Costs, Work, WorkMeter, looks
 
 REPEATS = 3  # after a warm-up
@@ -60,7 +61,7 @@ class Speed:
         return replace(costs, units=units, auxiliaries=(filled(costs.auxiliaries[0]), filled(costs.auxiliaries[1])))
 
 
-def calibrate(backbone: nn.Module, example: Tensor, *, autocast: torch.dtype | None = None) -> Speed:
+def calibrate(backbone: nn.Module, example: Any, *, autocast: torch.dtype | None = None) -> Speed:
     """The speed at which this device trains `backbone`. It takes seconds.
 
     A copy of each unit that looks different is run forward and backward, on as many samples as give the device enough
@@ -74,10 +75,11 @@ def calibrate(backbone: nn.Module, example: Tensor, *, autocast: torch.dtype | N
     """
     from scipy.optimize import nnls
 
-    with undisturbed(example.device), torch.enable_grad():
+    main = main_input(example)
+    with undisturbed(main.device), torch.enable_grad():
         units = trace_units(duplicate(backbone).train(), example).units
         keys = [f"{looks(unit.module)} {unit.input.shape}" for unit in units]
-        timed = {key: _timed(unit, example, autocast) for key, unit in dict(zip(keys, units, strict=True)).items()}
+        timed = {key: _timed(unit, main, autocast) for key, unit in dict(zip(keys, units, strict=True)).items()}
     # Relative errors count, so each row is divided by its time. No speed can be negative.
     runs = [run for passes in timed.values() for ways in passes for run in ways if run[0].calls]
     rows = np.array([[work.flops, work.moved, work.calls] for work, _ in runs]) / [[seconds] for _, seconds in runs]
@@ -100,8 +102,6 @@ def _timed(unit: Unit, example: Tensor, autocast: torch.dtype | None) -> list[li
     layout = torch.channels_last if last and len(unit.input.shape) == 3 else torch.contiguous_format
 
     def batch(size: int) -> Any:
-        if not unit.input.dtype.is_floating_point:  # A table may hold no other numbers than those of the example.
-            return example.detach()[torch.arange(size, device=example.device) % len(example)]
         h = with_main(unit.input.random(size, example.device), lambda main: main.contiguous(memory_format=layout))
         return tree_map_only(Tensor, lambda t: t.requires_grad_(t.is_floating_point()), h)
 

@@ -1,0 +1,78 @@
+"""A forward is recorded as it runs: what Python asks of shapes, dtypes and constants stays as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from small import Net, assert_chained, chain, cut
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import localgrad as lg
+
+X = torch.randn(2, 3, 8, 8)
+
+
+def by_positions(net: Net, h: Tensor, x: Tensor) -> Tensor:
+    positions = torch.arange(h.shape[1]).unsqueeze(0)
+    return h * 2 if bool((positions.diff() == 1).all()) else h
+
+
+def least_number(net: Net, h: Tensor, x: Tensor) -> Tensor:
+    return h.masked_fill(h < 0, torch.finfo(h.dtype).min).clamp(min=-1)
+
+
+BETWEEN: dict[str, Callable[[Net, Tensor, Tensor], Tensor]] = {
+    "values of constants": by_positions,
+    "limits of a dtype": least_number,
+    "a module made in the forward": lambda net, h, x: nn.AvgPool2d(1)(h),
+    "a check of the type": lambda net, h, x: h + 1 if isinstance(h, Tensor) else h,
+    "a size as an argument": lambda net, h, x: h + torch.ones(h.shape[0], 1, *[1] * (h.ndim - 2)),
+    "a value put in its place": lambda net, h, x: _put(h.clone()),
+    "a property": lambda net, h, x: h.mT.mT,
+    "parts of a tensor": lambda net, h, x: torch.cat(h.chunk(2, dim=1)[::-1], dim=1),
+}
+
+
+def _put(h: Tensor) -> Tensor:
+    h[:, 0] = 1
+    h[:, 1] += 2
+    return h
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_blocks_do_what_the_network_does(name: str) -> None:
+    model = cut(Net(BETWEEN[name]), coupling=lg.MAN())
+    assert_chained(model, X)
+    assert torch.equal(chain(model, X[:1].repeat(3, 1, 1, 1)), model.backbone(X[:1].repeat(3, 1, 1, 1)))
+
+
+def test_values_of_the_input_cannot_be_asked_for() -> None:
+    with pytest.raises(lg.UserError, match="depends on the values of a tensor"):
+        lg.units(Net(lambda net, h, x: h if h.sum() > 0 else -h), X)
+
+
+class Masked(nn.Module):
+    """Saves a mask where it knows that nothing is masked, as networks of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.units = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)) for _ in range(3))
+
+    def forward(self, h: Tensor, mask: Tensor) -> Tensor:
+        whole = not torch.compiler.is_compiling() and bool(mask.all())
+        for unit in self.units:
+            h = h + (unit(h) if whole else unit(h) * mask)
+        return h
+
+
+def test_a_network_that_may_not_ask_takes_the_way_that_is_right_for_all_values() -> None:
+    h, mask = torch.randn(4, 4), torch.tensor([1.0, 0.0, 1.0, 1.0])
+    how: dict[str, Any] = {"blocks": 3, "method": lg.dgl("0c1f"), "criterion": F.mse_loss}
+    model = lg.localize(Masked(), example=(h, mask[:, None]), **how)
+    found = lg.local_backward(model, (h, mask[:, None]), torch.zeros(4, 4)).logits
+    torch.testing.assert_close(found, model.backbone(h, mask[:, None]))
+    assert not torch.compiler.is_compiling()
