@@ -147,7 +147,7 @@ def tried(small: Small) -> dict[str, Any]:
     row: dict[str, Any] = {"units": 0, "largest_percent": "", "cut": False, "bp": False, "reason": "", "bp_reason": ""}
     try:
         network, example = small.build(), small.example()
-        traced = trace_units(network, example)
+        traced = trace_units(network, example, 4)
         row |= {"units": len(traced.units), "largest_percent": round(100 * largest_share(traced, network))}
         split(traced, 4)
         row["cut"] = True

@@ -153,6 +153,11 @@ def coverage() -> str:
     for source in ("timm", "torchvision", "segmentation"):
         mine = [row["ok"] == "True" for row in read_results("coverage_timm-*.csv") if row["source"] == source]
         body.append([source, str(len(mine)), str(sum(mine)), f"{100 * sum(mine) / len(mine):.1f}%"])
+    libraries: dict[str, list[bool]] = {}
+    for row in read_results("coverage_networks.csv"):
+        libraries.setdefault(row["library"], []).append(row["cut"] == "True")
+    for library, mine in libraries.items():
+        body.append([f"{library}, small", str(len(mine)), str(sum(mine)), f"{100 * sum(mine) / len(mine):.1f}%"])
     return table(["source", "networks", "cut into four blocks", "share"], body)
 
 

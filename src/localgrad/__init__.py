@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from localgrad.core.engine import BlockResult, StepResult, block_steps, local_backward
     from localgrad.core.errors import RunError, UserError
     from localgrad.core.groups import param_groups
-    from localgrad.core.methods import auglocal, bp, dgl, infopro, infopro_weights, predsim
+    from localgrad.core.language_model import LanguageModel, Readout
+    from localgrad.core.methods import auglocal, bp, dgl, infopro, infopro_weights, lopt, predsim
     from localgrad.core.model import LocalModel, localize
-    from localgrad.core.task import Classification, Task
+    from localgrad.core.task import Classification, Segmentation, Task
+    from localgrad.run.text import Text, read_text
     from localgrad.scale.fit import Fit, fit
     from localgrad.scale.memory import PeakBytes, measure_peak, predict_peak
     from localgrad.scale.pipeline import Stage, least_lag
@@ -48,8 +50,10 @@ _NAMES_OF = {
     "core.errors": ("RunError", "UserError"),
     "core.groups": ("param_groups",),
     "core.model": ("LocalModel", "localize"),
-    "core.methods": ("auglocal", "bp", "dgl", "infopro", "infopro_weights", "predsim"),
-    "core.task": ("Classification", "Task"),
+    "core.language_model": ("LanguageModel", "Readout"),
+    "core.methods": ("auglocal", "bp", "dgl", "infopro", "infopro_weights", "lopt", "predsim"),
+    "core.task": ("Classification", "Segmentation", "Task"),
+    "run.text": ("Text", "read_text"),
     "scale.fit": ("Fit", "fit"),
     "scale.memory": ("PeakBytes", "measure_peak", "predict_peak"),
     "scale.pipeline": ("Stage", "least_lag"),
@@ -67,9 +71,10 @@ __all__ = [  # noqa: RUF022 (in the order of the modules)
     "units",
     "DeepMAN", "MAN", "MANPlusPlus", "update_ema", "BlockResult", "LocalModel", "StepResult", "block_steps",
     "local_backward", "localize", "param_groups", "RunError", "UserError", "auglocal", "bp", "dgl", "infopro",
-    "infopro_weights", "predsim", "Classification", "Task", "Fit", "fit", "PeakBytes", "measure_peak", "predict_peak",
-    "Stage", "block_seconds", "least_lag", "shares_of", "Plan", "Planner", "plan", "recompute", "Replicas",
-    "SyncBatchNorm", "sync_batch_norm", "Speed", "calibrate",
+    "infopro_weights", "predsim", "Classification", "Segmentation", "Task", "Fit", "fit", "PeakBytes", "measure_peak",
+    "predict_peak", "Stage", "block_seconds", "least_lag", "shares_of", "Plan", "Planner", "plan", "recompute",
+    "Replicas", "SyncBatchNorm", "sync_batch_norm", "Speed", "calibrate",
+    "LanguageModel", "Readout", "lopt", "Text", "read_text",
 ]  # fmt: skip
 
 

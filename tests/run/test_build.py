@@ -51,7 +51,7 @@ def test_one_image_at_a_time_is_refused_where_a_batch_norm_cannot_take_it(fields
     model = model_of(dataclasses.replace(Recipe(model="resnet14"), **fields), size)
     before, random = {n: t.clone() for n, t in model.state_dict().items()}, torch.get_rng_state()
     with pytest.raises(UserError, match=says) if says else contextlib.nullcontext():
-        check_single(model, "the set is")
+        check_single(model, torch.zeros(1, dtype=torch.int64), "the set is")
     assert torch.equal(random, torch.get_rng_state())
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())

@@ -83,7 +83,7 @@ def no_debian(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(readers, "DEBIAN_FASHION", tmp_path / "nowhere")
 
 
-def pixels(split: datasets.Images | datasets.Files) -> torch.Tensor:
+def pixels(split: datasets.Split) -> torch.Tensor:
     assert isinstance(split, datasets.Images)
     return split.images
 
@@ -104,12 +104,14 @@ def test_the_table_is_consistent() -> None:
         "cifar100",
         "svhn",
         "stl10",
+        "fashion-scenes",
         "image-folder",
+        "mask-folder",
     ]
     assert all(info.name == name for name, info in datasets.DATASETS.items())
     assert all(len(info.mean) == len(info.std) == info.channels for info in datasets.DATASETS.values())
-    in_memory = [(info.pad, info.flip) for info in datasets.DATASETS.values()][:-1]
-    assert in_memory == [(1, False), (2, True), (4, True), (4, True), (2, False), (4, True)]
+    in_memory = [(info.pad, info.flip) for info in datasets.DATASETS.values() if info.classes]
+    assert in_memory == [(1, False), (2, True), (4, True), (4, True), (2, False), (4, True), (4, True)]
 
 
 def test_listing_data_sets_loads_no_model_code_and_no_large_package() -> None:
@@ -120,7 +122,8 @@ def test_listing_data_sets_loads_no_model_code_and_no_large_package() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {name.removeprefix("localgrad.") for name in done.stdout.split()} - {"core", "run"}
-    assert loaded == {"core.errors", "run.augment", "run.data", "run.image_folder", "run.readers", "run.signals"}
+    modules = "augment data fields image_folder mask_folder readers recipe scenes sets signals"
+    assert loaded == {"core.errors", *(f"run.{name}" for name in modules.split())}
 
 
 def test_digits_are_the_real_ones_split_by_class_and_independent_of_the_seed() -> None:

@@ -20,6 +20,7 @@ from localgrad.run.runlog import StepRecord
 from localgrad.scale.replicas import Ranks
 
 RECIPE = Recipe(model="resnet8", limit_train=64, batch_size=16, precision="float32", step_as_you_go=True)
+TARGETS = torch.zeros(16, dtype=torch.int64)
 
 
 class TwoRanks(Ranks):
@@ -43,7 +44,7 @@ def test_the_records_of_all_ranks_are_put_together() -> None:
     mine = [StepRecord([1.0, 2.0 + i], [{"classifier": torch.tensor(1.0)}, {"classifier": torch.tensor(2.0)}], 0.0, 16)
             for i in range(2)]  # fmt: skip
     (first, second), peak = pipeline().merge(mine, 100, step=7, since_save=7)
-    assert (first.losses, first.top1, first.images) == ([1.0, 2.0, 3.0, 4.0], 50.0, 16)
+    assert (first.losses, first.score, first.images) == ([1.0, 2.0, 3.0, 4.0], 50.0, 16)
     assert first.parts == [*({"classifier": float(i)} for i in (1, 2, 3)), {}]
     assert second.losses == [1.0, 3.0, 3.0, 4.0]
     assert peak == 900  # of the rank that needs the most
@@ -82,7 +83,7 @@ def test_notes_tell_where_ranks_would_wait() -> None:
 def test_alone_is_what_all_modes_share() -> None:
     """Each mode has the interface of the plainest one, and one process alone exchanges nothing."""
     model = build_model(RECIPE, datasets.load("digits", limit_train=64), machine_for(RECIPE))
-    mode = mode_for(RECIPE, model, machine_for(RECIPE), Ranks(), Saving(), pipeline=True, batch=16)
+    mode = mode_for(RECIPE, model, machine_for(RECIPE), Ranks(), Saving(), pipeline=True, targets=TARGETS)
     assert type(mode) is Alone
     assert (mode.blocks, mode.shard, mode.replicas, mode.notes(RECIPE)) == (range(4), (0, 1), 1, [])
     record = StepRecord([1.0], [{}], 0.0, 16)
@@ -102,7 +103,7 @@ def test_alone_is_what_all_modes_share() -> None:
 def test_what_no_pipeline_can_follow_is_refused(changes: dict[str, Any], count: int, says: str) -> None:
     machine, data = machine_for(RECIPE), datasets.load("digits", limit_train=64)
     with pytest.raises(UserError, match=says):
-        stage_for(replace(RECIPE, **changes), build_model(RECIPE, data, machine), machine, Ranks(0, count), 16)
+        stage_for(replace(RECIPE, **changes), build_model(RECIPE, data, machine), machine, Ranks(0, count), TARGETS)
 
 
 def test_memory_that_runs_out_as_blocks_are_timed_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +113,7 @@ def test_memory_that_runs_out_as_blocks_are_timed_is_a_sentence(monkeypatch: pyt
     machine, data = machine_for(RECIPE), datasets.load("digits", limit_train=64)
     monkeypatch.setattr(modes, "block_seconds", full)
     with pytest.raises(RunError, match="out of memory as rank 1 timed the blocks"):
-        stage_for(RECIPE, build_model(RECIPE, data, machine), machine, Ranks(1, 2), 16)
+        stage_for(RECIPE, build_model(RECIPE, data, machine), machine, Ranks(1, 2), TARGETS)
 
 
 def test_labels_alone_are_those_of_the_batches() -> None:

@@ -61,3 +61,15 @@ def contents(folder: Path) -> dict[str, bytes]:
 def rows_of(table: Path) -> list[dict[str, str]]:
     with table.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def write_masks(folder: Path, names: Sequence[str] = ("sky", "earth", "sea"), size: int = 24) -> Path:
+    """A folder of noise with masks: four images to train on and two to test."""
+    for split, count in (("train", 4), ("val", 2)):
+        for kind in ("images", "masks"):
+            (folder / kind / split).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(noise(size, size, 3, seed=i)).save(folder / "images" / split / f"{i}.png")
+            Image.fromarray(noise(size, size, seed=i) % len(names)).save(folder / "masks" / split / f"{i}.png")
+    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in names))
+    return folder

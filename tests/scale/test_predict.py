@@ -230,6 +230,21 @@ def test_sparse_gradients_are_measured_and_predicted() -> None:
     assert found.split["gradients"] > 0
 
 
+def test_a_network_with_a_list_of_tensors_is_predicted() -> None:
+    """Torchvision's detectors keep their anchors in one."""
+
+    class Shifted(nn.Conv2d):
+        def __init__(self) -> None:
+            super().__init__(3, 8, 3)
+            self.table = [torch.ones(()), torch.full((8, 1, 1), 2.0)]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.table[0] + self.table[1]
+
+    network = nn.Sequential(Shifted(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    same(lg.localize(network, method=lg.bp(), example=torch.zeros(2, 3, 16, 16)), sgd)
+
+
 def of_the_known(logits: Tensor, y: Tensor) -> Tensor:
     return functional.cross_entropy(logits[y != 255], y[y != 255])
 

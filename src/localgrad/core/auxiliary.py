@@ -14,6 +14,7 @@ from localgrad.core.blocks import Origin, Unit
 from localgrad.core.boundary import MAIN, Boundary, main_of
 from localgrad.core.couplings import Momentum
 from localgrad.core.errors import UserError
+from localgrad.core.language_model import SharedReadout
 from localgrad.core.task import Task
 
 FAR = 0.5  # The relative distance of averages from their sources that only other weights explain.
@@ -31,6 +32,7 @@ class Site:
         image: The shape of one input of the network, [C, H, W].
         width: The channels of the backbone's last unit.
         task: The task of the network.
+        entering: The features that enter the block: the boundary before it, or that behind the network's first unit.
         head: The name of the classifier, as `heads.classifier` takes it. Default: the method's own classifier.
     """
 
@@ -41,6 +43,7 @@ class Site:
     image: tuple[int, int, int]
     width: int
     task: Task
+    entering: Boundary
     head: str | None = None
 
 
@@ -50,9 +53,10 @@ class Term:
 
     Attributes:
         head: The layers of the head, [B, *boundary.shape] -> the first argument of the objective.
-        objective: Called as `objective(output, targets)` or `objective(output, images)`. It returns a scalar.
+        objective: Called with the output of the head and what `against` names. It returns a scalar.
         weight: The factor of the objective in the block's loss. Default: 1.
-        against: The second argument of the objective: "targets" (default) or "images", which lie in [0, 1].
+        against: The second argument of the objective: "targets" (default), "images", which lie in [0, 1], or
+            "features", the features that enter the block, without a graph.
         pairs: Whether the objective compares images of a batch with each other, so that its value is not the mean of
             its values on parts of the batch. Default: False.
         reads: The name of the passenger that the head reads. Default: the main tensor. None: all that crosses, as a
@@ -100,6 +104,10 @@ class Method:
 
     def images(self, x: Tensor) -> Tensor:
         """Recovers images in [0, 1] from normalised inputs, both [B, C, H, W] or [B, C, L]. No gradient goes back."""
+        if not x.is_floating_point():
+            raise UserError(
+                f"{self.name} rebuilds images, and the inputs are {x.dtype}, as tokens are: lg.lopt() rebuilds features"
+            )
         x = x.detach()
         if self.mean is None or self.std is None:
             return x.clamp(0, 1)
@@ -132,7 +140,11 @@ class Auxiliary(nn.Module):
 
     @property
     def needs_images(self) -> bool:
-        return any(term.against == "images" for term in self.terms.values())
+        return self.needs("images")
+
+    def needs(self, reference: str) -> bool:
+        """Whether an objective has this second argument, as `Term.against` names it."""
+        return any(term.against == reference for term in self.terms.values())
 
     def forward(self, h: Any) -> dict[str, Any]:
         crossing = h if self.coupling is None else self.coupling(h)
@@ -140,9 +152,12 @@ class Auxiliary(nn.Module):
         tensors = {name: read[r] if (r := self.terms[name].reads) in read else h[r] for name in self.heads}
         return {name: head(tensors[name]) for name, head in self.heads.items()}
 
-    def losses(self, outputs: dict[str, Any], targets: Any, images: Tensor | None) -> dict[str, Tensor]:
+    def losses(
+        self, outputs: dict[str, Any], targets: Any, images: Tensor | None, features: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """The value of each objective by name, unweighted, in float32 or wider."""
-        references = {"targets": targets, "images": images}
+        features = None if features is None else full_precision(features)
+        references = {"targets": targets, "images": images, "features": features}
         values = {}
         for name, output in outputs.items():
             term = self.terms[name]
@@ -150,13 +165,16 @@ class Auxiliary(nn.Module):
         return values
 
     def move(self, *, stepped: bool) -> None:
-        """Moves the coupling's averages once.
+        """Moves the coupling's averages once, and lets heads follow the backbone that have a copy of a part of it.
 
         Args:
             stepped: Whether the optimizer has stepped already. Averages that move at the other time are left alone.
         """
         if self.coupling is not None and self.coupling.spec.moves_after_step == stepped:
             self.coupling.update()
+        for module in () if stepped else self.heads.modules():
+            if isinstance(module, SharedReadout):
+                module.follow()
 
     def copies(self) -> Iterator[tuple[nn.Module, Origin]]:
         """Each copy of a unit in the coupling and the heads, with where it comes from."""
@@ -168,6 +186,9 @@ class Auxiliary(nn.Module):
             origin.start(module)
         if self.coupling is not None:
             self.coupling.restart()
+        for module in self.heads.modules():
+            if isinstance(module, SharedReadout):
+                module.restart()
 
     def is_stale(self) -> bool:
         """Whether its averages are far from their sources, or a copy of a frozen parameter has another value."""

@@ -85,8 +85,9 @@ def build(
     """Makes a backbone by its name.
 
     Args:
-        name: A CIFAR ResNet, such as "resnet32", or a network of a library: "torchvision:resnet50", "timm:resnet101".
-        classes: The number of logits.
+        name: A CIFAR ResNet, such as "resnet32", or a network of a library: "torchvision:resnet50", "timm:resnet101",
+            "torchvision:fcn_resnet50".
+        classes: The number of logits, of each pixel if it is a network for segmentation.
         in_channels: The channels of the images. Default: 3.
         pretrained: Whether the library loads trained weights. For torchvision, it may also be the name of weights, such
             as "IMAGENET1K_V1", and True is "DEFAULT". The layer that gives the logits is new where their number is
@@ -133,16 +134,20 @@ def _torchvision(
 ) -> nn.Module:
     import torchvision
 
-    names = torchvision.models.list_models(module=torchvision.models)
+    pixels = torchvision.models.list_models(module=torchvision.models.segmentation)
+    names = torchvision.models.list_models(module=torchvision.models) + pixels
     if model not in names:
         raise _no_such(name, "torchvision", model, names)
     if pretrained:  # Trained weights are those of a network with their own number of classes.
         weights = "DEFAULT" if pretrained is True else pretrained
-        backbone = torchvision.models.get_model(model, weights=weights, **arguments)
+        backbone: Any = torchvision.models.get_model(model, weights=weights, **arguments)
+        if model in pixels:  # Trained weights bring a second output, which no criterion here reads.
+            backbone.aux_classifier = None
         _change_output(backbone, classes)
     else:
         # These two networks build auxiliary logits and warn about their initialisation, unless told otherwise.
         extra = {"aux_logits": False, "init_weights": True} if model in ("googlenet", "inception_v3") else {}
+        extra |= {"weights_backbone": None} if model in pixels else {}
         backbone = torchvision.models.get_model(model, weights=None, num_classes=classes, **extra, **arguments)
     if in_channels != 3:
         _change_input(backbone, in_channels)

@@ -83,9 +83,7 @@ def without_values(
         copies: By the id of an object, what the copy holds in its place. Default: nothing.
     """
     memo: dict[int, Any] = dict(copies or {})
-    attributes = [v for m in module.modules() for v in vars(m).values() if isinstance(v, Tensor)]
-    attributes += [t for t in held_tensors(module) if t.grad_fn is not None]  # An LSTM has its weights in a list.
-    for tensor in (*module.parameters(), *module.buffers(), *attributes):
+    for tensor in held_tensors(module):
         at = device or ("cpu" if tensor.is_meta else tensor.device)
         other = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=at)
         memo[id(tensor)] = nn.Parameter(other, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else other

@@ -9,11 +9,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from localgrad.core.auxiliary import Auxiliary, full_precision
+from localgrad.core.blocks import Block
 from localgrad.core.boundary import detached, main_of
 from localgrad.core.checks import check_call
+from localgrad.core.copies import undisturbed
 from localgrad.core.errors import UserError
 from localgrad.core.inputs import main_input, rows, targets_of
 from localgrad.core.model import LocalModel, localized
@@ -192,8 +195,15 @@ def _mean(results: Sequence[StepResult], shares: Sequence[float]) -> StepResult:
     blocks = range(len(results[0].losses))
     losses = [mean(result.losses[k] for result in results) for k in blocks]
     parts = [{name: mean(r.parts[k][name] for r in results) for name in results[0].parts[k]} for k in blocks]
-    logits = tree_map(lambda *tensors: torch.cat(tensors), *(result.logits for result in results))
-    return StepResult(losses, parts, logits)
+    return StepResult(losses, parts, tree_map(_joined, *(result.logits for result in results)))
+
+
+def _joined(*found: Any) -> Any:
+    """What the parts of a batch give, in a row. A parameter among the outputs is the same one for all parts."""
+    first = found[0]
+    if not isinstance(first, Tensor) or first.untyped_storage()._cdata == found[1].untyped_storage()._cdata:
+        return first
+    return torch.cat(found)
 
 
 def check_step(
@@ -212,6 +222,8 @@ def check_step(
     check_call(entering, y, scale, autocast, backward)
     model.watch.check(model.backbone)
     shape = tuple(model.blocks[blocks[0] - 1].boundary.shape) if blocks[0] else model.image
+    if not blocks[0] and (check_inputs := getattr(model.task, "check_inputs", None)) is not None:
+        check_inputs(h)
     model.task.check_targets(y)
     counts = {len(leaf): None for leaf in tree_leaves(y) if isinstance(leaf, Tensor) and leaf.ndim}
     if tuple(h.shape[1:]) != shape or any(count != len(h) for count in counts):
@@ -281,14 +293,31 @@ def block_backward(
         block.check(h)
         return BlockResult(k, full_precision(main_of(h).new_zeros(())), {}, h)
     with autocasting(h, autocast):
+        features = entering_features(block, h, first=k == 0) if auxiliary.needs("features") else None
         h = block(h)
         block.check(h)
         outputs = auxiliary(h)
-    parts = auxiliary.losses(outputs, y, images)
+    parts = auxiliary.losses(outputs, y, images, features)
     del outputs  # Otherwise they would stay in memory during the backward pass.
     loss = auxiliary.total(parts)
     _run_backward(loss, scale, backward)
     return BlockResult(k, loss.detach(), {name: value.detach() for name, value in parts.items()}, detached(h))
+
+
+def entering_features(block: Block, h: Any, *, first: bool) -> Tensor:
+    """The features that enter a block, without a graph.
+
+    Args:
+        block: The block.
+        h: Its input.
+        first: Whether it is the first block, which reads the input of the network. Its features are what its first unit
+            makes of it. That unit runs once more, with the random draws that it finds again in the block.
+    """
+    if not first:
+        return main_of(h).detach()
+    buffers = {name: buffer.clone() for name, buffer in block[0].named_buffers()}
+    with undisturbed(main_of(h).device):
+        return main_of(functional_call(block[0], buffers, (h,)))
 
 
 def _run_backward(loss: Tensor, scale: float | Tensor, backward: Callable[[Tensor], object] | None) -> None:

@@ -6,12 +6,15 @@ Each function takes the boundary that the head reads and returns an `nn.Sequenti
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from localgrad.core.boundary import Boundary
 from localgrad.core.errors import UserError, unknown
-from localgrad.core.task import AnyLoss, Task
+
+if TYPE_CHECKING:
+    from localgrad.core.task import Task
 
 # Heads that `--head` names, with the numbers of their convolutions and linear layers.
 CONVOLUTIONAL = {"0c1f": (0, 1), "1c1f": (1, 1), "1c2f": (1, 2), "1c3f": (1, 3), "2c2f": (2, 2)}
@@ -34,8 +37,8 @@ def classifier(head: str, boundary: Boundary, task: Task, *, width: int, hidden:
     Raises:
         UserError: No head has this name, or the side is no number from 1 on.
     """
-    if isinstance(task, AnyLoss) and task.dense is not None:
-        return nn.Sequential(task.as_network_gives(dense(boundary, task.dense)))
+    if (own := of_task(boundary, task)) is not None:
+        return own
     name, at, number = head.partition("@")
     if at and not re.fullmatch(r"[1-9]\d*", number):
         raise UserError(f"head takes the side of a pooled map behind @, as in 1c2f@4, not '{head}'")
@@ -45,6 +48,13 @@ def classifier(head: str, boundary: Boundary, task: Task, *, width: int, hidden:
     if name not in CONVOLUTIONAL:
         raise unknown("head", name, HEADS)
     return convolutional(boundary, task.output, *CONVOLUTIONAL[name], width=width, hidden=hidden, side=side)
+
+
+def of_task(boundary: Boundary, task: Task) -> nn.Sequential | None:
+    """The whole head that the task makes for a boundary, whatever the method, or None if it makes none."""
+    make = getattr(task, "head", None)
+    made = make and make(boundary)
+    return None if made is None else nn.Sequential(made)
 
 
 def convolutional(
@@ -97,8 +107,8 @@ def dense(boundary: Boundary, shape: tuple[int, ...]) -> nn.Sequential:
     elif boundary.layout == "NCDHW" and len(shape) == 4:
         return nn.Sequential(nn.Conv3d(boundary.channels, shape[0], 1), nn.Upsample(shape[1:], mode="trilinear"))
     elif boundary.layout != "NCDHW" and len(shape) == 3:
-        layers = [*boundary.to_map(), nn.Conv2d(boundary.channels, shape[0], 1)]
-        return nn.Sequential(*layers, nn.Upsample(shape[1:], mode="bilinear"))
+        resized = [] if boundary.size == shape[1:] else [nn.Upsample(shape[1:], mode="bilinear")]
+        return nn.Sequential(*boundary.to_map(), nn.Conv2d(boundary.channels, shape[0], 1), *resized)
     raise UserError(
         f"the network gives {shape} for a sample, and a head cannot make that of {boundary.shape}: train it in one "
         "block, by lg.bp(), or pass a task of your own"
@@ -184,6 +194,31 @@ def imagenet_decoder(boundary: Boundary, image: tuple[int, int, int]) -> nn.Sequ
         layers += [nn.BatchNorm2d(out), nn.ReLU()]
         before = out
     return nn.Sequential(*layers[:-2])
+
+
+def feature_decoder(boundary: Boundary, entering: Boundary) -> nn.Sequential:
+    """Layer norm, linear to a quarter of the width, GELU, linear: [B, L, width] -> the features that entered the block.
+
+    Linear layers start small (Glorot's uniform distribution times 0.1, no bias). Source: LoPT (arXiv 2605.04913).
+
+    Args:
+        boundary: The input of the head.
+        entering: What is to be rebuilt.
+
+    Raises:
+        UserError: These are not as many tokens.
+    """
+    if (boundary.layout, entering.layout) != ("NLC", "NLC") or boundary.shape[0] != entering.shape[0]:
+        raise UserError(
+            f"lopt rebuilds tokens of tokens, and {entering.shape} enters a block that {boundary.shape} leaves: take "
+            "another method, or other cuts"
+        )
+    width = max(1, boundary.channels // 4)
+    first, last = nn.Linear(boundary.channels, width), nn.Linear(width, entering.channels)
+    for layer in (first, last):
+        nn.init.xavier_uniform_(layer.weight, gain=0.1)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(nn.LayerNorm(boundary.channels), first, nn.GELU(), last)
 
 
 def _pooled(channels: int, size: tuple[int, int], side: int | None) -> tuple[list[nn.Module], int]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 
 from torch import nn
+from torch.nn import functional as F
 
 from localgrad.core import heads, objectives
 from localgrad.core.auxiliary import Method, Site, Term
@@ -13,7 +14,7 @@ from localgrad.core.blocks import Main, select_path
 from localgrad.core.boundary import MAIN
 from localgrad.core.decoder import Decoder
 from localgrad.core.errors import UserError
-from localgrad.core.task import AnyLoss, Classification
+from localgrad.core.task import Classification
 
 IMAGENET_SIZE = 128  # Images of at least this size get InfoPro's ImageNet auxiliaries.
 
@@ -90,8 +91,9 @@ def infopro(
         temperature: The temperature of the contrastive loss, above 0. Default: 0.07.
         features: The width of the CIFAR classifier's hidden layer, and of the vectors to contrast. Default: 128.
         weights: The weights (reconstruction, classification) of each auxiliary. Default: the paper's, which are
-            (5, 0.75) for ImageNet heads and `infopro_weights` for CIFAR heads. By the latter the last of several
-            auxiliaries has weights of 0 and teaches its block nothing.
+            (5, 0.75) for ImageNet heads, `infopro_weights` for CIFAR heads, and (1.5, 1) where the task makes the
+            heads, as for segmentation. By `infopro_weights` the last of several auxiliaries has weights of 0 and
+            teaches its block nothing.
         mean: The mean of the input's normalisation, to recover images. Default: the input is the image.
         std: The standard deviation of that normalisation. It is given together with `mean`.
 
@@ -109,7 +111,9 @@ def _infopro(
     site: Site, *, contrast: bool, temperature: float, features: int, weights: list[tuple[float, float]] | None
 ) -> dict[str, Term]:
     large = min(site.image[1:]) >= IMAGENET_SIZE
-    if weights is None:
+    if weights is None and heads.of_task(site.boundary, site.task) is not None:
+        pair = (1.5, 1.0)
+    elif weights is None:
         pair = (5.0, 0.75) if large else infopro_weights(site.index, site.count)
     elif len(weights) == site.count:
         pair = weights[site.index]
@@ -167,11 +171,39 @@ def _auglocal(site: Site, *, depth: int, shrink: float) -> dict[str, Term]:
     return {"classifier": Term(nn.Sequential(*layers), site.task.criterion, reads=None if path else MAIN)}
 
 
+def lopt(*, weight: float = 10.0) -> Method:
+    """LoPT: a block learns to rebuild the features that enter it from those that leave it, and sees no targets.
+
+    Only the last block is trained for the task. The features that enter the first block are what its first unit, such
+    as an embedding, makes of the network's input. No gradient goes through them as the target.
+    Source: Shi et al., "Rethinking local learning" (arXiv 2605.04913) and its code, for language models that are
+    trained further: `weight` times the mean squared error of layer norm, linear to a quarter of the width, GELU and
+    linear. The code takes the mean over the blocks, and here each block has its own loss.
+
+    Args:
+        weight: The factor of the reconstruction. Default: 10, as in the paper.
+
+    Raises:
+        UserError: The weight is not above 0. Where no tokens cross, or they change their shape within a block,
+            `localize` raises it.
+    """
+    if not weight > 0:
+        raise UserError(f"the weight of LoPT's reconstruction must be above 0, not {weight}")
+    return Method("lopt", partial(_lopt, weight=weight))
+
+
+def _lopt(site: Site, *, weight: float) -> dict[str, Term]:
+    rebuild = heads.feature_decoder(site.boundary, site.entering)
+    return {"features": Term(rebuild, F.mse_loss, weight, against="features")}
+
+
 def _classifier(site: Site, own) -> nn.Module:
     """Makes the classifier that the site names, or the method's `own(boundary, task)`."""
-    if site.head is None and not (isinstance(site.task, AnyLoss) and site.task.dense):
+    if (of_task := heads.of_task(site.boundary, site.task)) is not None:
+        return of_task
+    if site.head is None:
         return own(site.boundary, site.task)
-    return heads.classifier(site.head or "0c1f", site.boundary, site.task, width=site.width)
+    return heads.classifier(site.head, site.boundary, site.task, width=site.width)
 
 
 METHODS = {"bp": bp, "dgl": dgl, "predsim": predsim, "infopro": infopro, "auglocal": auglocal}

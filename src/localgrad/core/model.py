@@ -20,7 +20,7 @@ from localgrad.core.errors import UserError
 from localgrad.core.inputs import Inputs, main_input, targets_of
 from localgrad.core.rebuild import TensorReference
 from localgrad.core.table import table
-from localgrad.core.task import AnyLoss, Classification, Task
+from localgrad.core.task import AnyLoss, Classification, Segmentation, Task
 from localgrad.core.unreached import passengers_with_heads
 from localgrad.core.watch import Watch
 
@@ -257,23 +257,12 @@ def _localize(
 
 
 def _task(traced: Traced, task: Task | None) -> Task:
-    """The task of a network. Raises UserError if it is classification and the output of the network does not fit."""
-    if task is not None and type(task) is not Classification:
-        return task
-    match traced.cut.gives:
-        case (int() as logits,):
-            pass
-        case other:
-            raise UserError(
-                f"the backbone gives {other}, not one vector of logits a sample: pass a criterion or a task of your own"
-            )
+    """The task of a network. Raises UserError if the output of the network does not fit."""
+    gives = traced.cut.gives
     if task is None:
-        return Classification(logits)
-    if logits != task.classes:
-        raise UserError(
-            f"the backbone gives {logits} logits a sample for a task of {task.classes} classes: make it with "
-            f"{task.classes} outputs"
-        )
+        task = Classification(gives[0] if isinstance(gives, tuple) and len(gives) == 1 else 2)
+    if isinstance(task, Classification | Segmentation) and type(task) in (Classification, Segmentation):
+        task.check_output(gives)  # A subclass may read something else.
     return task
 
 
@@ -304,6 +293,7 @@ def _auxiliaries(
             image=(image.channels, *image.size),
             width=width,
             task=task,
+            entering=groups[index - 1][-1].output if index else group[0].output,
             head=method.head,
         )
         auxiliaries.append(_auxiliary(site, method, coupling, passengers_with_heads(group)))

@@ -42,7 +42,9 @@ from localgrad.core.steps import (
 from localgrad.core.threads import Draws, alone
 from localgrad.core.watch import changed_attributes, read_attributes
 
-ASKS = frozenset(("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__"))
+ASKS = frozenset(
+    ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__", "__contains__")
+)
 METHODS = {member: name for name, member in vars(Tensor).items() if callable(member)}
 METHODS |= {member: name for name, member in vars(torch._C.TensorBase).items() if callable(member)}
 TRIES = 8  # If random numbers were drawn at the same step in so many passes, another thread has not drawn them all.

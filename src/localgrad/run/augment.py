@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 # Each use has a stream of its own, so that the order of an epoch is independent of its crops.
-AUGMENT, ORDER, SUBSET, REPLACE, MIX = 0, 1, 2, 3, 4
+AUGMENT, ORDER, SUBSET, REPLACE, MIX, SCENE = 0, 1, 2, 3, 4, 5
 _MASK = 2**64 - 1
 _GAMMA = 0x9E3779B97F4A7C15
 

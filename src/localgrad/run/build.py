@@ -23,13 +23,13 @@ from localgrad.core.engine import local_backward
 from localgrad.core.errors import UserError
 from localgrad.core.methods import METHODS
 from localgrad.core.model import LocalModel, localize
-from localgrad.core.task import Classification
+from localgrad.core.task import Classification, Segmentation
 from localgrad.run.checkpoint import load_backbone, read_weights
-from localgrad.run.data import DATASETS, Data, DataInfo, check_classes, load
+from localgrad.run.data import DATASETS, Data, DataInfo, check_classes, find, load
 from localgrad.run.files import MODEL
 from localgrad.run.folder import read_classes, read_input
 from localgrad.run.own import build_own, is_own
-from localgrad.run.recipe import Recipe
+from localgrad.run.recipe import MASKS, Recipe
 from localgrad.scale.memory import MakeOptimizer, on_fake_tensors
 from localgrad.scale.plan import Planner
 from localgrad.scale.recompute import recompute, unit_range
@@ -122,6 +122,12 @@ def data_of(run: Path, recipe: Recipe) -> Data:
     return data
 
 
+def check_of_images(recipe: Recipe, what: str) -> None:
+    """Raises UserError for a run on masks. `what` is a command that needs a class for each image."""
+    if recipe.data in MASKS:
+        raise UserError(f"{what} needs one class for each image, and a run on {recipe.data} gives each pixel one")
+
+
 def info_of(run: Path, recipe: Recipe) -> DataInfo:
     """What is known of a finished run's data, which need not be there any more. If the run has not recorded its
     classes, their number follows from the weights: the network is built for another number, and shapes are compared."""
@@ -169,7 +175,7 @@ def build_model(
         backbone,
         blocks=recipe.cut, method=method_of(recipe, info), coupling=coupling_of(recipe),
         example=example,
-        task=Classification(info.classes, recipe.label_smoothing),
+        targets=info.targets(2), task=task_of(info, recipe),
     )  # fmt: skip
     if recipe.sync_batch_norm:
         sync_batch_norm(model.auxiliaries)
@@ -179,12 +185,37 @@ def build_model(
     return model
 
 
-def check_single(model: LocalModel, share: str) -> None:
-    """Raises UserError if a batch norm has only one value per channel when the model is trained on one image. `share`
-    is the subject of the sentence, such as "the training set is". A copy of the model without values is tried."""
+def task_of(info: DataInfo, recipe: Recipe | None = None) -> Classification | Segmentation:
+    """What a network is trained for on a data set.
+
+    Args:
+        info: What is known about the set.
+        recipe: Its label smoothing counts. Default: none, as in an evaluation.
+
+    Raises:
+        UserError: Its images cannot be mixed as the recipe says.
+    """
+    if recipe and recipe.mixes and info.masks:
+        raise UserError(
+            f"mixup and cutmix give an image shares of classes, and the masks of {info.name} give each pixel one: drop "
+            "them"
+        )
+    kind = Segmentation if info.masks else Classification
+    return kind(info.classes, label_smoothing=recipe.label_smoothing if recipe else 0.0)
+
+
+def check_single(model: LocalModel, targets: Tensor, share: str) -> None:
+    """Raises UserError if a batch norm has only one value per channel when the model is trained on one image.
+
+    A copy of the model without values is tried.
+
+    Args:
+        targets: An example of the targets.
+        share: The subject of the sentence, such as "the training set is".
+    """
     whose, remedy = "the network", ""
     try:
-        with on_fake_tensors(model, 1) as (copied, x, y):
+        with on_fake_tensors(model, 1, targets) as (copied, x, y):
             copied.backbone(x)
             whose, remedy = "an auxiliary", ", or a head that has no such norm, as --head 0c1f"
             local_backward(copied, x, y)
@@ -196,14 +227,16 @@ def check_single(model: LocalModel, share: str) -> None:
 def planner_for(recipe: Recipe, machine: Machine, classes: int | None = None) -> Planner:
     """The planner for the recipe's network and batch on this device.
 
-    If the recipe has an `image_size`, the images have three channels, as those of ImageNet.
+    If the recipe has an `image_size`, the images have three channels, as those of ImageNet. A folder of masks must be
+    there, because it tells the number of classes.
 
     Args:
         classes: The number of classes of an image folder, 1000 by default.
     """
-    info = DATASETS["image-folder" if recipe.image_size else recipe.data]
-    info = replace(info, classes=info.classes or classes or 1000)
+    info = DATASETS["image-folder" if recipe.image_size and DATASETS[recipe.data].classes else recipe.data]
+    info = find(info.name, recipe.data_dir) if info.name == "mask-folder" else info
     size = recipe.image_size or info.size
+    info = replace(info, classes=info.classes or classes or 1000, size=size)
     backbone = backbone_of(recipe, info)
     machine.place(backbone)
     example = torch.zeros(recipe.batch_size, info.channels, size, size, device=machine.device)
@@ -212,7 +245,7 @@ def planner_for(recipe: Recipe, machine: Machine, classes: int | None = None) ->
         freeze(backbone, recipe.freeze, example)
     return Planner(
         backbone, example, method=method_of(recipe, info), coupling=coupling_of(recipe),
-        task=Classification(info.classes, recipe.label_smoothing), optimizer=optimizer_of(recipe),
+        task=task_of(info, recipe), targets=info.targets(recipe.batch_size), optimizer=optimizer_of(recipe),
         autocast=machine.autocast, speed=calibrate(backbone, example, autocast=machine.autocast),
     )  # fmt: skip
 

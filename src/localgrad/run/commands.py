@@ -47,8 +47,7 @@ def run_train(args: Train) -> int:
         finished = ranks.broadcast_object(ranks.first and claim(args.out, recipe, may_grow=True))
         if finished and args.saving.resume == "auto":
             if ranks.first:
-                row = summary_rows(args.out)[-1]
-                print(f"{args.out} holds this run, finished: top1 {row['eval_top1']:.2f}%")
+                print(f"{args.out} holds this run, finished: {scores(summary_rows(args.out)[-1])}")
             return 0
         train(
             recipe, args.out, saving=args.saving, tensorboard=args.tensorboard, ranks=ranks, pipeline=args.pipeline > 1
@@ -132,7 +131,7 @@ def _fitted(args: Train) -> Recipe:
         earlier = read_recipe(args.out / "config.yaml")
         print(f"going on with the plan of {args.out}: blocks {earlier.blocks}")
         return replace(recipe, **{name: getattr(earlier, name) for name in PLANNED})
-    folder = recipe.data == "image-folder"
+    folder = recipe.data == "image-folder"  # Only its folders tell the number of its classes.
     info = data_room.load(recipe.data, data_dir=recipe.data_dir, image_size=recipe.image_size).info if folder else None
     planner = planner_for(recipe, machine_for(recipe), classes=info.classes if info else None)
     budget = planner.bytes_of(args.budget, "--budget")
@@ -256,13 +255,13 @@ def run_list(args: List) -> int:
     for title, names in (("methods", METHODS), ("couplings", COUPLINGS), ("heads", HEADS), ("recipes", RECIPES)):
         console.print(f"[bold]{title}[/]  {', '.join(names)}", highlight=False)
     models = f"{', '.join(CIFAR_RESNETS)}, torchvision:NAME, timm:NAME, PACKAGE.MODULE:FUNCTION"
-    console.print(f"[bold]backbones[/]  {models} (classification networks)", highlight=False)
+    console.print(f"[bold]backbones[/]  {models} (networks for classes of images or pixels)", highlight=False)
     table = Table("data set", "images", "classes", "present", title="data sets", title_justify="left")
     for name, info in data_room.DATASETS.items():
         path = data_room.present(name, args.data_dir)
-        folder = name == "image-folder"
-        size = "any" if folder else f"{info.channels}x{info.size}x{info.size}"
-        table.add_row(name, size, "its folders" if folder else str(info.classes), path or "no")
+        size = f"{info.channels}x{info.size}x{info.size}" if info.classes else "any"
+        classes = str(info.classes) if info.classes else "its classes.txt" if info.masks else "its folders"
+        table.add_row(name, size, classes, path or "no")
     console.print(table)
     return 0
 

@@ -21,11 +21,12 @@ from localgrad.core.errors import RunError, UserError
 from localgrad.core.sizes import mib
 from localgrad.run import data as data_room
 from localgrad.run.arguments import Compare, parse_changes, parse_lists
-from localgrad.run.build import backbone_of, freeze, machine_for
+from localgrad.run.build import backbone_of, freeze, machine_for, task_of
 from localgrad.run.files import MODEL, check_system
 from localgrad.run.folder import claim, summary_rows
 from localgrad.run.recipe import Recipe, as_dict, idle, override, settle
 from localgrad.run.recipes import named_recipe
+from localgrad.run.runlog import scores
 from localgrad.run.tables import paired, row_of, show, summarize, write_csv
 
 
@@ -90,7 +91,9 @@ def check(cells: Sequence[Cell]) -> None:
         backbone = backbone_of(recipe, info)
         size = recipe.image_size or info.size
         example = torch.zeros(1, info.channels, size, size)
-        split(trace_units(backbone, example), recipe.cut)
+        traced = trace_units(backbone, example, recipe.cut)
+        split(traced, recipe.cut)
+        task_of(info).check_output(traced.cut.gives)
         if recipe.freeze is not None:
             freeze(backbone, recipe.freeze, example)
 
@@ -188,7 +191,7 @@ def _report(name: str, code: int, out: Path, failed: list[str]) -> None:
     if code == 0:
         row = summary_rows(out / name)[-1]
         print(
-            f"{name}: test error {100 - row['eval_top1']:.2f}%, peak {mib(row['peak_bytes'])}, {row['seconds']:.0f} s",
+            f"{name}: {scores(row)}, peak {mib(row['peak_bytes'])}, {row['seconds']:.0f} s",
             flush=True,
         )
     else:

@@ -7,14 +7,12 @@ each random draw of the augmentation depend on seed, epoch and index only, so a 
 
 from __future__ import annotations
 
-import json
 import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,60 +23,17 @@ from localgrad.core.errors import RunError, UserError, unknown
 from localgrad.run import readers
 from localgrad.run.augment import SUBSET, crop_flip, permutation
 from localgrad.run.image_folder import Files, listed, printable, read_folder
+from localgrad.run.mask_folder import read_names, read_split
 from localgrad.run.readers import Batches, OnBad
+from localgrad.run.scenes import Scenes, split_of
+from localgrad.run.sets import DATASETS, FOLDER_SIZE, DataInfo, described
 
-IMAGE_FOLDER_SIZE = 224  # This is the usual crop of ImageNet, in pixels.
-
-
-@dataclass(frozen=True)
-class DataInfo:
-    """What is known about a data set before it is read.
-
-    Attributes:
-        name: Its name in `DATASETS`.
-        classes: How many classes it has. An image folder has 0 until it is read.
-        channels: How many channels its images have.
-        size: The side of its square images in pixels.
-        mean: The mean of each channel over the training images, with pixels in [0, 1].
-        std: The standard deviation of each channel, likewise.
-        pad: The pixels by which an image is padded before a random crop. An image folder is cropped by area instead.
-        flip: Whether half of the training images are mirrored.
-    """
-
-    name: str
-    classes: int
-    channels: int
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    pad: int
-    flip: bool
-
-    @property
-    def input(self) -> dict[str, Any]:
-        """What a program must know to make an input of the network from an image."""
-        return {"channels": self.channels, "size": self.size, "mean": list(self.mean), "std": list(self.std)}
-
-
-DATASETS: dict[str, DataInfo] = {
-    info.name: info
-    for info in (
-        # A digit fills most of its eight pixels, so it is shifted by one at most. Mirrored, it is no digit any more.
-        DataInfo("digits", 10, 1, 8, (0.3054,), (0.3760,), pad=1, flip=False),
-        DataInfo("fashion-mnist", 10, 1, 28, (0.2860,), (0.3530,), pad=2, flip=True),
-        DataInfo("cifar10", 10, 3, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), pad=4, flip=True),
-        DataInfo("cifar100", 100, 3, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), pad=4, flip=True),
-        DataInfo("svhn", 10, 3, 32, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), pad=2, flip=False),
-        DataInfo("stl10", 10, 3, 96, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713), pad=4, flip=True),
-        # All published ImageNet recipes use this mean and standard deviation.
-        DataInfo("image-folder", 0, 3, IMAGE_FOLDER_SIZE, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 0, True),
-    )
-}
+__all__ = ["DATASETS", "DataInfo", "described"]
 
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """A split in memory: images uint8 [N, C, H, W], labels int64 [N]."""
+    """A split in memory: images uint8 [N, C, H, W], and labels int64 [N] or masks uint8 [N, H, W]."""
 
     images: Tensor
     labels: Tensor
@@ -91,13 +46,16 @@ class Images:
         return Images(self.images[torch.from_numpy(indices)], self.labels[torch.from_numpy(indices)])
 
 
+Split = Images | Files | Scenes
+
+
 @dataclass(frozen=True, eq=False)
 class Data:
     """A data set that has been read. Its splits have the same type, and `names` are those of its classes, by label."""
 
     info: DataInfo
-    train: Images | Files
-    test: Images | Files
+    train: Split
+    test: Split
     names: tuple[str, ...] = ()
 
 
@@ -118,9 +76,10 @@ def load(
         data_dir: The folder that holds it, "data" by default. Fashion-MNIST is also found where Debian's package
             installs it.
         download: Whether to fetch it into that folder if it is missing.
-        limit_train: How many training samples to keep, balanced over the classes. By default all.
+        limit_train: How many training samples to keep, balanced over the classes unless they are masks. By default
+            all.
         seed: It determines which samples `limit_train` keeps.
-        image_size: The side of an image folder's crops in pixels, 224 by default.
+        image_size: The side of the crops of a folder of the user's own in pixels, 224 by default.
         only_test: Whether to leave the training split empty. Its files may be missing then.
 
     Returns:
@@ -132,14 +91,24 @@ def load(
     """
     info = _info(name)
     _check_size(info, image_size)
-    folder = Path() if name == "digits" else _locate(name, data_dir, download, only_test)
+    folder = Path() if name == "digits" else _locate(info.files, data_dir, download, only_test)
     if name == "image-folder":
         names, train, test = read_folder(folder, only_val=only_test)
-        info = replace(info, classes=len(names), size=image_size or IMAGE_FOLDER_SIZE)
+        info = replace(info, classes=len(names), size=image_size or FOLDER_SIZE)
+    elif name == "mask-folder":
+        info, names = _of_folder(info, folder), read_names(folder)
+        info = replace(info, size=image_size or FOLDER_SIZE, pad=(image_size or FOLDER_SIZE) // 8)
+        test = Images(*read_split(folder, "val", info.size, info.classes))
+        train = test.take(np.arange(0)) if only_test else Images(*read_split(folder, "train", info.size, info.classes))
+    elif name == "fashion-scenes":
+        *_, raw = raws = readers.read(info.files, folder, only_test=only_test)
+        names = ("background", *readers.NAMES[info.files])
+        train = split_of(raws[0].images[:, 0], raws[0].labels, test=False, empty=only_test)
+        test = split_of(raw.images[:, 0], raw.labels, test=True)
     else:
         names, train, test = _in_memory(info, folder, only_test)
     if limit_train is not None:
-        train = _limited(train, limit_train, info.classes, seed)
+        train = _limited(train, limit_train, info, seed)
     return Data(info, train, test, tuple(names))
 
 
@@ -176,26 +145,19 @@ def check_classes(data: Data, recorded: Sequence[str], whose: object) -> str | N
     )
 
 
-def described(info: DataInfo, names: Sequence[str]) -> dict[str, str]:
-    """What the metadata of a file of weights say about its data, as JSON: `classes` lists the names in the order of the
-    logits, and `input` has the channels, the side in pixels, and the mean and std of pixels in [0, 1]."""
-    return {"classes": json.dumps(list(names)), "input": json.dumps(info.input)} if names else {}
-
-
 def find(name: str, data_dir: str | None = None, *, download: bool = False) -> DataInfo:
-    """Returns what is known about a set that is present or can be fetched, else raises UserError. No file is opened."""
+    """Returns what is known about a set that is present or can be fetched, else raises UserError. No image is read."""
     info = _info(name)
-    if name != "digits" and not (download and name != "image-folder"):
-        _locate(name, data_dir, download=False)
+    if name != "digits" and not (download and info.classes):
+        return _of_folder(info, _locate(info.files, data_dir, download=False))
     return info
 
 
 def present(name: str, data_dir: str | None = None) -> str | None:
     """Returns where a data set was found, else None. No file is opened."""
-    _info(name)
     if name == "digits":
         return "scikit-learn"
-    folder = readers.find(name, _root(data_dir))
+    folder = readers.find(_info(name).files, _root(data_dir))
     return None if folder is None else str(folder)
 
 
@@ -216,7 +178,8 @@ def train_batches(
     workers: int = 0,
     on_bad: OnBad | None = None,
 ) -> Batches:
-    """Yields the augmented training batches of one epoch: images uint8 [B, C, H, W] and labels int64 [B].
+    """Yields the augmented training batches of one epoch: images uint8 [B, C, H, W], and labels int64 [B] or masks
+    int64 [B, H, W].
 
     The last, incomplete batch is dropped, because batch norm would give its few samples the weight of a full batch.
     A set that is smaller than one batch is one batch.
@@ -241,15 +204,15 @@ def train_batches(
 
 
 def train_labels(data: Data, *, batch_size: int, seed: int, epoch: int, start: int = 0) -> Iterator[Tensor]:
-    """Yields only the labels int64 [B] of the batches of `train_batches`."""
+    """Yields only the labels or masks of the batches of `train_batches`."""
     for chunk in _train_chunks(data, batch_size, seed, epoch)[start:]:
-        yield data.train.labels[torch.from_numpy(chunk)]
+        yield _targets(data.train.labels, data.info, chunk, seed, epoch)
 
 
 def eval_batches(
     data: Data, *, batch_size: int, shard: tuple[int, int] = (0, 1), workers: int = 0, on_bad: OnBad | None = None
 ) -> Batches:
-    """Yields the test split in order, not augmented: images uint8 [B, C, H, W] and labels int64 [B].
+    """Yields the test split in order, not augmented: images uint8 [B, C, H, W], and labels or masks in int64.
 
     The last batch may be smaller. `shard` is (i, n) for every n-th batch from number i on. The other arguments are
     those of `train_batches`, but no sample takes the place of an unreadable image.
@@ -260,7 +223,7 @@ def eval_batches(
         chunks = _chunks(np.arange(len(split)), batch_size)[mine]
         return readers.decoded(split, data.info.size, chunks, workers=workers, on_bad=on_bad)
     pairs = zip(split.images.split(batch_size)[mine], split.labels.split(batch_size)[mine], strict=True)
-    return (pair for pair in pairs)
+    return ((images, labels.long()) for images, labels in pairs)
 
 
 def normalize(images: Tensor, info: DataInfo) -> Tensor:
@@ -277,7 +240,7 @@ def _info(name: str) -> DataInfo:
 
 def _check_size(info: DataInfo, image_size: int | None) -> None:
     """Raises UserError unless a set can have images of this size. None is the default size."""
-    if info.name == "image-folder":
+    if not info.classes:
         if image_size is not None and image_size < 1:
             raise UserError(f"image size must be at least 1 pixel, not {image_size}")
     elif image_size not in (None, info.size):
@@ -296,13 +259,18 @@ def _in_memory(info: DataInfo, folder: Path, only_test: bool) -> tuple[Sequence[
     return names, train, test
 
 
+def _of_folder(info: DataInfo, folder: Path) -> DataInfo:
+    """What is known about a set that was found in a folder: a folder of masks says how many classes it has."""
+    return replace(info, classes=len(read_names(folder))) if info.name == "mask-folder" else info
+
+
 def _root(data_dir: str | None) -> Path:
     return readers.DEFAULT_ROOT if data_dir is None else Path(os.path.expanduser(data_dir))
 
 
 def _locate(name: str, data_dir: str | None, download: bool, only_test: bool = False) -> Path:
     root = _root(data_dir)
-    if download and name != "image-folder" and readers.find(name, root) is None:
+    if download and _info(name).classes and readers.find(name, root) is None:
         readers.fetch(name, root)
     folder = readers.find(name, root, only_test=only_test)
     if folder is not None:
@@ -311,6 +279,9 @@ def _locate(name: str, data_dir: str | None, download: bool, only_test: bool = F
         need = "val/CLASS/*.jpg" if only_test else "train/CLASS/*.jpg and val/CLASS/*.jpg"
         need += ": name the folder that does with --data-dir"
         raise UserError(f"{root} does not hold {need} (an image folder cannot be downloaded)")
+    if name == "mask-folder":
+        need = ", ".join(readers.files_of(name, only_test=only_test))
+        raise UserError(f"{root} does not hold all of {need}: name the folder that does with --data-dir")
     *most, last = (str(folder) for folder in readers.folders_of(name, root))
     where = f"{', '.join(most)} or {last}" if most else last
     debian = "install it (apt-get install dataset-fashion-mnist), " if name == "fashion-mnist" else ""
@@ -343,18 +314,21 @@ def _names(raw: readers.Raw, info: DataInfo) -> tuple[str, ...]:
     return names if len(names) == info.classes else tuple(map(str, range(info.classes)))
 
 
-def _limited(split: Images | Files, count: int, classes: int, seed: int) -> Images | Files:
-    """Keeps `count` samples of a split in their order, with class sizes as equal as the split allows."""
-    if not classes <= count <= len(split):
-        raise UserError(f"limit_train must be between {classes} (the classes) and {len(split)} (the set), not {count}")
+def _limited(split: Split, count: int, info: DataInfo, seed: int) -> Split:
+    """Keeps `count` samples of a split in their order, with class sizes as equal as it allows, except of masks."""
+    if not info.classes <= count <= len(split):
+        bounds = f"{info.classes} (the classes) and {len(split)} (the set)"
+        raise UserError(f"limit_train must be between {bounds}, not {count}")
+    shuffled = permutation(len(split), seed, 0, SUBSET)
+    if info.masks:
+        return split.take(np.sort(shuffled[:count]))
     labels = split.labels.numpy()
     # Samples are taken in rounds: the first of each class, then the second of each, and so on. A class that has no more
     # samples is passed over. The order of the classes, and of the samples within a class, is random by the seed.
-    shuffled = permutation(len(labels), seed, 0, SUBSET)
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
-    sizes = np.bincount(labels, minlength=classes)
+    sizes = np.bincount(labels, minlength=info.classes)
     rounds = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    class_order = permutation(classes, seed, 1, SUBSET)[labels[by_class]]
+    class_order = permutation(info.classes, seed, 1, SUBSET)[labels[by_class]]
     return split.take(np.sort(by_class[np.lexsort((class_order, rounds))[:count]]))
 
 
@@ -382,7 +356,16 @@ def _part(chunk: NDArray[np.int64], shard: tuple[int, int]) -> NDArray[np.int64]
     return chunk[index * len(chunk) // count : (index + 1) * len(chunk) // count]
 
 
-def _augmented(split: Images, info: DataInfo, chunks: list[NDArray[np.int64]], seed: int, epoch: int) -> Batches:
+def _augmented(
+    split: Images | Scenes, info: DataInfo, chunks: list[NDArray[np.int64]], seed: int, epoch: int
+) -> Batches:
     for chunk in chunks:
         images = crop_flip(split.images, chunk, pad=info.pad, flip=info.flip, seed=seed, epoch=epoch)
-        yield images, split.labels[torch.from_numpy(chunk)]
+        yield images, _targets(split.labels, info, chunk, seed, epoch)
+
+
+def _targets(labels: Tensor, info: DataInfo, chunk: NDArray[np.int64], seed: int, epoch: int) -> Tensor:
+    """The labels of a batch, or its masks, which are cropped and mirrored as their images are."""
+    if not info.masks:
+        return labels[torch.from_numpy(chunk)]
+    return crop_flip(labels[:, None], chunk, pad=info.pad, flip=info.flip, seed=seed, epoch=epoch)[:, 0].long()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from localgrad.core.engine import autocasting
 from localgrad.core.errors import RunError
 from localgrad.core.model import LocalModel
-from localgrad.core.task import Classification
+from localgrad.core.task import Classification, Segmentation
 from localgrad.run import data as datasets
-from localgrad.run.build import Machine
+from localgrad.run.build import Machine, task_of
+from localgrad.run.folder import EVAL
 from localgrad.run.recipe import Recipe
 from localgrad.scale.replicas import Ranks
 
@@ -38,33 +40,55 @@ def evaluate(
         ranks: The processes that share the test images. Each of them gets the scores of all images.
 
     Returns:
-        The loss, and the top-1 and top-5 accuracy in percent.
+        The loss and the scores of the task in percent, such as eval_loss, eval_top1 and eval_top5.
     """
     ranks = ranks or Ranks()
     modes = [(module, module.training) for module in _modules(model)]
     was_training = model.training
     model.eval()
-    task = Classification(data.info.classes)
-    sums: dict[str, float] = dict.fromkeys(("loss", "top1", "top5"), 0.0)
-    count = 0
+    tally = Tally(task_of(data.info))
     size, shard = max(recipe.batch_size, 256), (ranks.rank, ranks.count)
     batches = datasets.eval_batches(data, batch_size=size, shard=shard, workers=recipe.workers, on_bad=on_bad)
     with contextlib.closing(batches):
         for batch in batches:
             x, y = to_device(batch, data.info, machine)
             with autocasting(x, machine.autocast):
-                logits = model(x)
-            for name, value in task.metrics(logits, y).items():
-                sums[name] += float(value)
-            count += len(y)
+                output = model(x)
+            tally.add(output, y)
             between()
     model.train(was_training)
     for module, mode in modes:  # Frozen parts stay in evaluation mode.
         module.training = mode
-    loss, top1, top5, images = ranks.all_reduce_sum([*sums.values(), count], machine.device)
-    if not images:
+    whole = Tally(tally.task)
+    for sums in ranks.all_gather_object(tally.sums):
+        whole.merge(sums)
+    if not whole.sums:
         raise RunError("no image of the test set can be read")
-    return {"eval_loss": loss / images, "eval_top1": 100 * top1 / images, "eval_top5": 100 * top5 / images}
+    return {EVAL + name: value for name, value in whole.scores().items()}
+
+
+class Tally:
+    """The sums of a task's metrics over batches, and the scores that follow from them.
+
+    Attributes:
+        sums: The sums by name, in float64 on the CPU. Empty before the first batch.
+    """
+
+    def __init__(self, task: Classification | Segmentation) -> None:
+        self.task = task
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, output: Any, targets: Tensor) -> None:
+        """Adds a batch."""
+        self.merge({name: value.double().cpu() for name, value in self.task.metrics(output, targets).items()})
+
+    def merge(self, sums: dict[str, Tensor]) -> None:
+        """Adds other sums."""
+        self.sums = {name: self.sums.get(name, 0) + value for name, value in sums.items()} if sums else self.sums
+
+    def scores(self) -> dict[str, float]:
+        """The loss, and the scores in percent, of which the first one decides."""
+        return self.task.scores(self.sums)
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:

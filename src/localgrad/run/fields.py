@@ -29,13 +29,13 @@ class DataFields:
     """The images."""
 
     data: str = "digits"
-    """digits, fashion-mnist, cifar10, cifar100, svhn, stl10 or image-folder."""
+    """digits, fashion-mnist, cifar10, cifar100, svhn, stl10, image-folder; of masks: fashion-scenes, mask-folder."""
     data_dir: str | None = None
     """Folder of the data. Each set has a default, which localgrad list shows."""
     download: bool = False
     """Fetch a missing data set."""
     image_size: int | None = None
-    """Side of the images in pixels (image-folder only)."""
+    """Side of the images in pixels (image-folder and mask-folder only)."""
     limit_train: int | None = None
     """Number of training images to use, balanced over the classes."""
     mixup: float = 0.0

@@ -27,9 +27,9 @@ LINE = 40  # A line of a legend has at most this many characters.
 BINS = 600  # A timeline has about this many points, each the maximum of several.
 
 
-def error_against_memory(rows: Rows) -> go.Figure:
+def error_against_memory(rows: Rows, error: str = "test error, %") -> go.Figure:
     """Draws rows of `tables.summarize`."""
-    figure = _figure("peak memory of a step, MiB", "test error, %")
+    figure = _figure("peak memory of a step, MiB", error)
     for i, row in enumerate(rows):
         spread = {"error_y": {"type": "data", "array": [row["error_std"]]}} if row["error_std"] != "" else {}
         point = {"x": [row["peak_bytes"] / MIB], "y": [row["error_mean"]]}

@@ -19,10 +19,11 @@ from localgrad.core.errors import RunError, UserError
 from localgrad.run.files import LOCK, MODEL, PART
 from localgrad.run.recipe import Recipe, differences, read_recipe
 
+# The columns of summary.csv. Behind the loss stand the scores of the task in percent, of which the first one decides.
 SUMMARY = (
-    "epoch", "train_loss", "eval_loss", "eval_top1", "eval_top5", "lr", "peak_bytes", "peak_rss_bytes", "seconds",
-    "skipped_steps", "bad_images",
+    "epoch", "train_loss", "eval_loss", "lr", "peak_bytes", "peak_rss_bytes", "seconds", "skipped_steps", "bad_images",
 )  # fmt: skip
+EVAL = "eval_"
 CONFIG, METRICS, TABLE, TIMELINE = "config.yaml", "metrics.jsonl", "summary.csv", "memory_timeline.csv"
 BAD_IMAGES = "bad_images.txt"
 
@@ -99,12 +100,31 @@ def summary_rows(folder: Path) -> list[dict[str, float]]:
     path = folder / TABLE
     try:
         with path.open(newline="") as file:
-            rows = [{name: float(row[name] or "") for name in SUMMARY} for row in csv.DictReader(file)]
-    except (OSError, KeyError, TypeError, ValueError) as error:
+            rows = [{name: float(value or "") for name, value in row.items()} for row in csv.DictReader(file)]
+        if not all(map(is_row, rows)):
+            raise ValueError("a column is missing")
+    except (OSError, AttributeError, TypeError, ValueError) as error:
         raise RunError(f"{path} is damaged: remove {folder} and train again ({type(error).__name__})") from error
     if not rows:
         raise RunError(f"{path} is damaged: it has no epoch; remove {folder} and train again")
     return rows
+
+
+def is_row(row: dict[str, float]) -> bool:
+    """Whether a row has the columns of a summary, and at least one score."""
+    return row.keys() >= set(SUMMARY) and len(scores_of(row)) > 0
+
+
+def scores_of(row: dict[str, float]) -> dict[str, float]:
+    """The scores of an evaluation in percent, by name, such as {"top1": 90.0, "top5": 99.5}. The first one decides."""
+    return {
+        name.removeprefix(EVAL): value for name, value in row.items() if name.startswith(EVAL) and name != "eval_loss"
+    }
+
+
+def score_of(row: dict[str, float]) -> tuple[str, float]:
+    """The name and the value of the score that decides, such as ("top1", 90.0) or ("miou", 40.0)."""
+    return next(iter(scores_of(row).items()))
 
 
 def finished_runs(paths: Sequence[Path]) -> list[Path]:

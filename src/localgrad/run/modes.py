@@ -174,20 +174,20 @@ class Pipeline(Alone):
         self, records: Sequence[StepRecord], peak: int, step: int, since_save: int
     ) -> tuple[list[StepRecord], int]:
         """Joins the losses of all ranks' blocks, takes the largest peak, and agrees on the next step to synchronise.
-        The last rank has the network's output, so it knows the accuracy."""
+        The last rank has the network's output, so it knows the score."""
         now = time.monotonic()
         seconds = max((now - self._last_sync) / max(1, len(records)), 1e-6)
         interval = max(min(SYNC_STEPS, int(MOST_SECONDS / seconds)), int(SYNC_SECONDS / seconds), 1)
         next_sync = step + min(interval, self.saving.steps_left(since_save, seconds))
-        own = [(r.losses, [{n: float(v) for n, v in p.items()} for p in r.parts], r.top1, r.images) for r in records]
+        own = [(r.losses, [{n: float(v) for n, v in p.items()} for p in r.parts], r.score, r.images) for r in records]
         by_rank = self.ranks.all_gather_object((own, peak, next_sync))
         self._next_sync, self._last_sync = by_rank[0][2], now
         merged = []
         for same_step in zip(*(records for records, _, _ in by_rank), strict=True):
             losses = [loss for losses, _, _, _ in same_step for loss in losses]
             parts = [part for _, parts, _, _ in same_step for part in parts]
-            _, _, top1, images = same_step[-1]
-            merged.append(StepRecord(losses, parts, top1, images))
+            _, _, score, images = same_step[-1]
+            merged.append(StepRecord(losses, parts, score, images))
         return merged, max(peak for _, peak, _ in by_rank)
 
     def resume_at(self, step: int) -> None:
@@ -198,13 +198,20 @@ class Pipeline(Alone):
 
 
 def mode_for(
-    recipe: Recipe, model: LocalModel, machine: Machine, ranks: Ranks, saving: Saving, *, pipeline: bool, batch: int
+    recipe: Recipe,
+    model: LocalModel,
+    machine: Machine,
+    ranks: Ranks,
+    saving: Saving,
+    *,
+    pipeline: bool,
+    targets: Tensor,
 ) -> Alone:
     """The mode of a run. Every rank calls it with the same model.
 
     Args:
         pipeline: Whether the ranks share the blocks instead of the batches.
-        batch: The number of images in a batch.
+        targets: An example of the targets of a batch.
 
     Raises:
         UserError: The ranks cannot share this recipe's blocks.
@@ -213,7 +220,7 @@ def mode_for(
     if ranks.count == 1:
         return Alone(model, ranks)
     if pipeline:
-        return Pipeline(stage_for(recipe, model, machine, ranks, batch), ranks, saving)
+        return Pipeline(stage_for(recipe, model, machine, ranks, targets), ranks, saving)
     return DataParallel(model, ranks)
 
 
@@ -235,16 +242,15 @@ def check_pipeline(recipe: Recipe) -> None:
             raise UserError(text)
 
 
-def stage_for(recipe: Recipe, model: LocalModel, machine: Machine, ranks: Ranks, batch: int) -> Stage:
+def stage_for(recipe: Recipe, model: LocalModel, machine: Machine, ranks: Ranks, targets: Tensor) -> Stage:
     """This rank's stage of a pipeline. Each block is timed here, and the blocks are shared out so that the slowest rank
     is as fast as possible. Raises UserError if no pipeline can follow the recipe, and RunError if memory runs out."""
     check_pipeline(recipe)
     shares_of([1.0] * len(model.blocks), ranks.count)  # It refuses too few blocks before the timing takes seconds.
     noise = torch.Generator().manual_seed(0)  # It leaves the run's own random generators as they are.
-    x = torch.randn(batch, *model.image, generator=noise).to(machine.device, memory_format=machine.memory_format)
-    y = torch.zeros(batch, dtype=torch.int64, device=machine.device)
+    x = torch.randn(len(targets), *model.image, generator=noise).to(machine.device, memory_format=machine.memory_format)
     try:
-        own_seconds = block_seconds(model, x, y, autocast=machine.autocast)
+        own_seconds = block_seconds(model, x, targets.to(machine.device), autocast=machine.autocast)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -17,7 +17,7 @@ from torch import Tensor
 from localgrad.core.engine import autocasting
 from localgrad.core.errors import RunError, UserError
 from localgrad.run.arguments import Predict
-from localgrad.run.build import Machine, backbone_of, info_of, machine_for
+from localgrad.run.build import Machine, backbone_of, check_of_images, info_of, machine_for
 from localgrad.run.checkpoint import load_backbone
 from localgrad.run.data import DataInfo
 from localgrad.run.evaluation import to_device
@@ -39,6 +39,7 @@ def predict(args: Predict) -> int:
         RunError: An image cannot be read. The other images are predicted before.
     """
     recipe = evaluated(args.run, args.device)
+    check_of_images(recipe, "predict")
     if args.top < 1:
         raise UserError(f"--top takes 1 or more, not {args.top}")
     if not args.files:

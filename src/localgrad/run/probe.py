@@ -25,7 +25,7 @@ from localgrad.core.boundary import Boundary, main_of
 from localgrad.core.errors import UserError
 from localgrad.run import data as data_room
 from localgrad.run.augment import permutation
-from localgrad.run.build import Machine, backbone_of, data_of, machine_for
+from localgrad.run.build import Machine, backbone_of, check_of_images, data_of, machine_for
 from localgrad.run.checkpoint import load_backbone
 from localgrad.run.files import MODEL
 from localgrad.run.recipe import Recipe
@@ -75,6 +75,7 @@ def load(run: Path, recipe: Recipe, images: int) -> Network:
     Raises:
         UserError: There are fewer than `MIN_PER_CLASS` images for each class, on average.
     """
+    check_of_images(recipe, "a probe")
     data = data_of(run, recipe)
     needed, available = MIN_PER_CLASS * data.info.classes, len(data.test)
     if min(images, available) < needed:
@@ -85,7 +86,7 @@ def load(run: Path, recipe: Recipe, images: int) -> Network:
     load_backbone(backbone, run / MODEL)
     machine.place(backbone.eval())
     info = data.info
-    traced = trace_units(backbone, torch.zeros(2, info.channels, info.size, info.size))
+    traced = trace_units(backbone, torch.zeros(2, info.channels, info.size, info.size), recipe.cut)
     for unit in traced.units:
         unit.module.eval()
     blocks = [k for k, group in enumerate(split(traced, recipe.cut)) for _ in group]

@@ -45,6 +45,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "svhn": ("train_32x32.mat", "test_32x32.mat"),
     "stl10": tuple(f"stl10_binary/{n}.bin" for n in ("train_X", "train_y", "test_X", "test_y")),
     "image-folder": ("train", "val"),
+    "mask-folder": ("images/train", "images/val", "masks/train", "masks/val", "classes.txt"),
 }
 # The names of the classes, for sets whose files do not hold them. The classes of other sets are numbers.
 NAMES: dict[str, tuple[str, ...]] = {

@@ -24,6 +24,7 @@ from localgrad.run.fields import DataFields, MachineFields, MemoryFields, Method
 SMALLEST, LARGEST = sys.float_info.min, sys.float_info.max
 METHODS = ("bp", "dgl", "predsim", "infopro", "auglocal")
 COUPLINGS = ("none", "man", "man++", "deep-man")
+MASKS = ("fashion-scenes", "mask-folder")  # The data sets that have a class for each pixel.
 HEADS = ("auto", "dgl", "0c1f", "1c1f", "1c2f", "1c3f", "2c2f")
 
 
@@ -189,6 +190,7 @@ def idle(recipe: Recipe) -> dict[str, tuple[Any, str]]:
         ("blocks", recipe.method == "bp", "1", "bp trains end to end, in 1 block"),
         ("coupling", single, "none", alone),
         ("head", single, "auto", alone),
+        ("head", not single and recipe.data in MASKS, "auto", "on masks each head is a 1x1 convolution"),
         ("momentum", uncoupled or recipe.branches == "learnable", Recipe.momentum, "there is no EMA"),
         ("branches", uncoupled, Recipe.branches, "there is no coupling"),
         ("form", uncoupled, Recipe.form, "there is no coupling"),

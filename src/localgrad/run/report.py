@@ -19,11 +19,12 @@ import localgrad
 from localgrad.core.errors import UserError
 from localgrad.core.sizes import mib
 from localgrad.run import figures
-from localgrad.run.folder import CONFIG, METRICS, TIMELINE, finished_runs, summary_rows
+from localgrad.run.folder import CONFIG, METRICS, TIMELINE, finished_runs, score_of, summary_rows
 from localgrad.run.recipe import COUPLINGS, METHODS, OF_METHODS, PLACES, Recipe, as_dict, differences, read_recipe
 from localgrad.run.tables import (
     conditions,
     csv_text,
+    error_name,
     error_text,
     label_of,
     paired,
@@ -51,7 +52,7 @@ class Ran:
     @property
     def study(self) -> str:
         """The network and the data. Only runs of the same study are compared."""
-        where = f" in {self.recipe.data_dir}" if self.recipe.data == "image-folder" else ""
+        where = f" in {self.recipe.data_dir}" if self.recipe.data.endswith("-folder") else ""
         return f"{self.recipe.model} on {self.recipe.data}{where}"
 
     @property
@@ -165,7 +166,7 @@ def find(paths: Sequence[Path]) -> list[Ran]:
         entries = _entries(folder / METRICS)
         blocks = len(next((entry["losses"] for entry in entries if "losses" in entry), [0]))
         row = row_of(folder, recipe.label, blocks, "", recipe.seed)
-        runs.append(Ran(folder, recipe, row, [entry for entry in entries if "eval_top1" in entry]))
+        runs.append(Ran(folder, recipe, row, [entry for entry in entries if "eval_loss" in entry]))
     runs = [replace(ran, row={**ran.row, "setting": _setting(ran, runs)}) for ran in runs]
     for i, ran in enumerate(runs):
         for other in runs[:i]:
@@ -229,29 +230,32 @@ def _study(page: Page, section: str, runs: Rows) -> None:
         body.append(
             [label_of(row), error_text(row), row["n"], mib(row["peak_bytes"]), below, added, f"{row['seconds']:.0f}"]
         )
-    head = ("method", "test error, %", "n", "peak memory", "below BP", "parameters added", "seconds")
+    error = error_name(rows)
+    head = ("method", f"{error}, %", "n", "peak memory", "below BP", "parameters added", "seconds")
     note = (
-        "Test error of the last epoch: mean ± standard deviation over n seeds. Median peak memory of a training step, "
-        "and how far it is below that of backpropagation (BP). Median seconds of a run; other programs may have used "
-        "the machine at the same time."
+        f"{_capital(error)} of the last epoch: mean ± standard deviation over n seeds. Median peak memory of a step, "
+        "and how far it is below that of backpropagation (BP). Median seconds of a run; other programs may have "
+        "used the machine at the same time."
     )
     page.add(section, f'<p class="note">{note}</p>', _table(head, body), _download("results.csv", csv_text(rows)))
-    text = "Test error against peak memory of a step. Bars are standard deviations over seeds. Lower left is better."
-    page.figure(section, figures.error_against_memory(rows), text)
+    bars = "Bars are standard deviations over seeds. Lower left is better."
+    text = f"{_capital(error)} against peak memory of a step. {bars}"
+    page.figure(section, figures.error_against_memory(rows, f"{error}, %"), text)
     pairs = paired(runs)
     if pairs:
         body = [[p["first"], p["second"], f"{p['difference']:+.2f}", f"{p['low']:+.2f} to {p['high']:+.2f}", p["n"]]
                 for p in pairs]  # fmt: skip
-        note = "Differences of test errors, paired by seed: the second method's minus the first's, in points."
+        note = f"Differences of {error}, paired by seed: the second method's minus the first's, in points."
         head = ("first", "second", "difference", "95% interval", "n")
         data = _download("pairs.csv", csv_text(pairs))
         page.add(section, f"<details><summary>{note}</summary>{_table(head, body)}{data}</details>")
 
 
 def _learning(page: Page, section: str, shown: dict[str, Ran]) -> None:
-    errors = {name: [100 - row["eval_top1"] for row in summary_rows(ran.folder)] for name, ran in shown.items()}
-    text = "Test error after each epoch, for one seed of each kind of run."
-    page.curves(section, figures.by_epoch(errors, "test error, %"), text, _usual(shown))
+    errors = {name: [100 - score_of(row)[1] for row in summary_rows(ran.folder)] for name, ran in shown.items()}
+    error = error_name([ran.row for ran in shown.values()])
+    text = f"{_capital(error)} after each epoch, for one seed of each kind of run."
+    page.curves(section, figures.by_epoch(errors, f"{error}, %"), text, _usual(shown))
     for name, ran in shown.items():
         losses = [entry["losses"] for entry in ran.epochs if "losses" in entry]
         if losses and len(losses[0]) > 1:
@@ -328,6 +332,10 @@ def _table(head: Sequence[str], body: Sequence[Sequence[Any]]) -> str:
 def _download(name: str, text: str) -> str:
     data = base64.b64encode(text.encode()).decode()
     return f'<a download="{html.escape(name)}" href="data:text/csv;base64,{data}">CSV</a>'
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _anchor(name: str) -> str:

@@ -24,7 +24,7 @@ from localgrad.core.errors import UserError
 from localgrad.core.sizes import mib
 from localgrad.run.data import DataInfo
 from localgrad.run.files import MODEL, PART, write_text
-from localgrad.run.folder import BAD_IMAGES, CONFIG, METRICS, SUMMARY, TABLE, TIMELINE
+from localgrad.run.folder import BAD_IMAGES, CONFIG, METRICS, TABLE, TIMELINE, scores_of
 from localgrad.run.recipe import Recipe, as_dict
 from localgrad.scale.memory import PeakBytes
 
@@ -38,14 +38,15 @@ class StepRecord:
     Attributes:
         losses: The loss of each block, the mean over the step's batches.
         parts: The objectives of each block by name, in the last batch.
-        top1: The accuracy on the step's training images, in percent.
+        score: The task's first score on the step's training images, in percent, such as the top-1 accuracy. Over
+            several ranks it is the mean.
         images: The number of these images.
         skipped: Why the step was skipped; "" if it was not.
     """
 
     losses: list[float]
     parts: list[dict[str, Tensor]]
-    top1: float
+    score: float
     images: int
     skipped: str = ""
 
@@ -60,6 +61,7 @@ class RunLog:
         total: The number of steps of the whole run.
         environment, sizes, classes: The other sections of config.yaml.
         info: What is known about the images, for its section `input`.
+        score: The name of the score of a step.
         start: The step and the number of finished epochs from which the run goes on; (0, 0) for a new run.
         tensorboard: Whether to write TensorBoard events too.
     """
@@ -74,13 +76,14 @@ class RunLog:
         *,
         classes: Sequence[str] = (),
         info: DataInfo | None = None,
+        score: str = "top1",
         start: tuple[int, int] = (0, 0),
         tensorboard: bool = False,
     ) -> None:
         self.folder, self.recipe, self.total = folder, recipe, total
         self.start, self._epochs = start
         self.environment, self.sizes, self.classes = environment, sizes, list(classes)
-        self.info = info
+        self.info, self.score = info, score
         self.console = _Console()
         self._writer = _tensorboard() if tensorboard else None
         self.tensorboard: Any = None
@@ -147,7 +150,7 @@ class RunLog:
         if not due and self.progress is None:
             return
         speed = self._images / max(now - self._recorded_at, 1e-9)
-        text = f"losses {_short(done.losses)}  top1 {done.top1:.1f}%  {speed:.0f} images/s  peak {mib(peak)}"
+        text = f"losses {_short(done.losses)}  {self.score} {done.score:.1f}%  {speed:.0f} images/s  peak {mib(peak)}"
         if self.progress is not None:
             self.progress.update(self.bar, completed=step, shown=text)
         else:
@@ -156,7 +159,7 @@ class RunLog:
         if due:
             parts = [{name: float(value) for name, value in part.items()} for part in done.parts]
             entry = {"step": step, "epoch": epoch + 1, "losses": done.losses, "parts": parts}
-            self.record({**entry, "train_top1": done.top1, "images_per_second": speed})
+            self.record({**entry, f"train_{self.score}": done.score, "images_per_second": speed})
             self._recorded_at, self._images = now, 0
             if self.tensorboard is not None:
                 for k, loss in enumerate(done.losses):
@@ -166,8 +169,8 @@ class RunLog:
         """Writes the rows of all epochs to summary.csv, and records the last one with some values of each block."""
         text, row = io.StringIO(), rows[-1]
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(SUMMARY)
-        writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in map(r.get, SUMMARY)] for r in rows)
+        writer.writerow(row)
+        writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in map(r.get, row)] for r in rows)
         with self._tolerating(TABLE):
             write_text(self.folder / TABLE, text.getvalue())
         self.record({"step": step, **row, **by_block})
@@ -221,8 +224,9 @@ class NoLog(contextlib.AbstractContextManager):
 
 
 def scores(row: dict[str, float]) -> str:
-    """The scores of an evaluation as words."""
-    return f"test loss {row['eval_loss']:.4f}, top1 {row['eval_top1']:.2f}%, top5 {row['eval_top5']:.2f}%"
+    """The scores of an evaluation as words: test loss 0.1234, top1 95.00%, top5 99.00%."""
+    named = [f"{name.replace('_', ' ')} {value:.2f}%" for name, value in scores_of(row).items()]
+    return ", ".join([f"test loss {row['eval_loss']:.4f}", *named])
 
 
 class _Console(Console):
@@ -239,7 +243,7 @@ def _until(step: int, epochs: int, metrics: Path) -> str:
     for line in metrics.read_text(errors="replace").splitlines() if metrics.exists() else ():
         with contextlib.suppress(ValueError, TypeError, KeyError):
             entry = json.loads(line)
-            if entry["step"] <= step and ("eval_top1" not in entry or entry["epoch"] <= epochs):
+            if entry["step"] <= step and ("eval_loss" not in entry or entry["epoch"] <= epochs):
                 lines.append(line + "\n")
     return "".join(lines)
 

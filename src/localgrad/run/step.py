@@ -6,7 +6,7 @@ import contextlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,9 @@ from localgrad.core.errors import RunError, UserError, is_out_of_memory
 from localgrad.core.groups import param_groups
 from localgrad.core.model import LocalModel
 from localgrad.core.sizes import mib
+from localgrad.core.task import Classification, Segmentation
 from localgrad.run.build import Machine, optimizer_of
+from localgrad.run.evaluation import Tally
 from localgrad.run.modes import Alone
 from localgrad.run.recipe import Recipe
 from localgrad.run.runlog import StepRecord
@@ -43,6 +45,7 @@ class Stepper:
     """Takes the optimizer steps of a run: one for all blocks, or one for each block right after its backward pass.
 
     Attributes:
+        task: What the network is trained for.
         mode: Which blocks this rank trains, and what it exchanges with other ranks.
         total: The number of steps of the whole run.
         step: How many steps are done.
@@ -54,6 +57,7 @@ class Stepper:
     def __init__(self, recipe: Recipe, mode: Alone, machine: Machine, total: int) -> None:
         self.recipe, self.mode, self.machine, self.total = recipe, mode, machine, total
         self.model = model = mode.model
+        self.task = cast("Classification | Segmentation", model.task)
         self.step, self.skipped, self.peak = 0, 0, PeakBytes(0)
         self.measured = min(1, total - 1)  # The second step, because the first one makes the optimizer's state.
         self._rates = [recipe.lr * f for f in recipe.block_factors or [1.0] * len(model.blocks)]
@@ -134,12 +138,12 @@ class Stepper:
         return record
 
     def _train(self, batches: Iterator[Batch], meter: MemoryMeter | None) -> StepRecord:
-        """Runs the blocks on each batch, and steps. The record has the losses and accuracy before the step."""
+        """Runs the blocks on each batch, and steps. The record has the losses and the score before the step."""
         accumulate, as_you_go = self.recipe.accumulate, self.recipe.step_as_you_go
         scale = self._loss_scale()
         losses: dict[int, Tensor] = {}  # Each block's mean loss over the batches.
         values: list[float] = []  # The same as numbers, of the blocks that have stepped.
-        parts, correct, images = [], 0.0, 0
+        parts, tally, images = [], Tally(self.task), 0
         for i in range(accumulate):
             x, y = self._next_batch(batches, meter)
             parts = []
@@ -152,8 +156,7 @@ class Stepper:
                 for ready in self._ready_after(k) if as_you_go else ():
                     values += self._step_blocks([ready], losses)
                 if k == len(self.model.blocks) - 1:
-                    classes = y.argmax(1) if y.is_floating_point() else y  # Of a mixed image, the larger share counts.
-                    correct += float(self.model.task.metrics(done.output, classes)["top1"])
+                    tally.add(done.output, y)
                 self._enter(k + 1, meter)
             images += len(y)
         if not as_you_go:
@@ -162,8 +165,9 @@ class Stepper:
             self.model.move_averages(k, stepped=True)
         if self.scaler.is_enabled():
             self.scaler.update()
-        correct, images = self.mode.total([correct, images], self.machine.device)
-        return StepRecord(values, parts, 100 * correct / images, int(images))
+        score = tally.scores()[self.task.score] if tally.sums else 0.0  # A rank without the last block has no output.
+        total, count = self.mode.total([score * images, images], self.machine.device)
+        return StepRecord(values, parts, total / count, int(count))
 
     def _loss_scale(self) -> float | Tensor:
         """The factor on each loss before its backward pass."""

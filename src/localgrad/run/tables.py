@@ -18,7 +18,7 @@ from scipy import stats
 from localgrad.core.errors import UserError
 from localgrad.core.sizes import mib
 from localgrad.run.files import write_text
-from localgrad.run.folder import read_environment, read_sizes, summary_rows
+from localgrad.run.folder import read_environment, read_sizes, score_of, summary_rows
 from localgrad.run.recipe import OF_METHODS, PLACES
 
 NEEDED = {"blocks": int, "seed": int, "error": float, "peak_bytes": int, "seconds": float}
@@ -27,10 +27,12 @@ SAME = ("method", "blocks", "setting")  # Runs that differ only in their seeds a
 
 
 def row_of(folder: Path, method: str, blocks: int, setting: str, seed: int) -> dict[str, Any]:
-    """Returns the row of a finished run: its last epoch, error in percent, parameters, machine and versions."""
+    """Returns the row of a finished run: its last epoch, parameters, machine and versions. Its error is 100 minus the
+    score that decides, in percent."""
     last = summary_rows(folder)[-1]
     row = {"method": method, "blocks": blocks, "setting": setting, "seed": seed}
-    row |= {"error": round(100 - last["eval_top1"], 3), "train_loss": last["train_loss"]}
+    score, value = score_of(last)
+    row |= {"error": round(100 - value, 3), "score": score, "train_loss": last["train_loss"]}
     row |= {"peak_bytes": int(last["peak_bytes"]), "seconds": round(last["seconds"], 1)}
     return row | read_sizes(folder) | read_environment(folder)
 
@@ -67,6 +69,12 @@ def conditions(setting: str) -> frozenset[str]:
     """Returns the words of a setting that comparable runs must share: all but the fields that belong to the method, and
     those that do not affect what is learned."""
     return frozenset(word for word in setting.split() if word.partition("=")[0] not in OF_METHODS | PLACES)
+
+
+def error_name(rows: Sequence[dict[str, Any]]) -> str:
+    """What the column `error` holds: the test error of a classification, or 100 minus another score."""
+    score = rows[0].get("score") or "top1"
+    return "test error" if score == "top1" else f"100 - {score}"
 
 
 def error_text(row: dict[str, Any]) -> str:
@@ -141,7 +149,7 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def show(rows: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]] = ()) -> None:
     """Prints the tables of `summarize` and `paired`, and the conclusion."""
     console = Console()
-    table = Table("method", "test error %", "n", "peak memory", "parameters added", "seconds")
+    table = Table("method", f"{error_name(rows)} %", "n", "peak memory", "parameters added", "seconds")
     for row in rows:
         cells = (error_text(row), str(row["n"]), mib(row["peak_bytes"]), str(row.get("added", "")))
         table.add_row(escape(label_of(row)), *cells, f"{row['seconds']:.0f}")

@@ -19,7 +19,7 @@ from localgrad.run import data as datasets
 from localgrad.run.build import Machine, build_model, check_single, machine_for
 from localgrad.run.evaluation import evaluate, to_device
 from localgrad.run.files import locked
-from localgrad.run.folder import SUMMARY, environment, read_environment
+from localgrad.run.folder import environment, is_row, read_environment, score_of
 from localgrad.run.image_folder import listed
 from localgrad.run.mixing import Mixing
 from localgrad.run.modes import Alone, check_batch_share, mode_for
@@ -122,8 +122,17 @@ class Run:
         check_batch_share(batch, self.ranks, pipeline=pipeline)
         model = build_model(recipe, self.data, self.machine, self.build_notes.append)
         if batch == (1 if pipeline or recipe.sync_batch_norm else count):
-            check_single(model, "the training set is" if batch == 1 else "a rank's share of a batch is")
-        return mode_for(recipe, model, self.machine, self.ranks, self.saving, pipeline=pipeline, batch=batch)
+            share = "the training set is" if batch == 1 else "a rank's share of a batch is"
+            check_single(model, self.data.info.targets(1), share)
+        return mode_for(
+            recipe,
+            model,
+            self.machine,
+            self.ranks,
+            self.saving,
+            pipeline=pipeline,
+            targets=self.data.info.targets(batch),
+        )
 
     def resume(self) -> list[str]:
         """Continues from the newest sound checkpoint, if there is one, and returns sentences about it for the user.
@@ -179,7 +188,7 @@ class Run:
         if not epochs * self.steps_per_epoch <= step <= most:
             raise ValueError("as many epochs as this are not done at this step")
         for row in self.rows:
-            if set(row) != set(SUMMARY) or not all(isinstance(value, int | float) for value in row.values()):
+            if not (is_row(row) and all(isinstance(value, int | float) for value in row.values())):
                 raise ValueError("a row is not one of a summary")
         if not all(isinstance(text, str) for pair in self.bad_images.items() for text in pair):
             raise TypeError("bad images are paths with reasons")
@@ -207,6 +216,7 @@ class Run:
         used = read_environment(folder) if self.stepper.step else self.environment
         start = (self.stepper.step, len(self.rows))
         how = {"info": self.data.info, "classes": self.data.names, "start": start, "tensorboard": tensorboard}
+        how |= {"score": self.stepper.task.score}
         return RunLog(folder, self.recipe, self.stepper.total, used, sizes, **how)
 
     def announce(self, log: RunLog | NoLog, notes: Sequence[str]) -> None:
@@ -332,7 +342,7 @@ class Run:
         except RunError as error:
             log.note(f"{error}; the last checkpoint is {self._last_checkpoint or 'none'}")
             return False
-        best = max(range(len(self.rows)), key=lambda epoch: self.rows[epoch]["eval_top1"], default=None)
+        best = max(range(len(self.rows)), key=lambda epoch: score_of(self.rows[epoch])[1], default=None)
         best_step = None if best is None else (best + 1) * self.steps_per_epoch
         checkpoints.prune(self.checkpoints, self.saving.keep_last, best_step)
         return True

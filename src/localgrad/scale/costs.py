@@ -15,6 +15,7 @@ from torch.utils.flop_counter import flop_registry
 from localgrad.core.auxiliary import Auxiliary, full_precision
 from localgrad.core.boundary import main_of
 from localgrad.core.engine import autocasting
+from localgrad.core.errors import UserError
 from localgrad.core.model import LocalModel
 from localgrad.core.trace import input_dtype
 from localgrad.scale.memory import MemoryMeter, on_fake_tensors
@@ -146,6 +147,11 @@ class Costs:
 def trace_costs(model: LocalModel, batch_size: int, autocast: torch.dtype | None = None, targets: Any = None) -> Costs:
     """Costs of `model`, which has a block for each unit. Pieces that look alike are traced once; nothing is run."""
     model.checks.check_size(model, batch_size)
+    if any(auxiliary.needs("features") for _, auxiliary in model.isolated):
+        raise UserError(
+            f"{model.method.name} rebuilds what enters a block, so its cost depends on where the block begins, and no "
+            "plan can be made: choose the cuts by lg.localize(blocks=...), and lg.predict_peak tells their bytes"
+        )
     plain, again = (_trace(model, batch_size, autocast, targets, again=again) for again in (False, True))
     names = tuple(block.names[0] for block in model.blocks)
     dtype = input_dtype(model.backbone, model.blocks[0].entering.dtype)

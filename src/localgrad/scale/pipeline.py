@@ -40,6 +40,7 @@ from localgrad.core.couplings import Momentum, Snapshots, update_ema
 from localgrad.core.engine import BlockResult, check_step, run_blocks
 from localgrad.core.errors import UserError
 from localgrad.core.inputs import main_input, targets_of
+from localgrad.core.language_model import SharedReadout
 from localgrad.core.model import LocalModel, localized
 from localgrad.core.rebuild import FrozenReference
 from localgrad.scale.messages import Layouts, Message
@@ -192,6 +193,8 @@ class Stage:
 
     def _refuse_shared(self) -> None:
         """Raises UserError if a block reads parameters of another rank, because they would be out of date."""
+        if any(isinstance(module, SharedReadout) for module in self.model.auxiliaries.modules()):
+            raise UserError("ranks of a pipeline send each other no readout: let heads have their own, without shared")
         trained = {id(p): k for k, block in enumerate(self.model.blocks) for p in block.parameters()}
         for k, owner in enumerate(self.owners):
             held = (
