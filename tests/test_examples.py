@@ -72,6 +72,7 @@ def test_finetune_says_what_to_install(
 
 
 def test_language_models_learn_in_blocks_in_less_memory(run: Callable[..., str]) -> None:
+    pytest.importorskip("transformers")
     out = run("language_model.py", "--steps", "12", "--context", "96", "--heads", "shared")
     rows = re.findall(r"(\S+), blocks: (\d): ([\d.]+) bits per byte, peak memory ([\d.]+) MiB", out)
     assert [row[:2] for row in rows] == [("GPT-2", "1"), ("GPT-2", "3"), ("Llama", "1"), ("Llama", "3")]
