@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from localgrad.core.copies import without_values
+from localgrad.core.copies import duplicate, without_values
 from localgrad.core.errors import UserError
 from localgrad.core.hooks import FORWARD, is_of_torch
 from localgrad.core.inputs import main_input, resized
@@ -149,7 +149,7 @@ def _graph(shapes: nn.Module, opened: set[str], few: Any, many: Any, first: Reco
         evaluation = recorded(shapes.eval(), opened, few)
     if any(isinstance(leaf, torch.dtype) for step in first.steps for leaf in tree_leaves((step.args, step.kwargs))):
         with contextlib.suppress(Stopped):  # It may take no other dtype.
-            wide = recorded(shapes.train().double(), opened, resized(few, BATCHES[0], _double))
+            wide = recorded(duplicate(shapes).train().double(), opened, resized(few, BATCHES[0], _double))
     return paired(first, other, evaluation, wide)
 
 
