@@ -28,7 +28,7 @@ X, Y = batch()
 @pytest.mark.parametrize(
     ("example", "message"),
     [
-        ((X, Y), r"takes \(too many positional arguments\): give the inputs alone, as x of a batch \(x, y\)"),
+        ((X, Y), r"takes \(too many positional arguments\): give all inputs and no labels, as x of a batch"),
         ({"pixel_values": X}, "example is not what the forward of CifarResNet takes"),
         ([X], "not a list"),
         (X.numpy(), "not an array of numpy"),

@@ -58,8 +58,8 @@ def check_network(backbone: object, example: object) -> None:
         inspect.signature(backbone.forward).bind(*args, **kwargs)
     except TypeError as error:
         raise UserError(
-            f"example is not what the forward of {type(backbone).__name__} takes ({error}): give the inputs alone, as "
-            "x of a batch (x, y)"
+            f"example is not what the forward of {type(backbone).__name__} takes ({error}): give all "
+            "inputs and no labels, as x of a batch (x, y): a tensor, a tuple of them, or a dictionary by their names"
         ) from error
     except ValueError:  # Some callables tell no signature.
         pass
