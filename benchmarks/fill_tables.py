@@ -11,10 +11,11 @@ import re
 from collections.abc import Callable
 
 import accuracy_tables
+import task_tables
 from cells import error_of, mean_of, name_of, peak_of, table
 from common import ROOT, read_results
 
-PAGES = ("README.md", "docs/experiments.md", "docs/memory.md", "docs/networks.md", "docs/scaling.md")
+PAGES = ("README.md", "docs/experiments.md", "docs/memory.md", "docs/networks.md", "docs/scaling.md", "docs/tasks.md")
 
 
 PROBED = ("stem", "layer1.4", "layer2.4", "layer3.4")  # These units end the stages.
@@ -293,7 +294,7 @@ def devices() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    **accuracy_tables.TABLES, "probes": probes,
+    **accuracy_tables.TABLES, **task_tables.TABLES, "probes": probes,
     "deeper": deeper, "frontier": frontier, "large": large, "sizes": sizes, "fits": fits,
     "imagenet": imagenet, "parts": parts, "coverage": coverage,
     "refused": refused, "families": families, "training": training, "finetune": finetune,
