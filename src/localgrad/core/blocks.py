@@ -24,6 +24,7 @@ from localgrad.core.layouts import boundary_behind, reads_row
 from localgrad.core.rebuild import FrozenReference
 from localgrad.core.recomputation import Recomputed
 from localgrad.core.segments import Segment, Segments, segments
+from localgrad.core.trace import Trace
 
 
 class Clone(nn.Module):
@@ -233,19 +234,22 @@ class Traced:
     checkpoint: int | None
 
 
-def trace_units(backbone: nn.Module, example: Any, blocks: int | Sequence[str] | None = None) -> Traced:
+def trace_units(
+    backbone: nn.Module, example: Any, blocks: int | Sequence[str] | None = None, trace: Trace | None = None
+) -> Traced:
     """Cuts a network into its units.
 
     Args:
         backbone: The network.
         example: An input batch.
         blocks: The blocks that are wanted. If they need it, the network is cut where several tensors cross, too.
+        trace: The trace of this network or of a copy of it, if it is there.
 
     Raises:
         UserError: It cannot be cut.
     """
     check_network(backbone, example)
-    cut = segments(backbone, example, blocks)
+    cut = segments(backbone, example, blocks, trace)
     found: list[Unit] = []
     stage = 0
     rest = [*cut.units[1:], cut.head]

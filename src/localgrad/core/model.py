@@ -21,6 +21,7 @@ from localgrad.core.inputs import Inputs, main_input, targets_of
 from localgrad.core.rebuild import TensorReference
 from localgrad.core.table import table
 from localgrad.core.task import AnyLoss, Classification, Segmentation, Task
+from localgrad.core.trace import Trace
 from localgrad.core.unreached import passengers_with_heads
 from localgrad.core.watch import Watch
 
@@ -186,44 +187,41 @@ def localize(
     Raises:
         UserError: An argument is wrong, the network cannot be cut there, or its output does not fit the task.
     """
-    return _localize(backbone, blocks, method, coupling, example, criterion, targets, task)
+    return localize_traced(
+        backbone, None, blocks=blocks, method=method, coupling=coupling, example=example, criterion=criterion,
+        targets=targets, task=task,
+    )  # fmt: skip
 
 
-def localize_units(
+def localize_traced(
     backbone: nn.Module,
+    trace: Trace | None,
     *,
+    blocks: int | Sequence[str] | None = None,
     method: Method,
     coupling: MAN | None = None,
     example: Any,
     criterion: Callable[[Any, Any], Tensor] | None = None,
+    targets: Any = None,
     task: Task | None = None,
-) -> LocalModel:
-    """A model with a block for each unit, and an auxiliary behind each unit but the last, whether it is frozen or not.
-
-    The planner takes from it what each unit and each auxiliary cost. The arguments are those of `localize`.
-    """
-    return _localize(backbone, None, method, coupling, example, criterion, None, task, of_units=True)
-
-
-def _localize(
-    backbone: nn.Module,
-    blocks: int | Sequence[str] | None,
-    method: Method,
-    coupling: MAN | None,
-    example: Any,
-    criterion: Callable[[Any, Any], Tensor] | None,
-    targets: Any,
-    task: Task | None,
-    *,
     of_units: bool = False,
 ) -> LocalModel:
-    """Does what `localize` does, or with `of_units` what `localize_units` does."""
+    """Does what `localize` does, for the planner: with a trace that is there, and by units.
+
+    Args:
+        backbone: The network to cut.
+        trace: The trace of this network or of a copy of it. Default: it is traced.
+        of_units: Whether each unit is a block, with an auxiliary behind each but the last, whether it is frozen or not.
+            The planner takes from it what each of them costs.
+
+    The other arguments are those of `localize`.
+    """
     check_making(backbone, example, task, criterion)
     for name, value, kind in (("method", method, Method), ("coupling", coupling, MAN | None)):
         if not isinstance(value, kind):
             raise UserError(f"{name} takes what its function gives, such as lg.dgl() or lg.MAN(), not {value!r}")
     wanted = 4 if blocks is None and method.terms is not None and not of_units else blocks
-    traced = trace_units(backbone, example, wanted)
+    traced = trace_units(backbone, example, wanted, trace)
     if method.terms is None:
         if blocks not in (None, 1) and blocks != (traced.units[-1].name,):  # A plan of one block names its last unit.
             warnings.warn(f"{method.name} trains end to end: blocks={blocks} has no effect, there is 1", stacklevel=3)

@@ -100,18 +100,21 @@ class Segments:
         return isinstance(self.gives, tuple) and all(isinstance(size, int) for size in self.gives)
 
 
-def segments(backbone: nn.Module, example: Any, blocks: int | Sequence[str] | None = None) -> Segments:
+def segments(
+    backbone: nn.Module, example: Any, blocks: int | Sequence[str] | None = None, traced: Trace | None = None
+) -> Segments:
     """Finds the units of a network.
 
     Args:
         backbone: The network.
         example: An input batch, of which the shapes and dtypes count.
         blocks: The number of blocks that are wanted, or the names of the units that end them. Default: not known.
+        traced: The trace of this network or of a copy of it, if it is there.
 
     Raises:
         UserError: The network cannot be followed, returns no tensor, or has no module with weights.
     """
-    traced = trace(backbone, example)
+    traced = traced or trace(backbone, example)
     *nodes, output = traced.graph.nodes
     if not has_tensor(map_arg(output.args[0], lambda n: n.meta[VALUE][0])):
         raise UserError(f"{type(backbone).__name__} gives no tensor")

@@ -14,9 +14,12 @@ from localgrad.core.copies import duplicate, undisturbed
 from localgrad.core.engine import autocasting
 from localgrad.core.inputs import main_input
 from localgrad.core.model import to_training
+from localgrad.core.trace import Trace
 
 
-def treats_samples_apart(backbone: nn.Module, example: Any, autocast: torch.dtype | None = None) -> bool:
+def treats_samples_apart(
+    backbone: nn.Module, example: Any, autocast: torch.dtype | None = None, trace: Trace | None = None
+) -> bool:
     """Whether a training step gives the same gradients and the same state if its batch is taken in parts.
 
     Each unit of a copy runs on two random samples. It treats them apart if the gradient of what it makes of the first
@@ -27,13 +30,14 @@ def treats_samples_apart(backbone: nn.Module, example: Any, autocast: torch.dtyp
         backbone: The network. Without values (on the meta device), only its buffers are watched.
         example: A batch [B, ...].
         autocast: The dtype in which forward passes are computed.
+        trace: The trace of the network, if it is there.
     """
     copied = duplicate(backbone)
     to_training(copied)
     for parameter in copied.parameters():
         if not parameter.is_meta and not parameter.any():  # A branch that is scaled by zero would show nothing.
             nn.init.constant_(parameter, 0.5)
-    traced = trace_units(copied, example)
+    traced = trace_units(copied, example, trace=trace)
     parts = [(unit.module, unit.input) for unit in traced.units]
     if traced.head is not None:
         parts.append((traced.head, traced.units[-1].output))

@@ -24,9 +24,10 @@ from localgrad.core.errors import UserError
 from localgrad.core.groups import param_groups
 from localgrad.core.inputs import main_input, resized, targets_of
 from localgrad.core.methods import bp
-from localgrad.core.model import LocalModel, localize, localize_units
+from localgrad.core.model import LocalModel, localize_traced
 from localgrad.core.sizes import bytes_of
 from localgrad.core.task import Classification, Task
+from localgrad.core.trace import trace
 from localgrad.scale.apart import treats_samples_apart
 from localgrad.scale.checks import check_planned
 from localgrad.scale.costs import Cost, trace_costs, without_gradients
@@ -81,20 +82,19 @@ class Planner:
         accumulate: Accumulate = "exact",
     ) -> None:
         check_planned(backbone, example, method, coupling, optimizer, autocast, speed, accumulate)
-        shapes = without_values(backbone, "meta")
+        traced, shapes = trace(backbone, example), without_values(backbone, "meta")
         one = resized(example, 1, lambda t, shape: torch.empty(shape, dtype=t.dtype, device="meta"))
         self._batch, self._targets = len(main_input(example)), targets_of(example, targets)
         self._coupling, self._speed, self._autocast, self._accumulate = coupling, speed or Speed(), autocast, accumulate
-        if accumulate == "exact" and self._batch > 1 and not treats_samples_apart(backbone, example, autocast):
+        if accumulate == "exact" and self._batch > 1 and not treats_samples_apart(backbone, example, autocast, traced):
             self._accumulate = "never"
         cuttable = method if method.terms else Method("units", _no_loss)
         self._how: dict[str, Any] = {"method": method, "coupling": coupling, "criterion": criterion, "task": task}
-        how = self._how | {"method": cuttable, "example": one}
-        self._cut = partial(localize, shapes, **how)
+        self._cut = partial(localize_traced, shapes, traced, **self._how | {"method": cuttable, "example": one})
         self._blocks = None if method.terms else 1
         self._optimizer = optimizer or partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)
         with undisturbed(torch.device("meta")), torch.enable_grad():  # Heads draw numbers, even without values.
-            self._model = localize_units(shapes, **how)
+            self._model = self._cut(of_units=True)
         check_targets(self._model, self._targets, next(backbone.parameters()).device)
         self._searches: dict[tuple[int, bool], Search] = {}
         self.costs = self._search(1).costs
