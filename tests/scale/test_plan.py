@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, cast
 
 import pytest
@@ -19,6 +19,7 @@ from localgrad.scale.plan import Plan, Planner
 BATCH = 16
 
 
+@cache
 def planner(name: str = "resnet20", size: int = 32, coupling: lg.MAN | None = lg.MAN(), **how: Any) -> Planner:  # noqa: B008
     method = how.pop("method", lg.dgl("1c2f"))
     example = torch.zeros(BATCH, 3, size, size)
