@@ -37,8 +37,9 @@ def passengers_with_heads(group: Sequence[Unit]) -> list[Boundary]:
     if not made:
         return []
     run = without_values(nn.ModuleList(unit.module for unit in group), "meta")
-    with undisturbed(torch.device("cpu")), torch.enable_grad():
-        h = group[0].input.random(BATCH, torch.device("meta"))
+    meta = torch.device("meta")
+    with undisturbed(torch.device("cpu")), torch.enable_grad(), meta:  # A forward may make tensors on no named device.
+        h = group[0].input.random(BATCH, meta)
         for module in run:
             h = module(h)
         parameters = [p for p in run.parameters() if p.requires_grad]
