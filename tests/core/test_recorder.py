@@ -76,3 +76,36 @@ def test_a_network_that_may_not_ask_takes_the_way_that_is_right_for_all_values()
     found = lg.local_backward(model, (h, mask[:, None]), torch.zeros(4, 4)).logits
     torch.testing.assert_close(found, model.backbone(h, mask[:, None]))
     assert not torch.compiler.is_compiling()
+
+
+class Shortcut(nn.Module):
+    """A unit that asks for values to save work, where nothing is compiled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, h: Tensor, mask: Tensor) -> Tensor:
+        out = self.outer(self.inner(h).relu())
+        if not torch.compiler.is_compiling() and mask.all():
+            return h + out
+        return h + out * mask[:, None]
+
+
+class Shortcuts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.last = nn.ModuleList(Shortcut() for _ in range(4)), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        mask = mask.clamp(0, 1)
+        for layer in self.layers:
+            x = layer(x, mask)
+        return self.last(x)
+
+
+def test_a_unit_may_ask_for_values_where_nothing_is_compiled() -> None:
+    x, y = torch.randn(4, 4), torch.arange(4) % 3
+    model = lg.localize(Shortcuts(), blocks=4, method=lg.dgl(), coupling=lg.MAN(), example=(x, torch.ones(4)))
+    for mask in (torch.ones(4), torch.tensor([1.0, 0, 1, 0])):
+        assert torch.equal(lg.local_backward(model, (x, mask), y).logits, model.backbone(x, mask))
