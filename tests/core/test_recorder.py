@@ -140,3 +140,20 @@ def test_a_network_that_divides_its_batch_into_samples_is_refused() -> None:
         return torch.stack(h.unbind(0))
 
     assert "it depends on the size of the batch" in said(lg.units, Net(apart), X)
+
+
+class Halves(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return torch.cat([h[: len(h) // 2], h[len(h) // 2 :]])
+
+
+def test_a_number_that_no_block_could_compute_is_told_and_a_module_may_compute_it() -> None:
+    text = said(lg.units, Net(lambda net, h, x: Halves.forward(net, h)), X)
+    assert text.startswith(
+        "the forward computes 2 from a batch of 5 and 3 from one of 7, which no block can follow: let a"
+    )
+    network = nn.Sequential(nn.Linear(4, 4), Halves(), nn.Linear(4, 4), Halves(), nn.Linear(4, 4))
+    for count in (1, 4, 5):
+        x = torch.randn(count, 4)
+        model = lg.localize(network, blocks=2, method=lg.dgl("0c1f"), example=torch.randn(2, 4))
+        assert torch.equal(lg.local_backward(model, x, torch.arange(count) % 4).logits, network(x))
