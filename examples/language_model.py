@@ -22,7 +22,7 @@ BYTES, BATCH, WIDTH = 256, 8, 96
 
 
 class Logits(nn.Module):
-    """Tokens [B, L] to logits [B, L, 256], because `lg.localize` takes a network from one tensor to another."""
+    """Tokens [B, L] to logits [B, L, 256], because `lg.LanguageModel` reads a tensor and not a dictionary."""
 
     def __init__(self, network: Any) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Logits(nn.Module):
 def gpt2(context: int) -> Logits:
     size: Any = {"vocab_size": BYTES, "n_positions": context, "n_embd": WIDTH, "n_layer": 6, "n_head": 4}
     plain: Any = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None}
-    # A readout that is tied to the embedding belongs to the first and to the last block at once, which forbids cuts.
+    # Of a readout that is tied to the embedding, the first block alone would train the table.
     return Logits(GPT2LMHeadModel(GPT2Config(**size, **plain, tie_word_embeddings=False)))
 
 

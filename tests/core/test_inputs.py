@@ -125,3 +125,49 @@ def test_another_structure_than_the_examples_is_told() -> None:
     assert text.startswith("x is a dictionary of mask, ids, and this model was localized for a tuple of")
     assert said(lg.local_backward, model, (IDS, 3), IDS).startswith("x takes a tensor, or a tuple or dictionary of")
     assert said(lg.units, Text(), [IDS]).startswith("example takes a tensor, or a tuple or dictionary of tensors")
+
+
+class Places(nn.Module):
+    """Reads the sum of the places of words, which are the same for all samples, divided by their number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(WORDS, WIDTH)
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+        self.readout = nn.Linear(WIDTH, 3)
+
+    def forward(self, ids: Tensor, places: Tensor) -> Tensor:
+        h = self.embed(ids)
+        for layer in self.layers:
+            h = layer(h, (places.sum() / len(places)).expand(ids.shape))
+        return self.readout(h.mean(1))
+
+
+def test_what_belongs_to_no_sample_stays_whole_where_a_batch_is_divided() -> None:
+    places, ids, targets = torch.arange(float(L)), torch.randint(0, WORDS, (L, L)), torch.arange(L) % 3
+    model = lg.localize(Places(), blocks=2, method=lg.dgl("0c1f"), example=(ids[:B], places))
+    model.accumulate = L  # There are as many samples as places.
+    result = lg.local_backward(model, (ids, places), targets)
+    torch.testing.assert_close(result.logits, model.backbone(ids, places))
+    by_name = lg.localize(Places(), blocks=2, method=lg.dgl("0c1f"), example={"ids": ids[:B], "places": places})
+    by_name.accumulate = L
+    result = lg.local_backward(by_name, {"ids": ids, "places": places}, targets)
+    torch.testing.assert_close(result.logits, by_name.backbone(ids, places))
+
+
+def test_another_shape_than_the_examples_is_told_of_each_input() -> None:
+    model, targets = lg.localize(Places(), method=lg.bp(), example=(IDS, torch.ones(L))), torch.zeros(B).long()
+    # The blocks would divide by the number of the example's places.
+    text = said(lg.local_backward, model, (IDS, torch.ones(L + 1)), targets)
+    assert text.startswith("x1 of shape (7,): this model was localized for (6,) in a batch of 4: pad, crop or resize")
+    assert said(lg.local_backward, model, (IDS[:, 1:], torch.ones(L)), targets).endswith("resize each batch to that")
+    masked = model_of((IDS, MASK.long()))
+    for mask in (MASK[:, 1:], MASK[:3], MASK[0]):
+        text = said(lg.local_backward, masked, (IDS, mask.long()), IDS)
+        assert text.startswith(f"x1 of shape {tuple(mask.shape)}: this model was localized for (4, 6) in a batch of 4")
+
+
+def test_one_row_may_stand_for_all_samples() -> None:
+    model = model_of((IDS, MASK.long()))
+    result = lg.local_backward(model, (IDS, MASK[:1].long()), IDS)
+    assert torch.equal(result.logits["logits"], model.backbone(IDS, MASK[:1].long())["logits"])

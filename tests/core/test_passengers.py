@@ -182,3 +182,34 @@ def test_a_u_net_is_fitted_into_a_budget() -> None:
 def test_a_passenger_that_is_changed_in_place_later_is_refused() -> None:
     text = "no cut behind 'b': the tensor of 'a' is read later, and 'mul_' changes it in place before that"
     assert said(cut, Overwriting(), ["b"]) == f"{text}; the nearest is behind 'a'"
+
+
+class Noisy(nn.Module):
+    """What it draws once is read by all units. It is made on no named device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(4))
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = torch.randn(len(x), 8)
+        for part in self.parts:
+            x = part(x) + noise
+        return self.last(x)
+
+
+def test_a_passenger_may_be_made_on_no_named_device() -> None:
+    x, y = torch.randn(4, 8), torch.arange(4) % 3
+    model = lg.localize(Noisy(), blocks=3, method=lg.dgl(), coupling=lg.MAN(), example=x)
+    torch.manual_seed(0)
+    logits = lg.local_backward(model, x, y).logits
+    torch.manual_seed(0)
+    assert torch.equal(logits, model.backbone(x))
+
+
+@pytest.mark.parametrize("coupling", [None, lg.MAN()])
+def test_a_batch_of_one_sample_is_refused_where_passengers_cross(coupling: lg.MAN | None) -> None:
+    model = lg.localize(Noisy(), blocks=3, method=lg.dgl(), coupling=coupling, example=torch.randn(4, 8))
+    text = said(lg.local_backward, model, torch.randn(1, 8), torch.tensor([0]))
+    assert text.startswith("a batch of one sample cannot train the head 'classifier' of the auxiliary of block 0")

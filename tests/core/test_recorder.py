@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import Net, assert_chained, chain, cut
+from small import Net, assert_chained, chain, cut, said
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -76,3 +76,84 @@ def test_a_network_that_may_not_ask_takes_the_way_that_is_right_for_all_values()
     found = lg.local_backward(model, (h, mask[:, None]), torch.zeros(4, 4)).logits
     torch.testing.assert_close(found, model.backbone(h, mask[:, None]))
     assert not torch.compiler.is_compiling()
+
+
+class Shortcut(nn.Module):
+    """A unit that asks for values to save work, where nothing is compiled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, h: Tensor, mask: Tensor) -> Tensor:
+        out = self.outer(self.inner(h).relu())
+        if not torch.compiler.is_compiling() and mask.all():
+            return h + out
+        return h + out * mask[:, None]
+
+
+class Shortcuts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.last = nn.ModuleList(Shortcut() for _ in range(4)), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        mask = mask.clamp(0, 1)
+        for layer in self.layers:
+            x = layer(x, mask)
+        return self.last(x)
+
+
+def test_a_unit_may_ask_for_values_where_nothing_is_compiled() -> None:
+    x, y = torch.randn(4, 4), torch.arange(4) % 3
+    model = lg.localize(Shortcuts(), blocks=4, method=lg.dgl(), coupling=lg.MAN(), example=(x, torch.ones(4)))
+    for mask in (torch.ones(4), torch.tensor([1.0, 0, 1, 0])):
+        assert torch.equal(lg.local_backward(model, (x, mask), y).logits, model.backbone(x, mask))
+
+
+class Counting(nn.Module):
+    """Counts its passes, and may compute with their number."""
+
+    def __init__(self, *, used: bool) -> None:
+        super().__init__()
+        self.layers, self.used, self.passes = nn.ModuleList(nn.Linear(4, 4) for _ in range(4)), used, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        for layer in self.layers:
+            x = layer(x) / (self.passes if self.used else 1)
+        return x
+
+
+def test_a_number_that_each_pass_changes_may_not_go_into_what_is_computed() -> None:
+    text = said(lg.units, Counting(used=True), torch.randn(2, 4))
+    assert "(it computes with a number that it changes itself, which could be a buffer)" in text
+    x = torch.randn(2, 4)
+    model = lg.localize(Counting(used=False), blocks=2, method=lg.dgl("0c1f"), example=x)
+    for _ in range(2):
+        found = lg.local_backward(model, x, torch.tensor([0, 1])).logits
+        assert torch.equal(found, model.backbone(x))
+
+
+def test_a_network_that_divides_its_batch_into_samples_is_refused() -> None:
+    def apart(net: Net, h: Tensor, x: Tensor) -> Tensor:
+        return torch.stack(h.unbind(0))
+
+    assert "it depends on the size of the batch" in said(lg.units, Net(apart), X)
+
+
+class Halves(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return torch.cat([h[: len(h) // 2], h[len(h) // 2 :]])
+
+
+def test_a_number_that_no_block_could_compute_is_told_and_a_module_may_compute_it() -> None:
+    text = said(lg.units, Net(lambda net, h, x: Halves.forward(net, h)), X)
+    assert text.startswith(
+        "the forward computes 2 from a batch of 5 and 3 from one of 7, which no block can follow: let a"
+    )
+    network = nn.Sequential(nn.Linear(4, 4), Halves(), nn.Linear(4, 4), Halves(), nn.Linear(4, 4))
+    for count in (1, 4, 5):
+        x = torch.randn(count, 4)
+        model = lg.localize(network, blocks=2, method=lg.dgl("0c1f"), example=torch.randn(2, 4))
+        assert torch.equal(lg.local_backward(model, x, torch.arange(count) % 4).logits, network(x))

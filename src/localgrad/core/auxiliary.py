@@ -146,10 +146,14 @@ class Auxiliary(nn.Module):
         """Whether an objective has this second argument, as `Term.against` names it."""
         return any(term.against == reference for term in self.terms.values())
 
-    def forward(self, h: Any) -> dict[str, Any]:
+    def read(self, h: Any) -> dict[str, Any]:
+        """What each head reads, by the head's name."""
         crossing = h if self.coupling is None else self.coupling(h)
         read = {MAIN: main_of(crossing), None: crossing}
-        tensors = {name: read[r] if (r := self.terms[name].reads) in read else h[r] for name in self.heads}
+        return {name: read[r] if (r := self.terms[name].reads) in read else h[r] for name in self.heads}
+
+    def forward(self, h: Any) -> dict[str, Any]:
+        tensors = self.read(h)
         return {name: head(tensors[name]) for name, head in self.heads.items()}
 
     def losses(

@@ -372,10 +372,10 @@ def _refuses_one(model: LocalModel) -> str | None:
                 h = block(h)
                 for auxiliary in cast("list[Auxiliary]", copied.auxiliaries[k : k + 1]):
                     what = f"the coupling of the auxiliary of block {k} (behind '{block.names[-1]}')"
-                    z = h if auxiliary.coupling is None else auxiliary.coupling(h)
+                    tensors = auxiliary.read(h)
                     for name, head in auxiliary.heads.items():
                         what = f"the head '{name}' of the auxiliary of block {k} (behind '{block.names[-1]}')"
-                        head(z)
+                        head(tensors[name])
         except Exception as error:  # A network may fail without values in many ways.
             return what if "more than 1 value per channel" in str(error) else None
     return None

@@ -18,7 +18,7 @@ from localgrad.core.boundary import detached, main_of
 from localgrad.core.checks import check_call
 from localgrad.core.copies import undisturbed
 from localgrad.core.errors import UserError
-from localgrad.core.inputs import main_input, rows, targets_of
+from localgrad.core.inputs import main_input, targets_of
 from localgrad.core.model import LocalModel, localized
 
 
@@ -172,7 +172,8 @@ def local_backward(
         share = 1.0 if count == 1 else (own_rows.stop - own_rows.start) / size
         losses, parts, output = [], [], None
         own_y = tree_map_only(Tensor, lambda t, rows=own_rows: t[rows] if t.ndim else t, y)
-        steps = block_steps(model, rows(x, own_rows), own_y, scale=scale if count == 1 else scale * share, **own)
+        own_x = model.inputs.rows(x, own_rows)
+        steps = block_steps(model, own_x, own_y, scale=scale if count == 1 else scale * share, **own)
         if move_averages and part == 0:  # The arguments are checked by now.
             model.move_averages(stepped=True)
         for done in steps:
@@ -228,9 +229,10 @@ def check_step(
     counts = {len(leaf): None for leaf in tree_leaves(y) if isinstance(leaf, Tensor) and leaf.ndim}
     if tuple(h.shape[1:]) != shape or any(count != len(h) for count in counts):
         expected = " x ".join(map(str, ("batch", *shape)))
+        remedy = "" if tuple(h.shape[1:]) == shape else ": pad, crop or resize each batch to that"
         raise UserError(
             f"inputs of shape {tuple(h.shape)} for {' and '.join(map(str, counts))} targets: this model was localized "
-            f"for {expected}, with a target for each sample"
+            f"for {expected}, with a target for each sample{remedy}"
         )
     model.checks.check_step(model, blocks, entering, y, images, autocast)
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from localgrad.core.boundary import MAIN
+from localgrad.core.boundary import MAIN, Passenger
 from localgrad.core.errors import UserError
 
 LABELS = "labels"  # In a dictionary, this key holds the targets.
@@ -90,23 +90,24 @@ class Inputs:
     Attributes:
         kind: What a batch is: "a tensor", "a tuple" or "a dictionary".
         names: The names of its tensors, the main one first.
-        keys: The names by which they enter the first block, in the same order.
+        passengers: How the others enter the first block, in the same order.
     """
 
     kind: str
     names: tuple[str, ...]
-    keys: tuple[str, ...]
+    passengers: tuple[Passenger, ...]
 
     @classmethod
-    def of(cls, example: Any, keys: tuple[str, ...]) -> Inputs:
+    def of(cls, example: Any, passengers: tuple[Passenger, ...]) -> Inputs:
         """The inputs of an example."""
-        return cls(kind_of(example), tuple(tensors_of(example)), keys)
+        return cls(kind_of(example), tuple(tensors_of(example)), passengers)
 
     def crossing(self, batch: Any) -> Any:
         """What enters the first block: a tensor, or a dictionary of tensors with the main one first.
 
         Raises:
-            UserError: The batch has another structure than the example.
+            UserError: The batch has another structure than the example, or one of its tensors beside the main one has
+                another shape.
         """
         check_inputs("x", batch)
         named = tensors_of(batch)
@@ -116,7 +117,32 @@ class Inputs:
             raise UserError(f"x is {given}, and this model was localized for {wanted}")
         if self.kind == "a tensor":
             return batch
-        return {key: named[name] for key, name in zip((MAIN, *self.keys[1:]), self.names, strict=True)}
+        main, *others = self.names
+        count, crossing = len(named[main]), {MAIN: named[main]}
+        for name, passenger in zip(others, self.passengers, strict=True):
+            given, wanted = tuple(named[name].shape), passenger.sized(count)
+            # One row for all samples takes the place of a row for each of them, and the other way round.
+            alike = given[:1] == wanted[:1] or {*given[:1], *wanted[:1]} <= {1, count}
+            if given[1:] != wanted[1:] or not alike:
+                raise UserError(
+                    f"{name} of shape {given}: this model was localized for {wanted} in a batch of {count}: pad, crop "
+                    "or resize each batch to that"
+                )
+            crossing[passenger.name] = named[name]
+        return crossing
+
+    def rows(self, batch: Any, index: slice) -> Any:
+        """Some samples of a batch. Its tensors that have no row for each sample in the example stay whole.
+
+        Raises:
+            UserError: As `crossing` does.
+        """
+        self.crossing(batch)
+        some, pairs = rows(batch, index), zip(self.names[1:], self.passengers, strict=True)
+        whole = {name: tensors_of(batch)[name] for name, p in pairs if p.shape[:1] != (-1,)}
+        if isinstance(batch, tuple):
+            return tuple(whole.get(f"x{i}", tensor) for i, tensor in enumerate(some))
+        return {**some, **whole} if whole else some
 
     def batch(self, crossing: Any) -> Any:
         """The batch that enters the first block as `crossing`."""

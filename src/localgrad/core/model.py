@@ -243,7 +243,7 @@ def localize_traced(
     for auxiliary in auxiliaries:
         auxiliary.to(device).train()
     watch, entering = traced.cut.watch, built[0].entering
-    inputs = Inputs.of(example, ("main", *(p.name for p in entering.passengers)))
+    inputs = Inputs.of(example, entering.passengers)
     for source in (s for auxiliary in auxiliaries if auxiliary.coupling for s in auxiliary.coupling.sources):
         watch.copies(source.name, source.module)
     model = LocalModel(backbone, built, auxiliaries, method, task, entering.shape, watch, inputs)

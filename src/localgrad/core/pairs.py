@@ -79,7 +79,10 @@ class _Pairing:
 
     def _add_parts(self, node: fx.Node, step: Step, twin: Step, number: int) -> None:
         """Adds a step for each tensor among what a step returns."""
-        leaves = list(zip(tree_leaves(step.value), tree_leaves(twin.value), strict=True))
+        one, two = tree_leaves(step.value), tree_leaves(twin.value)
+        if len(one) != len(two):
+            raise ValueError(ON_THE_BATCH)
+        leaves = list(zip(one, two, strict=True))
         own = list(step.value) if isinstance(step.value, tuple | list) else []
         plain = len(own) == len(leaves) and all(a is b for a, (b, _) in zip(own, leaves, strict=True))
         for leaf, (value, other) in enumerate(leaves):

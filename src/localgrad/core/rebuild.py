@@ -378,6 +378,9 @@ def _literal(values: tuple[Any, ...], h: fx.Node, dtype: torch.dtype) -> Any:
     if first == other:
         return first
     if not isinstance(first, int) or first * BATCHES[1] != other * BATCHES[0]:
-        raise UserError(f"what is {first} for a batch of {BATCHES[0]} is {other} for one of {BATCHES[1]}: no cut there")
+        raise UserError(
+            f"the forward computes {first} from a batch of {BATCHES[0]} and {other} from one of {BATCHES[1]}, which no "
+            "block can follow: let a module compute what needs it"
+        )
     size, times = h.graph.call_method("size", (h, 0)), first // BATCHES[0]
     return size if times == 1 else h.graph.call_function(operator.mul, (size, times))

@@ -87,11 +87,33 @@ def recorded(network: nn.Module, opened: set[str], batch: Any) -> Recording:
         drawn = recorder.draws.moved if drawn is None else drawn & recorder.draws.moved
         if not drawn:
             written = {(name, key) for name, now in attributes.items() for key in changed_attributes(*now)}
+            if written:
+                _check_repeats(recorder.steps, copied, opened, batch)
             return Recording(recorder.steps, output, written)
         if alone():
             break
     assert drawn
     raise Stopped(min(drawn)[1], DRAWN)
+
+
+def _check_repeats(steps: list[Step], network: nn.Module, opened: set[str], batch: Any) -> None:
+    """Raises Stopped if a forward that changes its own attributes computes with other numbers in the next pass.
+
+    Args:
+        steps: The steps of the first pass.
+        network: The network that has made it.
+        opened: As for `recorded`.
+        batch: As for `recorded`.
+    """
+    again = Recorder(network, opened)
+    with contextlib.suppress(Stopped):
+        again.record(batch)
+    for step, other in zip(steps, again.steps, strict=False):
+        if step.target != other.target:
+            return  # It keeps something, and what it makes in the first pass is right.
+        pairs = zip(*(tree_leaves((one.args, one.kwargs)) for one in (step, other)), strict=False)
+        if any(isinstance(a, int | float) and a != b for a, b in pairs):
+            raise Stopped(step.inside, "it computes with a number that it changes itself, which could be a buffer")
 
 
 class Recorder(TorchFunctionMode):

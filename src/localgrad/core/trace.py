@@ -34,6 +34,8 @@ from localgrad.core.recorder import ON_VALUES, Stopped, recorded
 from localgrad.core.steps import Recording
 from localgrad.core.threads import one_trace
 
+NO_VALUES = "meta tensors"  # PyTorch's errors name them where values are asked for.
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -96,7 +98,8 @@ def _trace(backbone: nn.Module, example: Any, runs: Callable[[Callable], bool]) 
                 kind = type(first.output) if isinstance(first.output, dict) and type(first.output) is not dict else None
                 return Trace(_graph(shapes, opened, few, many, first), closed, kind, runs, first.written)
         except Stopped as error:  # A forward cannot be followed in as many ways as Python has control flow.
-            if str(error) == ON_VALUES and compiled is not as_compiled:
+            # A module that is one step runs out of values with a message of PyTorch's.
+            if (str(error) == ON_VALUES or NO_VALUES in str(error)) and compiled is not as_compiled:
                 compiled = as_compiled
                 continue
             if error.module == "" or error.module not in opened:
@@ -159,7 +162,7 @@ def _cannot_be_cut(backbone: nn.Module, example: Any, stopped: str, reason: str,
             f"{type(backbone).__name__} cannot be cut: its forward cannot be followed ({reason}); give its "
             "parts by hand, as nn.Sequential(part, part, ...)"
         )
-    if "meta tensors" in reason:
+    if NO_VALUES in reason:
         return UserError(
             f"{type(backbone).__name__} cannot be cut: '{stopped}' asks for the values of a tensor, and a "
             "network is cut without any; let it ask for shapes alone"

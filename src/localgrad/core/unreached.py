@@ -14,6 +14,7 @@ from localgrad.core.blocks import Unit
 from localgrad.core.boundary import MAIN, Boundary, Passenger
 from localgrad.core.copies import undisturbed, without_values
 from localgrad.core.errors import UserError
+from localgrad.core.trace import as_compiled
 
 BATCH = 2  # A batch norm takes at least two samples.
 LAYOUTS = {1: "NC", 2: "NLC", 3: "NCHW", 4: "NCDHW"}
@@ -37,8 +38,10 @@ def passengers_with_heads(group: Sequence[Unit]) -> list[Boundary]:
     if not made:
         return []
     run = without_values(nn.ModuleList(unit.module for unit in group), "meta")
-    with undisturbed(torch.device("cpu")), torch.enable_grad():
-        h = group[0].input.random(BATCH, torch.device("meta"))
+    meta = torch.device("meta")
+    # A forward may make tensors on no named device, hence `meta`.
+    with undisturbed(torch.device("cpu")), torch.enable_grad(), as_compiled(), meta:
+        h = group[0].input.random(BATCH, meta)
         for module in run:
             h = module(h)
         parameters = [p for p in run.parameters() if p.requires_grad]

@@ -14,7 +14,7 @@ from localgrad.core.boundary import detached
 from localgrad.core.copies import duplicate, undisturbed
 from localgrad.core.couplings import MAN
 from localgrad.core.errors import UserError
-from localgrad.core.inputs import main_input, rows
+from localgrad.core.inputs import main_input
 from localgrad.core.methods import bp, dgl
 from localgrad.core.model import LocalModel
 from localgrad.core.recomputation import repeats
@@ -149,7 +149,7 @@ def _fewest_cuts(planner: Planner, budget: int, most: float) -> Plan | None:
 
 def _check_repeats(model: LocalModel, example: Any) -> None:
     """Raises UserError for a recomputed unit whose second run would give another result than its first one."""
-    h = detached(model.inputs.crossing(rows(example, slice(2))))
+    h = detached(model.inputs.crossing(model.inputs.rows(example, slice(2))))
     with undisturbed(main_input(example).device):
         for block in model.blocks:
             for u, (name, module) in enumerate(zip(block.names, block, strict=False)):
