@@ -12,8 +12,9 @@ from small import assert_same, chain
 from torch import nn
 
 import localgrad as lg
-from localgrad.core.blocks import Unit, select_path
+from localgrad.core.blocks import Unit
 from localgrad.core.boundary import Boundary
+from localgrad.core.paths import select_path
 
 LAYERS = ("convolution", "norm", "relu", "in place", "pool", "composite", "tanh")
 

@@ -14,9 +14,10 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from localgrad.core.blocks import Call, Unit, as_far_as_fed, plain_call, select_path
+from localgrad.core.blocks import Call, Unit, plain_call
 from localgrad.core.boundary import main_of, with_main
 from localgrad.core.errors import UserError
+from localgrad.core.paths import as_far_as_fed, select_path
 
 PLAIN_DEPTH = 3  # Deep MAN copies three units where a network has no stages; one of four stages has three later ones.
 

@@ -10,10 +10,11 @@ from torch.nn import functional as F
 
 from localgrad.core import heads, objectives
 from localgrad.core.auxiliary import Method, Site, Term
-from localgrad.core.blocks import Main, select_path
+from localgrad.core.blocks import Main
 from localgrad.core.boundary import MAIN
 from localgrad.core.decoder import Decoder
 from localgrad.core.errors import UserError
+from localgrad.core.paths import select_path
 from localgrad.core.task import Classification
 
 IMAGENET_SIZE = 128  # Images of at least this size get InfoPro's ImageNet auxiliaries.
