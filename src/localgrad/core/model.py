@@ -40,6 +40,7 @@ class LocalModel(nn.Module):
         inputs: How a batch enters the first block.
         checks: What earlier steps have shown about the model.
         watch: Finds changes of the backbone since it was cut.
+        sharded: Whether `shard` has given each rank a part of the parameters.
     """
 
     def __init__(
@@ -64,8 +65,11 @@ class LocalModel(nn.Module):
         self.checks = StepChecks()
         self.checks.copies.note(self)
         self.watch = watch
+        self.sharded = False
 
     def __deepcopy__(self, memo: dict) -> LocalModel:
+        if self.sharded:
+            raise UserError("a sharded model cannot be copied, because each rank has a part of it: copy it before lg.shard")
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         memo.update(computed(self, memo))
@@ -73,7 +77,12 @@ class LocalModel(nn.Module):
         return twin
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.backbone(*args, **kwargs)
+        if not self.sharded:
+            return self.backbone(*args, **kwargs)
+        h = self.inputs.crossing(kwargs or (args[0] if len(args) == 1 else args))
+        for block in self.blocks:
+            h = block(h)
+        return h
 
     def train(self, mode: bool = True) -> LocalModel:
         super().train(mode)
@@ -344,9 +353,20 @@ def to_training(backbone: nn.Module) -> None:
         module.training = False
 
 
-def localized(model: Any, what: str) -> LocalModel:
-    """Unwraps a model from torch.compile. Raises UserError, which names the function `what`, if it is no LocalModel."""
+def localized(model: Any, what: str, *, sharded: bool = False) -> LocalModel:
+    """Unwraps a model from torch.compile.
+
+    Args:
+        model: What a user gave.
+        what: The function that it was given to.
+        sharded: Whether the function takes a sharded model. Default: False.
+
+    Raises:
+        UserError: It is no LocalModel, or is sharded.
+    """
     unwrapped = model if isinstance(model, LocalModel) else getattr(model, "_orig_mod", None)
     if not isinstance(unwrapped, LocalModel):
         raise no_local_model(model, what, LocalModel)
+    if unwrapped.sharded and not sharded:
+        raise UserError(f"{what} takes no sharded model, of which each rank has only a part: leave lg.shard out")
     return unwrapped

@@ -143,6 +143,13 @@ class Watch:
                     self.warned.add(key)
                     warnings.warn(f"{what}, which local_backward does not see: {AGAIN}", stacklevel=callers_level())
 
+    def renew(self, guard: int) -> None:
+        """Takes the parameters as they are now for those of the cut, and knows the hook of this number."""
+        for part in self.parts:
+            part.parameters.update((key, part.owner._parameters.get(key)) for key in part.parameters)
+            if part.owner is self.network:
+                part.hooks["_forward_pre_hooks"][guard] = False
+
     def silent(self) -> list[str]:
         """The modules that have hooks which local_backward does not call, because it calls their parts alone."""
         return [p.title for p in self.parts if not all(all(hooks.values()) for hooks in p.hooks.values())]
