@@ -77,12 +77,7 @@ class LocalModel(nn.Module):
         return twin
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.sharded:
-            return self.backbone(*args, **kwargs)
-        h = self.inputs.crossing(kwargs or (args[0] if len(args) == 1 else args))
-        for block in self.blocks:
-            h = block(h)
-        return h
+        return self.backbone(*args, **kwargs)
 
     def train(self, mode: bool = True) -> LocalModel:
         super().train(mode)

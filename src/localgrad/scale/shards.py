@@ -40,7 +40,8 @@ def shard(model: LocalModel, mesh: DeviceMesh | None = None) -> LocalModel:
             out = lg.local_backward(model, x, y)  # out.losses are those of this rank
             optimizer.step()
             optimizer.zero_grad()
-        model.eval()(x)                           # block by block; all ranks call it
+        with torch.no_grad():
+            model.eval()(x)                       # gathers the whole network for a while; all ranks call it
 
     Averages of couplings are sharded alike. Buffers are not, and those of the first rank count. Parameters that a block
     shares with another one, and those of no dimension, stay whole on every rank, with averaged gradients. Objectives
@@ -72,16 +73,16 @@ def shard(model: LocalModel, mesh: DeviceMesh | None = None) -> LocalModel:
         if parameter.requires_grad:
             parameter.register_hook(_averaged)
     held = {id(p): (m, n) for k in range(len(model.blocks)) for part in model.parts(k) for m, n, p in _held(part)}
-    before = [(module, name, held[id(p)]) for module, name, p in _held(model.backbone) if id(p) in held]
+    network = _Network(model, [(m, n, *held[id(p)]) for m, n, p in _held(model.backbone) if id(p) in held])
     for k in range(len(model.blocks)):
         for part in model.parts(k):
             _shard_part(part, mesh, kept)
-    for module, name, (own, key) in before:  # The block may hold a parameter elsewhere than the network does.
-        module._parameters[name] = own._parameters[key]
+    network.follow()
     for auxiliary in model.auxiliaries:
         gather_pairs(cast(Auxiliary, auxiliary))
-    guard = model.backbone.register_forward_pre_hook(_refuse_sharded)
-    model.watch.renew(guard.id)
+    model.backbone.register_forward_pre_hook(network.gather)
+    model.backbone.register_forward_hook(network.free, always_call=True)
+    model.watch.renew()
     model.checks = StepChecks()
     model.checks.copies.note(model)
     model.sharded = True
@@ -158,6 +159,38 @@ def _averaged(gradient: Tensor) -> Tensor:
     return mean
 
 
-def _refuse_sharded(backbone: nn.Module, *_: Any) -> None:
-    if any(is_sharded(p) for p in backbone.parameters()):
-        raise UserError("the network is sharded, and only its blocks gather their parameters: call model(x)")
+class _Network:
+    """Gathers all parameters of the network while its own forward runs, and not the blocks, as in an evaluation.
+
+    Args:
+        model: The model.
+        held: Each parameter of a block: the module of the network that holds it, its name there, and the same for the
+            block, which may hold it in a module of its own.
+    """
+
+    def __init__(self, model: LocalModel, held: list[tuple[nn.Module, str, nn.Module, str]]) -> None:
+        self.blocks, self.held, self.gathered = model.blocks, held, False
+
+    def follow(self) -> None:
+        """Gives the network the parameters that the blocks have now."""
+        for module, name, own, key in self.held:
+            module._parameters[name] = own._parameters[key]
+
+    def gather(self, network: nn.Module, *_: Any) -> None:
+        if not any(is_sharded(p) for p in network.parameters()):
+            return  # A block runs the network.
+        if torch.is_grad_enabled():
+            raise UserError("a sharded network is trained by lg.local_backward: call it under torch.no_grad()")
+        self._each("unshard")
+        self.gathered = True
+
+    def free(self, *_: Any) -> None:
+        if self.gathered:
+            self._each("reshard")
+            self.gathered = False
+
+    def _each(self, what: str) -> None:
+        for block in self.blocks:
+            if isinstance(block, FSDPModule):
+                getattr(block, what)()
+        self.follow()
