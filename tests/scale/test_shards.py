@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,13 +10,11 @@ import torch
 import torch.distributed as dist
 from spawned import on_ranks
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 import localgrad as lg
-from localgrad.core.errors import UserError
 from localgrad.core.methods import METHODS
-from localgrad.core.sharded import clip_gradients, local, total_norm
-from localgrad.scale.shards import gathered, shard_of
+from localgrad.core.sharded import clip_gradients
+from localgrad.scale.shards import gathered
 
 STEPS, HALF = 3, 4
 CASES: dict[str, tuple[Any, Any]] = {

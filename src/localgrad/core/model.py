@@ -69,7 +69,7 @@ class LocalModel(nn.Module):
 
     def __deepcopy__(self, memo: dict) -> LocalModel:
         if self.sharded:
-            raise UserError("a sharded model cannot be copied, because each rank has a part of it: copy it before lg.shard")
+            raise UserError("a sharded model, of which each rank has a part, cannot be copied: do so before lg.shard")
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         memo.update(computed(self, memo))

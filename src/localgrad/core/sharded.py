@@ -30,6 +30,12 @@ def whole(tensor: Any) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
+def storages(tensor: Tensor) -> list[torch.UntypedStorage]:
+    """The storages of a tensor on this rank: one, or those of the indices and values of a sparse tensor."""
+    parts = (tensor._indices(), tensor._values()) if tensor.is_sparse else (local(tensor),)
+    return [part.untyped_storage() for part in parts]
+
+
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """The norm of all tensors together, with one message for those that are sharded."""
     sharded: list[Any] = [t for t in tensors if is_sharded(t)]
