@@ -142,7 +142,7 @@ def trained(
         whole.zero_grad()
     distances = model.ema_distances()
     model.eval()
-    with torch.no_grad():
+    with lg.gather(model):
         logits = model(batches(model)[0][0])
     states = [o.state_dict()["state"] for o in (each if as_you_go else [whole])]
     model.train()

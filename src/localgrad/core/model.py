@@ -40,7 +40,7 @@ class LocalModel(nn.Module):
         inputs: How a batch enters the first block.
         checks: What earlier steps have shown about the model.
         watch: Finds changes of the backbone since it was cut.
-        sharded: Whether `shard` has given each rank a part of the parameters.
+        sharded: Where the network has its parameters, if `shard` has given each rank a part of them. Else None.
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class LocalModel(nn.Module):
         self.checks = StepChecks()
         self.checks.copies.note(self)
         self.watch = watch
-        self.sharded = False
+        self.sharded: Any = None
 
     def __deepcopy__(self, memo: dict) -> LocalModel:
-        if self.sharded:
+        if self.sharded is not None:
             raise UserError("a sharded model, of which each rank has a part, cannot be copied: do so before lg.shard")
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
@@ -362,6 +362,6 @@ def localized(model: Any, what: str, *, sharded: bool = False) -> LocalModel:
     unwrapped = model if isinstance(model, LocalModel) else getattr(model, "_orig_mod", None)
     if not isinstance(unwrapped, LocalModel):
         raise no_local_model(model, what, LocalModel)
-    if unwrapped.sharded and not sharded:
+    if unwrapped.sharded is not None and not sharded:
         raise UserError(f"{what} takes no sharded model, of which each rank has only a part: leave lg.shard out")
     return unwrapped

@@ -7,6 +7,7 @@ and the step do not ask which one they have.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from localgrad.run.recipe import Recipe, Saving
 from localgrad.run.runlog import StepRecord
 from localgrad.scale.pipeline import Stage, least_lag
 from localgrad.scale.replicas import Ranks, Replicas
-from localgrad.scale.shards import gathered, shard, shard_of
+from localgrad.scale.shards import gather, gathered, shard, shard_of
 from localgrad.scale.shares import block_seconds, shares_of
 
 # When the ranks of a pipeline synchronise, all of them wait for the slowest one. They do so every SYNC_SECONDS or every
@@ -96,6 +97,10 @@ class Alone:
     def part_of(self, state: Tensor, parameter: nn.Parameter) -> Tensor:
         """What this rank keeps of a tensor of an optimizer's state that has the shape of the parameter."""
         return state
+
+    def gathered(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which every rank has the whole network, without gradients. Every rank enters it."""
+        return gather(self.model)
 
     def other_optimizers(self, count: int) -> set[int]:
         """Which of the `count` optimizers are stepped by other ranks."""

@@ -301,7 +301,8 @@ class Run:
         self.mode.gather_model()
         between = stop.check if self.ranks.count == 1 else lambda: None
         how = {"on_bad": self._on_bad_image, "between": between, "ranks": self.ranks}
-        scores = evaluate(self.model, self.data, self.recipe, self.machine, **how)
+        with self.mode.gathered():
+            scores = evaluate(self.model, self.data, self.recipe, self.machine, **how)
         by_rank = self.ranks.all_gather_object(self.bad_images)
         self.bad_images = {path: reason for found in by_rank for path, reason in found.items()}
         self._report_bad_images(log)

@@ -7,7 +7,8 @@ is the shard of the average, so that averages move without a message.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -27,6 +28,9 @@ from localgrad.core.rebuild import FrozenReference
 from localgrad.core.sharded import is_sharded, whole
 from localgrad.scale.replicas import Ranks, gather_pairs, refuse_unlike
 
+# A module of the network, the name of a parameter in it, and the same for the block that trains the parameter.
+Place = tuple[nn.Module, str, nn.Module, str]
+
 
 def shard(model: LocalModel, mesh: DeviceMesh | None = None) -> LocalModel:
     """Shards each block and each auxiliary of a model over the ranks, in place.
@@ -40,8 +44,8 @@ def shard(model: LocalModel, mesh: DeviceMesh | None = None) -> LocalModel:
             out = lg.local_backward(model, x, y)  # out.losses are those of this rank
             optimizer.step()
             optimizer.zero_grad()
-        with torch.no_grad():
-            model.eval()(x)                       # gathers the whole network for a while; all ranks call it
+        with lg.gather(model):                    # all ranks
+            model.eval()(x)
 
     Averages of couplings are sharded alike. Buffers are not, and those of the first rank count. Parameters that a block
     shares with another one, and those of no dimension, stay whole on every rank, with averaged gradients. Objectives
@@ -73,20 +77,42 @@ def shard(model: LocalModel, mesh: DeviceMesh | None = None) -> LocalModel:
         if parameter.requires_grad:
             parameter.register_hook(_averaged)
     held = {id(p): (m, n) for k in range(len(model.blocks)) for part in model.parts(k) for m, n, p in _held(part)}
-    network = _Network(model, [(m, n, *held[id(p)]) for m, n, p in _held(model.backbone) if id(p) in held])
+    places = [(m, n, *held[id(p)]) for m, n, p in _held(model.backbone) if id(p) in held]
     for k in range(len(model.blocks)):
         for part in model.parts(k):
             _shard_part(part, mesh, kept)
-    network.follow()
+    _follow(places)
     for auxiliary in model.auxiliaries:
         gather_pairs(cast(Auxiliary, auxiliary))
-    model.backbone.register_forward_pre_hook(network.gather)
-    model.backbone.register_forward_hook(network.free, always_call=True)
+    model.backbone.register_forward_pre_hook(_refuse)
     model.watch.renew()
     model.checks = StepChecks()
     model.checks.copies.note(model)
-    model.sharded = True
+    model.sharded = places
     return model
+
+
+@contextlib.contextmanager
+def gather(model: LocalModel) -> Iterator[None]:
+    """Gathers the parameters of a sharded network on every rank, to evaluate it without gradients. All ranks call it.
+
+    Within the context, each rank calls `model` or `model.backbone` as often as it likes.
+
+    Args:
+        model: The model. If it is not sharded, this only disables gradients.
+    """
+    places: list[Place] = localized(model, "gather", sharded=True).sharded or []
+    blocks = [block for block in model.blocks if isinstance(block, FSDPModule)]
+    try:
+        for block in blocks:
+            block.unshard()
+        _follow(places)
+        with torch.no_grad():
+            yield
+    finally:
+        for block in blocks:
+            block.reshard()
+        _follow(places)
 
 
 def gathered(tree: Any, *, keep: bool) -> Any:
@@ -159,38 +185,13 @@ def _averaged(gradient: Tensor) -> Tensor:
     return mean
 
 
-class _Network:
-    """Gathers all parameters of the network while its own forward runs, and not the blocks, as in an evaluation.
+def _follow(places: Iterable[Place]) -> None:
+    """Gives the network the parameters that its blocks have now."""
+    for module, name, own, key in places:
+        module._parameters[name] = own._parameters[key]
 
-    Args:
-        model: The model.
-        held: Each parameter of a block: the module of the network that holds it, its name there, and the same for the
-            block, which may hold it in a module of its own.
-    """
 
-    def __init__(self, model: LocalModel, held: list[tuple[nn.Module, str, nn.Module, str]]) -> None:
-        self.blocks, self.held, self.gathered = model.blocks, held, False
-
-    def follow(self) -> None:
-        """Gives the network the parameters that the blocks have now."""
-        for module, name, own, key in self.held:
-            module._parameters[name] = own._parameters[key]
-
-    def gather(self, network: nn.Module, *_: Any) -> None:
-        if not any(is_sharded(p) for p in network.parameters()):
-            return  # A block runs the network.
-        if torch.is_grad_enabled():
-            raise UserError("a sharded network is trained by lg.local_backward: call it under torch.no_grad()")
-        self._each("unshard")
-        self.gathered = True
-
-    def free(self, *_: Any) -> None:
-        if self.gathered:
-            self._each("reshard")
-            self.gathered = False
-
-    def _each(self, what: str) -> None:
-        for block in self.blocks:
-            if isinstance(block, FSDPModule):
-                getattr(block, what)()
-        self.follow()
+def _refuse(network: nn.Module, *_: Any) -> None:
+    """Refuses a forward pass of a network whose parameters are sharded. Within a block, they are whole."""
+    if any(is_sharded(p) for p in network.parameters()):
+        raise UserError("the network is sharded: call it within `with lg.gather(model):`")
