@@ -53,14 +53,14 @@ def shard(model: LocalModel, mesh: DeviceMesh | None = None) -> LocalModel:
 
     Args:
         model: The result of `localize`, the same on all ranks. Load weights before.
-        mesh: The ranks that share, all of them. With two dimensions, the ranks along the first one are replicas, and
-            those along the second one share. Default: all ranks share.
+        mesh: A mesh of all ranks. If it has two dimensions, which need names, the ranks along the first one are
+            replicas, and those along the second one share. Default: all ranks share.
 
     Returns:
         `model` itself.
 
     Raises:
-        UserError: There is no process group, the mesh leaves ranks out, or the models of the ranks differ.
+        UserError: There is no process group, the mesh is no such one, or the models of the ranks differ.
     """
     model = localized(model, "shard")
     if not dist.is_initialized():
@@ -68,8 +68,11 @@ def shard(model: LocalModel, mesh: DeviceMesh | None = None) -> LocalModel:
     ranks = Ranks(dist.get_rank(), dist.get_world_size())
     device = next(model.parameters()).device
     mesh = init_device_mesh(device.type, (ranks.count,)) if mesh is None else mesh
-    if mesh.size() != ranks.count:
-        raise UserError(f"the mesh has {mesh.size()} of {ranks.count} ranks: give one of all ranks")
+    if mesh.size() != ranks.count or mesh.ndim > 2 or (mesh.ndim == 2 and mesh.mesh_dim_names is None):
+        raise UserError(
+            f"mesh takes all {ranks.count} ranks in one dimension, or in two that have names, and not a shape of "
+            f"{mesh.shape}"
+        )
     refuse_unlike(model, ranks)
     ranks.broadcast([*model.parameters(), *model.buffers()])
     kept = set(_kept_whole(model))
