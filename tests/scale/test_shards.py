@@ -253,7 +253,7 @@ def refusals() -> list[str]:
     calls: list[Callable[[], object]] = [
         lambda: lg.shard(model), lambda: lg.as_loss(model, x, y), lambda: lg.Replicas(model),
         lambda: lg.Stage(model, (2, 2)), lambda: lg.predict_peak(model, 4, optimizers), lambda: copy.deepcopy(model),
-        lambda: model.eval()(x), lambda: lg.shard(model_of("man"), mesh["one"]),
+        model.refresh, lambda: model.eval()(x), lambda: lg.shard(model_of("man"), mesh["one"]),
     ]  # fmt: skip
     said = []
     for call in calls:
@@ -335,6 +335,7 @@ def test_what_sharded_models_cannot_do_is_said(ranks: list[dict[str, Any]]) -> N
     said = [f"{name} {only_a_part}" for name in ("shard", "as_loss", "Replicas", "Stage", "predict_peak")]
     said += [
         "a sharded model, of which each rank has a part, cannot be copied: do so before lg.shard",
+        f"refresh {only_a_part}",
         "the network is sharded: call it within `with lg.gather(model):`",
         "mesh takes all 2 ranks in one dimension, or in two that have names, and not a shape of (1,)",
     ]

@@ -131,6 +131,7 @@ class LocalModel(nn.Module):
         Call it after weights have been loaded into the backbone, if that is after `localize`. It sets values in place,
         so an optimizer stays valid. Heads keep their weights.
         """
+        localized(self, "refresh")
         for auxiliary in self.auxiliaries:
             cast(Auxiliary, auxiliary).refresh()
 
