@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -353,28 +354,25 @@ def test_gathering_a_model_that_is_whole_only_disables_gradients() -> None:
         assert not model(batches(model)[0][0]).requires_grad
 
 
-@pytest.mark.gpu
-def test_a_group_of_nccl_trains_the_same(tmp_path: Any) -> None:
-    """One rank, because a machine may have one device."""
-    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    try:
-        expected, found = (trained_on_cuda(sharded=sharded) for sharded in (False, True))
-    finally:
-        dist.destroy_process_group()
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-
-
-def trained_on_cuda(*, sharded: bool) -> dict[str, Tensor]:
-    torch.manual_seed(0)
-    backbone = grouped(lg.CifarResNet(8).double()).cuda()
-    x = torch.zeros(2, 3, 8, 8, dtype=torch.float64, device="cuda")
-    model = lg.localize(backbone, blocks=4, method=lg.dgl("0c1f"), coupling=lg.MANPlusPlus(), example=x)
+def trained_on(device: str, *, sharded: bool) -> dict[str, Tensor]:
+    model = model_of("man++").to(device)
     if sharded:
         lg.shard(model)
     optimizer = optimizer_of(lg.param_groups(model))
     for x, y in batches(model):
-        lg.local_backward(model, x.cuda(), y.cuda())
+        lg.local_backward(model, x.to(device), y.to(device))
         clip_gradients(model.members(0), 0.1)
         optimizer.step()
         optimizer.zero_grad()
-    return gathered(model.state_dict(), keep=True) if sharded else {n: t.cpu() for n, t in model.state_dict().items()}
+    return {name: t.cpu() for name, t in gathered(model.state_dict(), keep=True).items()}
+
+
+@pytest.mark.gpu
+def test_a_group_of_nccl_trains_the_same(tmp_path: Path) -> None:
+    """One rank, because a machine may have one device."""
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        expected, found = (trained_on("cuda", sharded=sharded) for sharded in (False, True))
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
