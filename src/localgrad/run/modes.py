@@ -94,7 +94,7 @@ class Alone:
         """Loads what `state_of` gave. It is on every rank."""
         module.load_state_dict(state)
 
-    def part_of(self, state: Tensor, parameter: nn.Parameter) -> Tensor:
+    def part_of(self, state: Tensor, parameter: Tensor) -> Tensor:
         """What this rank keeps of a tensor of an optimizer's state that has the shape of the parameter."""
         return state
 
@@ -186,7 +186,7 @@ class Sharded(_SharedBatches):
         own = module.state_dict()
         module.load_state_dict({name: shard_of(t, own[name]) if name in own else t for name, t in state.items()})
 
-    def part_of(self, state: Tensor, parameter: nn.Parameter) -> Tensor:
+    def part_of(self, state: Tensor, parameter: Tensor) -> Tensor:
         return shard_of(state, parameter)
 
 
