@@ -242,7 +242,9 @@ def with_pytorch() -> dict[str, Any]:
     optimizer_of(lg.param_groups(model)).step()
     state = get_model_state_dict(model.backbone, options=options)
     set_model_state_dict(other.backbone, dict(state), options=options)
-    return {"state": state, "read": gathered(other.backbone.state_dict(), keep=True)}
+    with lg.gather(other):  # It has never run.
+        logits = other.eval()(batches(model)[0][0])
+    return {"state": state, "read": gathered(other.backbone.state_dict(), keep=True), "logits": logits}
 
 
 def refusals() -> list[str]:
@@ -326,7 +328,10 @@ def test_pytorchs_checkpoints_read_a_sharded_network(ranks: list[dict[str, Any]]
     model = model_of("man")
     lg.local_backward(model, *batches(model)[0])
     optimizer_of(lg.param_groups(model)).step()
+    with lg.gather(model):
+        logits = model.eval()(batches(model)[0][0])
     for rank in ranks:
+        torch.testing.assert_close(rank["with_pytorch"]["logits"], logits)
         torch.testing.assert_close(rank["with_pytorch"]["state"], dict(model.backbone.state_dict()))
         torch.testing.assert_close(rank["with_pytorch"]["read"], dict(model.backbone.state_dict()))
 

@@ -150,8 +150,26 @@ def _shard_part(part: nn.Module, mesh: DeviceMesh, kept: set[nn.Parameter]) -> N
         if isinstance(module, Snapshots):  # No forward pass runs them, so they are not gathered with the rest.
             for state in module.states:
                 fully_shard(state, mesh=mesh, ignored_params=kept)
+    part.register_forward_hook(_without_views)
     fully_shard(part, mesh=mesh, ignored_params=kept)
     part.register_forward_hook(_reshard)
+
+
+class _Same(torch.autograd.Function):
+    """The same tensor, which to autograd is no view of another one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+def _without_views(part: nn.Module, entered: Any, output: Any) -> Any:
+    """`fully_shard` has a hook on each output, which views would lose if they were changed in place."""
+    return tree_map_only(Tensor, lambda t: _Same.apply(t) if t.requires_grad and t._base is not None else t, output)
 
 
 def _reshard(part: nn.Module, *_: Any) -> None:
