@@ -235,7 +235,9 @@ def memory_any() -> str:
     return table(head, body)
 
 
-WAYS = {"bp": "BP", "bp, twice": "BP, twice", "1f1b": "BP, 1F1B", "gpipe": "BP, GPipe"}
+WAYS = {
+    "bp": "BP", "bp, twice": "BP, twice", "bp with fsdp2": "BP with FSDP2", "1f1b": "BP, 1F1B", "gpipe": "BP, GPipe",
+}  # fmt: skip
 
 
 def way_of(row: dict[str, str]) -> list[str]:
@@ -262,6 +264,7 @@ def delays() -> str:
     for row in read_results("scaling_resnet110.csv"):
         if row["processes"] == "2" and row["split"] == "local" and not row["way"].endswith("twice"):
             found.setdefault(tuple(way_of(row)), {})[row["delay_ms"]] = float(row["images_per_second"])
+    found = {way: speeds for way, speeds in found.items() if len(speeds) > 1}  # Shards are not delayed.
     late = [delay for delay in next(iter(found.values())) if delay != "0"]
     body = []
     for way, speeds in found.items():

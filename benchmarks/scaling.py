@@ -3,9 +3,10 @@
     python benchmarks/scaling.py
 
 One process with one thread trains with BP and with local learning that steps as it goes. Two processes with one thread
-each train with local data parallel, the local pipeline, and PyTorch's pipelines of BP, GPipe and 1F1B, with more and
-more micro-batches. All ways run in the same two processes and take turns. The messages are real ones, sent by gloo.
-With a delay, each message arrives later, which shows what a slower link would cost.
+each train with local data parallel, with sharded weights (local, and BP with PyTorch's FSDP2, unit by unit), with the
+local pipeline, and with PyTorch's pipelines of BP, GPipe and 1F1B, with more and more micro-batches. All ways run in
+the same two processes and take turns. The messages are real ones, sent by gloo. With a delay, each message arrives
+later, which shows what a slower link would cost. Those of sharded weights cannot be delayed.
 
 Writes results/scaling_resnet110.csv, one row for each way and delay: the median over the repeats of the slowest
 process, and the peak bytes of the process that needs most. `local` is DGL with MAN's coupling. Two blocks are cut where
@@ -31,6 +32,7 @@ import tyro
 from common import Table, medians_in_turn
 from delays import delayed
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
 import localgrad as lg
@@ -69,6 +71,7 @@ class Way:
         micro_batches: The parts of a batch that follow each other through a pipeline.
         batches: How many batches a step of all processes trains on.
         split: Who chose the cut: "local" or "bp".
+        delayable: Whether `delayed` reaches all messages.
         close: To be called after the last of several steps.
     """
 
@@ -80,6 +83,7 @@ class Way:
     micro_batches: int = 1
     batches: int = 1
     split: str = "local"
+    delayable: bool = True
     close: Callable[[], None] = lambda: None
 
 
@@ -107,10 +111,11 @@ class Bench:
             way = self.pipeline(self.model([name], lg.MAN(lag=lg.least_lag())), (1, 1))
             trial[name] = min(slowest([timed(way, self.rank, self.settings.steps) for _ in range(3)]))
         cut = min(trial, key=lambda name: trial[name])
-        found = self.alone("bp", self.model(1, bp=True))
+        found = [*self.alone("bp", self.model(1, bp=True)), self.fsdp()]
         for blocks in ([cut], 4):
             found += self.alone("local", self.model(blocks, lg.MAN()))
             found.append(self.replicas(self.model(blocks, lg.MAN())))
+            found.append(self.shards(self.model(blocks, lg.MAN())))
             piped = self.model(blocks, lg.MAN(lag=lg.least_lag()))
             found.append(self.pipeline(piped, lg.shares_of(self.seconds(piped), 2)))
         splits = {cut: "local", names[middle]: "bp"} if cut != names[middle] else {cut: "local"}
@@ -135,7 +140,7 @@ class Bench:
     def replicas(self, model: lg.LocalModel) -> Way:
         """Local data parallel: each process trains on half of the batch."""
         replicas, update = lg.Replicas(model), Updates(model)
-        x, y = (t.chunk(2)[self.rank] for t in (self.x, self.y))
+        x, y = self.half()
         last = len(model.blocks) - 1
 
         def finish(k: int) -> None:
@@ -150,6 +155,31 @@ class Bench:
             finish(last)
 
         return Way("local data parallel", 2, last + 1, "", step)
+
+    def shards(self, model: lg.LocalModel) -> Way:
+        """Each process holds half of the weights, and trains on half of the batch."""
+        step = partial(Updates(lg.shard(model)).step, partial(lg.block_steps, model, *self.half()))
+        return Way("local, sharded", 2, len(model.blocks), "", step, delayable=False)
+
+    def fsdp(self) -> Way:
+        """BP with FSDP2, in which each unit is gathered twice a step."""
+        x, y = self.half()
+        module = nn.Sequential(*self.model(lg.units(self.model(1, bp=True).backbone, x)[:-1]).blocks)
+        for unit in module:
+            fully_shard(unit, reshard_after_forward=True)
+        fully_shard(module)
+        optimizer = sgd(list(module.parameters()))
+
+        def step() -> None:
+            nn.functional.cross_entropy(module(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return Way("bp with fsdp2", 2, 1, "", step, delayable=False)
+
+    def half(self) -> list[torch.Tensor]:
+        """This process's half of the batch."""
+        return [t.chunk(2)[self.rank] for t in (self.x, self.y)]
 
     def pipeline(self, model: lg.LocalModel, shares: tuple[int, ...]) -> Way:
         """The local pipeline. `shares` has the number of blocks of each process."""
@@ -252,7 +282,8 @@ def work(rank: int, folder: str, settings: Settings) -> None:
     speeds: dict[str, float] = {}  # Images per second without a delay.
     for delay in settings.delays:
         # Delays are of interest only where the processes exchange messages, and for one cut.
-        chosen = [i for i, w in enumerate(ways) if not delay or (w.processes > w.batches and w.split == "local")]
+        late = [w.processes > w.batches and w.split == "local" and w.delayable for w in ways]
+        chosen = [i for i in range(len(ways)) if late[i] or not delay]
         timers = [timer(ways[i], rank, settings.steps, delay) for i in chosen]
         for i, median in zip(chosen, medians_in_turn(timers, settings.repeats, warm_up=1), strict=True):
             way = ways[i]

@@ -1,4 +1,4 @@
-"""Two processes train one model: as replicas that share each batch, or as a pipeline that shares the blocks.
+"""Two processes train one model: as replicas that share each batch, as shards, or as a pipeline that shares the blocks.
 
     python examples/two_processes.py     # half a minute on two CPU cores
 
@@ -9,11 +9,13 @@ A ResNet-20 learns scikit-learn's images of digits; one process alone trains the
 import argparse
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from sklearn.datasets import load_digits
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.multiprocessing.spawn import spawn
 
 import localgrad as lg
@@ -60,6 +62,16 @@ def replicas(model: lg.LocalModel, steps: int) -> None:
         optimizer.zero_grad()
 
 
+def shards(model: lg.LocalModel, steps: int) -> None:
+    """Each process holds a half of each parameter, and reads its own half of each batch."""
+    lg.shard(model)
+    optimizer = torch.optim.SGD(lg.param_groups(model), lr=0.05, momentum=0.9)
+    for x, y in batches(steps):
+        lg.local_backward(model, *(tensor.chunk(2)[dist.get_rank()] for tensor in (x, y)))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def pipeline(model: lg.LocalModel, steps: int) -> None:
     """Each process trains two of the four blocks on the whole batch, and waits for no gradient."""
     stage = lg.Stage(model, shares=(2, 2))
@@ -73,13 +85,18 @@ def pipeline(model: lg.LocalModel, steps: int) -> None:
     stage.finish()
 
 
+def weights(model: lg.LocalModel) -> dict[str, Any]:
+    """The weights of the network, whole on each process."""
+    return get_model_state_dict(model.backbone, options=StateDictOptions(full_state_dict=True))
+
+
 def compare(rank: int, steps: int, expected: dict[str, Tensor], folder: str) -> None:
-    """Trains in both ways as one of two processes. The first process prints how far the weights are from `expected`."""
+    """Trains in each way as one of two processes. The first process prints how far the weights are from `expected`."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    for train in (replicas, pipeline):
+    for train in (replicas, shards, pipeline):
         model = build()
         train(model, steps)
-        found = model.backbone.state_dict()
+        found = weights(model)
         apart = max(float((found[name] - expected[name]).abs().max()) for name in expected)
         if rank == 0:
             print(f"{train.__name__}: the weights are at most {apart:.1e} away from those of one process")
@@ -95,6 +112,8 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         spawn(compare, (steps, model.backbone.state_dict(), folder), nprocs=2)
     print(
-        "What to conclude: a pipeline gives the model of one process bit for bit, and replicas give it up to rounding."
+        "What to conclude: a pipeline gives the model of one process bit for bit, replicas and shards up to rounding."
     )
-    print("Replicas share the images, and a pipeline the blocks. docs/scaling.md says when each of them is faster.")
+    print(
+        "Replicas share the images, shards the weights too, and a pipeline the blocks. docs/scaling.md compares them."
+    )

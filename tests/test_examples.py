@@ -89,6 +89,7 @@ def test_two_processes_train_what_one_does() -> None:
     assert done.returncode == 0, done.stderr
     assert number(r"pipeline: the weights are at most (\S+) away", done.stdout) == 0
     assert number(r"replicas: the weights are at most (\S+) away", done.stdout) < 1e-12
+    assert number(r"shards: the weights are at most (\S+) away", done.stdout) < 1e-12
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from localgrad.scale.planned import Plan
     from localgrad.scale.recompute import recompute
     from localgrad.scale.replicas import Replicas, SyncBatchNorm, sync_batch_norm
+    from localgrad.scale.shards import gather, shard
     from localgrad.scale.shares import block_seconds, shares_of
     from localgrad.scale.speed import Speed, calibrate
 
@@ -61,6 +62,7 @@ _NAMES_OF = {
     "scale.planned": ("Plan",),
     "scale.recompute": ("recompute",),
     "scale.replicas": ("Replicas", "SyncBatchNorm", "sync_batch_norm"),
+    "scale.shards": ("gather", "shard"),
     "scale.shares": ("block_seconds", "shares_of"),
     "scale.speed": ("Speed", "calibrate"),
 }
@@ -73,7 +75,7 @@ __all__ = [  # noqa: RUF022 (in the order of the modules)
     "local_backward", "localize", "param_groups", "RunError", "UserError", "auglocal", "bp", "dgl", "infopro",
     "infopro_weights", "predsim", "Classification", "Segmentation", "Task", "Fit", "fit", "PeakBytes", "measure_peak",
     "predict_peak", "Stage", "block_seconds", "least_lag", "shares_of", "Plan", "Planner", "plan", "recompute",
-    "Replicas", "SyncBatchNorm", "sync_batch_norm", "Speed", "calibrate",
+    "Replicas", "SyncBatchNorm", "sync_batch_norm", "gather", "shard", "Speed", "calibrate",
     "LanguageModel", "Readout", "lopt", "Text", "read_text",
 ]  # fmt: skip
 

@@ -222,7 +222,9 @@ def test_a_run_moves_between_one_process_and_two(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "code"),
     [
-        (("--nproc", "2", *DIVERGES, "1e38,1,1,1"), 3), (PIPELINE, 0), (("--pipeline", "2", *DIVERGES, "1,1,1,1e38"), 3)
+        (("--nproc", "2", *DIVERGES, "1e38,1,1,1"), 3), (PIPELINE, 0),
+        (("--pipeline", "2", *DIVERGES, "1,1,1,1e38"), 3),
+        (("--nproc", "2", "--shard"), 0), (("--nproc", "2", "--shard", *DIVERGES, "1e38,1,1,1"), 3),
     ],
 )  # fmt: skip
 def test_no_thread_of_the_group_outlives_it(flags: tuple[str, ...], code: int, tmp_path: Path) -> None:
@@ -268,6 +270,15 @@ def test_what_cannot_be_shared_is_refused_once(flags: tuple[str, ...], says: str
         (("--nproc", "0"), "--nproc takes 1 or more, not 0"),
         (("--pipeline", "-2"), "--pipeline takes 1 or more, not -2"),
         (("--nproc", "2", "--restarts", "-1"), "--restarts takes 0 or more, not -1"),
+        (("--shard",), "--shard shares the weights among processes: add --nproc with 2 or more"),
+        (
+            ("--shard", "--pipeline", "2"),
+            "--shard goes with --nproc, and --pipeline shares the blocks: take one of",
+        ),
+        (
+            ("--shard", "--nproc", "2", "--precision", "fp16"),
+            "shards have no common gradient scaler for fp16: take bf16",
+        ),
         (("--nproc", "2", "--pipeline", "2"), "processes share either batches (--nproc) or blocks (--pipeline): take "),
     ],
 )

@@ -67,7 +67,7 @@ def test_the_flags_of_train_are_the_recipe_and_what_stays_out_of_it(capsys: pyte
         main(["train", "--help"])
     shown = set(re.findall(r"--((?!no-)[a-z][a-z-]*)", capsys.readouterr().out))
     fields = {f.name.replace("_", "-") for kind in (Recipe, Saving) for f in dataclasses.fields(kind)}
-    others = "out tensorboard budget nproc pipeline restarts rank-timeout help recipe plan"
+    others = "out tensorboard budget nproc pipeline shard restarts rank-timeout help recipe plan"
     assert shown == fields | {*others.split()}
 
 

@@ -83,7 +83,7 @@ def test_notes_tell_where_ranks_would_wait() -> None:
 def test_alone_is_what_all_modes_share() -> None:
     """Each mode has the interface of the plainest one, and one process alone exchanges nothing."""
     model = build_model(RECIPE, datasets.load("digits", limit_train=64), machine_for(RECIPE))
-    mode = mode_for(RECIPE, model, machine_for(RECIPE), Ranks(), Saving(), pipeline=True, targets=TARGETS)
+    mode = mode_for(RECIPE, model, machine_for(RECIPE), Ranks(), Saving(), share="blocks", targets=TARGETS)
     assert type(mode) is Alone
     assert (mode.blocks, mode.shard, mode.replicas, mode.notes(RECIPE)) == (range(4), (0, 1), 1, [])
     record = StepRecord([1.0], [{}], 0.0, 16)

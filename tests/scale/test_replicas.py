@@ -126,22 +126,23 @@ def test_two_ranks_are_one_process_with_both_halves_and_agree_to_the_bit(
 
 
 def the_example() -> list[float]:
-    """How far the weights of replicas and of a pipeline in examples/two_processes.py are from those of one process."""
+    """How far the weights of examples/two_processes.py are from those of one process."""
     example, states = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "two_processes.py")), []
-    for train in ("alone", "replicas", "pipeline"):
+    for train in ("alone", "replicas", "shards", "pipeline"):
         model = example["build"]()
         for norm in (m for m in model.modules() if isinstance(m, SyncBatchNorm)):
             norm.alone = train == "alone"
         example[train](model, 2)
-        states.append(model.backbone.state_dict())
+        states.append(example["weights"](model))
     torch.set_default_dtype(torch.float32)
     return [max(float((found[name] - states[0][name]).abs().max()) for name in found) for found in states[1:]]
 
 
 def test_the_example_of_two_processes_trains_what_one_does(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
-        replicas, pipeline = rank["the_example"]
+        replicas, shards, pipeline = rank["the_example"]
         assert replicas < 1e-12
+        assert shards < 1e-12
         assert pipeline == 0
 
 

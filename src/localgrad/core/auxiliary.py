@@ -15,6 +15,7 @@ from localgrad.core.boundary import MAIN, Boundary, main_of
 from localgrad.core.couplings import Momentum
 from localgrad.core.errors import UserError
 from localgrad.core.language_model import SharedReadout
+from localgrad.core.sharded import local
 from localgrad.core.task import Task
 
 FAR = 0.5  # The relative distance of averages from their sources that only other weights explain.
@@ -197,8 +198,9 @@ class Auxiliary(nn.Module):
     def is_stale(self) -> bool:
         """Whether its averages are far from their sources, or a copy of a frozen parameter has another value."""
         pairs = ((p, s) for m, o in self.copies() for p, s in zip(m.parameters(), o.parameters(), strict=True))
+        frozen = [(local(p), local(s)) for p, s in pairs if not s.requires_grad]
         distance = self.coupling and self.coupling.distance()
-        return (distance or 0.0) > FAR or any(not (s.requires_grad or torch.equal(p, s)) for p, s in pairs)
+        return (distance or 0.0) > FAR or not all(torch.equal(p, s) for p, s in frozen)
 
     def __repr__(self) -> str:
         if self.empty:

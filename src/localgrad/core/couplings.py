@@ -18,6 +18,7 @@ from localgrad.core.blocks import Call, Unit, plain_call
 from localgrad.core.boundary import main_of, with_main
 from localgrad.core.errors import UserError
 from localgrad.core.paths import as_far_as_fed, select_path
+from localgrad.core.sharded import local, total_norm
 
 PLAIN_DEPTH = 3  # Deep MAN copies three units where a network has no stages; one of four stages has three later ones.
 
@@ -230,8 +231,7 @@ class Momentum(nn.Module):
         pairs = [(_real(a), _real(s)) for pair in zipped for a, s in pair]
         if not pairs:
             return None
-        difference = nn.utils.get_total_norm([a - s for a, s in pairs])
-        return float(difference / nn.utils.get_total_norm([s for _, s in pairs]))
+        return float(total_norm([a - s for a, s in pairs]) / total_norm([s for _, s in pairs]))
 
     def update(self) -> None:
         """Moves the averaged branches once: `averaged <- momentum * averaged + (1 - momentum) * source`."""
@@ -305,8 +305,7 @@ def update_ema(average: nn.Module, source: nn.Module, momentum: float, *, buffer
         momentum: From 0 (a copy of the source) to 1 (no change).
         buffers: Whether buffers are averaged too. Those of integers, which are counters, are copied. Default: False.
     """
-    averaged: list[Tensor] = list(average.parameters())
-    sources: list[Tensor] = list(source.parameters())
+    averaged, sources = ([local(p) for p in m.parameters()] for m in (average, source))
     if buffers:
         for a, s in zip(average.buffers(), source.buffers(), strict=True):
             if a.is_floating_point() or a.is_complex():

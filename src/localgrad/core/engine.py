@@ -113,7 +113,7 @@ def block_steps(
     Raises:
         UserError: An argument is wrong or does not fit the model. It is raised at once, before any block runs.
     """
-    model = localized(model, "block_steps")
+    model = localized(model, "block_steps", sharded=True)
     blocks = range(len(model.blocks))
     h, y = model.inputs.crossing(x), targets_of(x, y)
     check_step(model, blocks, h, y, images=images, scale=scale, autocast=autocast, backward=backward)
@@ -157,7 +157,7 @@ def local_backward(
     Raises:
         UserError: An argument is wrong or does not fit the model.
     """
-    model = localized(model, "local_backward")
+    model = localized(model, "local_backward", sharded=True)
     y = targets_of(x, y)
     check_call(x, y, scale, autocast, backward)
     if not isinstance(move_averages, bool):
@@ -317,6 +317,8 @@ def entering_features(block: Block, h: Any, *, first: bool) -> Tensor:
     """
     if not first:
         return main_of(h).detach()
+    if hasattr(block, "unshard"):  # A sharded block gathers its parameters, which it needs right after, too.
+        cast(Any, block).unshard()
     buffers = {name: buffer.clone() for name, buffer in block[0].named_buffers()}
     with undisturbed(main_of(h).device):
         return main_of(functional_call(block[0], buffers, (h,)))

@@ -50,7 +50,7 @@ def param_groups(
     Raises:
         UserError: The list of learning rates does not have one for each block, or a name is that of no part.
     """
-    model = localized(model, "param_groups")
+    model = localized(model, "param_groups", sharded=True)
     count = len(model.blocks)
     if isinstance(lr, Sequence) and len(lr) != count:
         raise UserError(f"lr lists {len(lr)} learning rates for {count} blocks")

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from localgrad.core.boundary import Boundary
 from localgrad.core.errors import UserError
+from localgrad.core.sharded import whole
 
 
 class Unread(NamedTuple):
@@ -100,9 +101,9 @@ class SharedReadout(nn.Module):
     @torch.no_grad()
     def _copy(self) -> None:
         source = cast(Any, self.source.module)
-        self.weight.copy_(source.weight)
+        self.weight.copy_(whole(source.weight))
         if self.bias is not None:
-            self.bias.copy_(source.bias)
+            self.bias.copy_(whole(source.bias))
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, every={self.every}"

@@ -41,6 +41,7 @@ class LocalModel(nn.Module):
         inputs: How a batch enters the first block.
         checks: What earlier steps have shown about the model.
         watch: Finds changes of the backbone since it was cut.
+        sharded: Where the network has its parameters, if `shard` has given each rank a part of them. Else None.
     """
 
     def __init__(
@@ -65,8 +66,11 @@ class LocalModel(nn.Module):
         self.checks = StepChecks()
         self.checks.copies.note(self)
         self.watch = watch
+        self.sharded: Any = None
 
     def __deepcopy__(self, memo: dict) -> LocalModel:
+        if self.sharded is not None:
+            raise UserError("a sharded model, of which each rank has a part, cannot be copied: do so before lg.shard")
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         memo.update(computed(self, memo))
@@ -128,6 +132,7 @@ class LocalModel(nn.Module):
         Call it after weights have been loaded into the backbone, if that is after `localize`. It sets values in place,
         so an optimizer stays valid. Heads keep their weights.
         """
+        localized(self, "refresh")
         for auxiliary in self.auxiliaries:
             cast(Auxiliary, auxiliary).refresh()
 
@@ -342,9 +347,20 @@ def to_training(backbone: nn.Module) -> None:
         module.training = False
 
 
-def localized(model: Any, what: str) -> LocalModel:
-    """Unwraps a model from torch.compile. Raises UserError, which names the function `what`, if it is no LocalModel."""
+def localized(model: Any, what: str, *, sharded: bool = False) -> LocalModel:
+    """Unwraps a model from torch.compile.
+
+    Args:
+        model: What a user gave.
+        what: The function that it was given to.
+        sharded: Whether the function takes a sharded model. Default: False.
+
+    Raises:
+        UserError: It is no LocalModel, or is sharded.
+    """
     unwrapped = model if isinstance(model, LocalModel) else getattr(model, "_orig_mod", None)
     if not isinstance(unwrapped, LocalModel):
         raise no_local_model(model, what, LocalModel)
+    if unwrapped.sharded is not None and not sharded:
+        raise UserError(f"{what} takes no sharded model, of which each rank has only a part: leave lg.shard out")
     return unwrapped

@@ -143,6 +143,13 @@ class Watch:
                     self.warned.add(key)
                     warnings.warn(f"{what}, which local_backward does not see: {AGAIN}", stacklevel=callers_level())
 
+    def renew(self) -> None:
+        """Takes the parameters, and the hooks of the network itself, as they are now for those of the cut."""
+        for part in self.parts:
+            part.parameters.update((key, part.owner._parameters.get(key)) for key in part.parameters)
+            for kind, was in part.hooks.items() if part.owner is self.network else ():
+                was.update((number, False) for number in getattr(part.owner, kind) if number not in was)
+
     def silent(self) -> list[str]:
         """The modules that have hooks which local_backward does not call, because it calls their parts alone."""
         return [p.title for p in self.parts if not all(all(hooks.values()) for hooks in p.hooks.values())]

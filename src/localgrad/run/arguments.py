@@ -44,10 +44,20 @@ class Train:
     """Number of processes on this machine that share each batch. For several machines: torchrun -m localgrad train."""
     pipeline: int = 1
     """Number of processes on this machine that share the blocks, as a pipeline."""
+    shard: bool = False
+    """With --nproc, each process holds a part of the weights, gradients, optimizer states and averages."""
     restarts: int = 0
     """How often to restart all processes after one has died. They resume from the last checkpoint."""
     rank_timeout: float = 600.0
     """Seconds that a process waits for the others before it ends the run."""
+
+    @property
+    def share(self) -> Literal["batches", "weights", "blocks"]:
+        """What the processes share. Those that share weights share batches, too. Raises UserError for --shard beside
+        --pipeline."""
+        if self.shard and self.pipeline > 1:
+            raise UserError("--shard goes with --nproc, and --pipeline shares the blocks: take one of the two")
+        return "blocks" if self.pipeline > 1 else "weights" if self.shard else "batches"
 
 
 @dataclass(frozen=True)

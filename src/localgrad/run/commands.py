@@ -41,6 +41,8 @@ def run_train(args: Train) -> int:
         for name, count in (("--nproc", args.nproc), ("--pipeline", args.pipeline)):
             if count not in (1, ranks.count):
                 raise UserError(f"{name} {count} takes as many processes, but torchrun has started {ranks.count}")
+        if args.shard and ranks.count == 1:
+            raise UserError("--shard shares the weights among processes: add --nproc with 2 or more")
         # The first rank plans for all, because each would measure other times and might choose other cuts.
         recipe = settle(ranks.broadcast_object(_fitted(args) if ranks.first else None))
         # All ranks learn what the folder holds before the first rank writes to it.
@@ -49,9 +51,7 @@ def run_train(args: Train) -> int:
             if ranks.first:
                 print(f"{args.out} holds this run, finished: {scores(summary_rows(args.out)[-1])}")
             return 0
-        train(
-            recipe, args.out, saving=args.saving, tensorboard=args.tensorboard, ranks=ranks, pipeline=args.pipeline > 1
-        )
+        train(recipe, args.out, saving=args.saving, tensorboard=args.tensorboard, ranks=ranks, share=args.share)
         if ranks.first:
             print(f"wrote {args.out / 'model.safetensors'}")
     return 0

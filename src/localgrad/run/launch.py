@@ -17,7 +17,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from localgrad.core.errors import RunError, UserError
 from localgrad.run.arguments import Train
 from localgrad.run.files import check_system
-from localgrad.run.modes import MOST_SECONDS, check_pipeline
+from localgrad.run.modes import MOST_SECONDS, check_pipeline, check_shards
 from localgrad.run.ranks import check_timeout
 from localgrad.run.signals import Stopped
 
@@ -68,8 +68,10 @@ def _check(command: Train) -> None:
             raise UserError(f"{name} takes {least} or more, not {value}")
     if command.nproc > 1 and command.pipeline > 1:
         raise UserError("processes share either batches (--nproc) or blocks (--pipeline): take one of the two")
-    if command.pipeline > 1 and command.recipe.blocks != "auto":
+    if command.share == "blocks" and command.recipe.blocks != "auto":
         check_pipeline(command.recipe)
+    if command.share == "weights":
+        check_shards(command.recipe)
 
 
 def _failed(args: Sequence[str], count: int) -> tuple[int, ProcessFailure] | None:

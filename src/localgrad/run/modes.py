@@ -1,17 +1,20 @@
-"""How the processes of a run share its work: alone, as replicas or as a pipeline.
+"""How the processes of a run share its work: alone, as replicas, as shards or as a pipeline.
 
-Each replica trains all blocks on a share of every batch. Each rank of a pipeline trains a share of the blocks on whole
-batches. The three modes have one interface, so that the loop and the step do not ask which one they have.
+Each replica trains all blocks on a share of every batch, and so does each shard, which holds a part of all parameters.
+Each rank of a pipeline trains a share of the blocks on whole batches. The modes have one interface, so that the loop
+and the step do not ask which one they have.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from localgrad.core.engine import BlockResult, block_steps
 from localgrad.core.errors import RunError, UserError, is_out_of_memory
@@ -21,6 +24,7 @@ from localgrad.run.recipe import Recipe, Saving
 from localgrad.run.runlog import StepRecord
 from localgrad.scale.pipeline import Stage, least_lag
 from localgrad.scale.replicas import Ranks, Replicas
+from localgrad.scale.shards import gather, gathered, shard, shard_of
 from localgrad.scale.shares import block_seconds, shares_of
 
 # When the ranks of a pipeline synchronise, all of them wait for the slowest one. They do so every SYNC_SECONDS or every
@@ -29,6 +33,7 @@ from localgrad.scale.shares import block_seconds, shares_of
 SYNC_SECONDS = 10.0
 SYNC_STEPS = 20
 MOST_SECONDS = 60.0
+SHARES = ("batches", "weights", "blocks")  # What the ranks share: replicas, shards (and batches), or a pipeline.
 
 
 class Alone:
@@ -81,6 +86,22 @@ class Alone:
         """The states of all optimizers, on the first rank. In `states`, only those of this rank's blocks are right."""
         return states
 
+    def state_of(self, module: nn.Module) -> dict[str, Tensor]:
+        """The state of a module of the model, on the first rank. Every rank calls it."""
+        return module.state_dict()
+
+    def load(self, module: nn.Module, state: Mapping[str, Tensor]) -> None:
+        """Loads what `state_of` gave. It is on every rank."""
+        module.load_state_dict(state)
+
+    def part_of(self, state: Tensor, parameter: Tensor) -> Tensor:
+        """What this rank keeps of a tensor of an optimizer's state that has the shape of the parameter."""
+        return state
+
+    def gathered(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which every rank has the whole network, without gradients. Every rank enters it."""
+        return gather(self.model)
+
     def other_optimizers(self, count: int) -> set[int]:
         """Which of the `count` optimizers are stepped by other ranks."""
         return set()
@@ -109,14 +130,28 @@ class Alone:
         """Ends the exchange with other ranks. Every rank calls it after the last step."""
 
 
-class DataParallel(Alone):
-    """Each rank trains every block on its share of each batch. Gradients are averaged block by block."""
+class _SharedBatches(Alone):
+    """Each rank trains every block on its share of each batch."""
+
+    def __init__(self, model: LocalModel, ranks: Ranks) -> None:
+        super().__init__(model, ranks)
+        self.shard, self.replicas = (ranks.rank, ranks.count), ranks.count
+
+    def total(self, numbers: Sequence[float], device: torch.device) -> list[float]:
+        return self.ranks.all_reduce_sum(numbers, device)
+
+    def gather_model(self) -> None:
+        """Gives every rank the batch-norm statistics of the first one. The parameters are equal already."""
+        self.ranks.broadcast([b for k in self.blocks for b in self.model.statistics(k)])
+
+
+class DataParallel(_SharedBatches):
+    """Each rank has all parameters. Gradients are averaged block by block."""
 
     travelling = 1
 
     def __init__(self, model: LocalModel, ranks: Ranks) -> None:
         super().__init__(model, ranks)
-        self.shard, self.replicas = (ranks.rank, ranks.count), ranks.count
         self._averaging = Replicas(model)
 
     def start_average(self, k: int, loss: Tensor) -> None:
@@ -125,12 +160,34 @@ class DataParallel(Alone):
     def finish_average(self, k: int) -> None:
         self._averaging.finish(k)
 
-    def total(self, numbers: Sequence[float], device: torch.device) -> list[float]:
-        return self.ranks.all_reduce_sum(numbers, device)
 
-    def gather_model(self) -> None:
-        """Gives every rank the batch-norm statistics of the first one. The parameters are equal already."""
-        self.ranks.broadcast([b for k in self.blocks for b in self.model.statistics(k)])
+class Sharded(_SharedBatches):
+    """Each rank has a part of all parameters. A backward pass averages its gradients itself."""
+
+    def __init__(self, model: LocalModel, ranks: Ranks) -> None:
+        super().__init__(shard(model), ranks)
+        self._travelling: dict[int, tuple[Tensor, Any]] = {}
+
+    def start_average(self, k: int, loss: Tensor) -> None:
+        self._travelling[k] = (loss, dist.all_reduce(loss, async_op=True))
+
+    def finish_average(self, k: int) -> None:
+        loss, work = self._travelling.pop(k)
+        work.wait()
+        loss /= self.ranks.count
+
+    def gather_states(self, states: list[Any]) -> list[Any]:
+        return gathered(states, keep=self.ranks.first)
+
+    def state_of(self, module: nn.Module) -> dict[str, Tensor]:
+        return gathered(module.state_dict(), keep=self.ranks.first)
+
+    def load(self, module: nn.Module, state: Mapping[str, Tensor]) -> None:
+        own = module.state_dict()
+        module.load_state_dict({name: shard_of(t, own[name]) if name in own else t for name, t in state.items()})
+
+    def part_of(self, state: Tensor, parameter: Tensor) -> Tensor:
+        return shard_of(state, parameter)
 
 
 class Pipeline(Alone):
@@ -204,13 +261,13 @@ def mode_for(
     ranks: Ranks,
     saving: Saving,
     *,
-    pipeline: bool,
+    share: str,
     targets: Tensor,
 ) -> Alone:
     """The mode of a run. Every rank calls it with the same model.
 
     Args:
-        pipeline: Whether the ranks share the blocks instead of the batches.
+        share: What the ranks share, one of `SHARES`.
         targets: An example of the targets of a batch.
 
     Raises:
@@ -219,15 +276,24 @@ def mode_for(
     """
     if ranks.count == 1:
         return Alone(model, ranks)
-    if pipeline:
+    if share == "blocks":
         return Pipeline(stage_for(recipe, model, machine, ranks, targets), ranks, saving)
+    if share == "weights":
+        check_shards(recipe)
+        return Sharded(model, ranks)
     return DataParallel(model, ranks)
 
 
-def check_batch_share(batch: int, ranks: Ranks, *, pipeline: bool) -> None:
+def check_batch_share(batch: int, ranks: Ranks, share: str) -> None:
     """Raises UserError if the replicas cannot share a batch of this many images evenly."""
-    if batch % ranks.count and not pipeline:
+    if batch % ranks.count and share != "blocks":
         raise UserError(f"{ranks.count} ranks cannot share a batch of {batch} images: take a multiple of {ranks.count}")
+
+
+def check_shards(recipe: Recipe) -> None:
+    """Raises UserError if no shards can follow the recipe."""
+    if recipe.precision == "fp16":
+        raise UserError("shards have no common gradient scaler for fp16: take bf16 or float32")
 
 
 def check_pipeline(recipe: Recipe) -> None:

@@ -15,6 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional  # It is imported before there is a group: see `_leave`.
+from torch.distributed.device_mesh import DeviceMesh
 
 from localgrad.core.errors import RunError, UserError
 from localgrad.run.signals import Stopped, deaf, rank_here
@@ -87,9 +88,9 @@ def _leave() -> None:
     """Ends the process group and its threads. They end only when nothing refers to the group any more.
 
     A thread frees the tensors of its last work some time after that work is done, and aborts the process if the
-    interpreter has ended by then. Three things refer to a group: the frames of an error that is being raised, objects
-    that refer to each other, and the default arguments in `torch.distributed.nn.functional`, if that is imported while
-    there is a group (`torch._dynamo` imports it for an optimizer).
+    interpreter has ended by then. Four things refer to a group: the frames of an error that is being raised, objects
+    that refer to each other, the default arguments in `torch.distributed.nn.functional`, if that is imported while
+    there is a group (`torch._dynamo` imports it for an optimizer), and meshes, which caches of DTensors keep.
     """
     error = sys.exception()
     with deaf():  # When a rank has died, the others get SIGTERM, which must not interrupt this.
@@ -97,6 +98,8 @@ def _leave() -> None:
             traceback.clear_frames(error.__traceback__)
             error = error.__context__
         gc.collect()
+        for mesh in [o for o in gc.get_objects() if type(o) is DeviceMesh]:
+            getattr(mesh, "_pg_registry", {}).clear()
         with contextlib.suppress(RuntimeError):  # The group may have lost a rank.
             dist.destroy_process_group()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from localgrad.core.errors import RunError, UserError, is_out_of_memory
 from localgrad.core.groups import param_groups
 from localgrad.core.model import LocalModel
+from localgrad.core.sharded import clip_gradients, total_norm
 from localgrad.core.sizes import mib
 from localgrad.core.task import Classification, Segmentation
 from localgrad.run.build import Machine, optimizer_of
@@ -21,7 +23,7 @@ from localgrad.run.evaluation import Tally
 from localgrad.run.modes import Alone
 from localgrad.run.recipe import Recipe
 from localgrad.run.runlog import StepRecord
-from localgrad.scale.memory import MemoryMeter, PeakBytes, optimizers_for, peak_rss
+from localgrad.scale.memory import MemoryMeter, PeakBytes, optimizers_for
 
 Batch = tuple[Tensor | None, Tensor]  # Inputs and targets on the device. A rank that reads no images has None.
 SKIPS = 10  # After so many skipped steps in a row a run ends, because later steps would fail too.
@@ -94,8 +96,11 @@ class Stepper:
         for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(own)
             for parameter, kept in optimizer.state.items():
-                if any(isinstance(t, Tensor) and t.ndim and t.shape != parameter.shape for t in kept.values()):
-                    raise ValueError("the optimizer's state is that of other parameters")
+                for name, t in kept.items():
+                    if isinstance(t, Tensor) and t.ndim:
+                        if t.shape != parameter.shape:
+                            raise ValueError("the optimizer's state is that of other parameters")
+                        kept[name] = self.mode.part_of(t, parameter)
         for k in self.mode.other_optimizers(len(self.optimizers)):
             self.optimizers[k].state.clear()
         self.scaler.load_state_dict(state["scaler"])
@@ -248,7 +253,7 @@ class Stepper:
                 self.model.move_averages(k)
         if self.recipe.clip is not None:
             for k in blocks:
-                nn.utils.clip_grad_norm_(self._members[k], self.recipe.clip)
+                clip_gradients(self._members[k], self.recipe.clip)
         self.scaler.step(optimizer)
         optimizer.zero_grad()
 
@@ -305,7 +310,15 @@ def rate(step: int, total: int, warmup: float) -> float:
 
 def _norm(parameters: Sequence[nn.Parameter]) -> Tensor:
     """The norm of the gradients. It is not finite if an entry is not, or if float32 cannot hold an entry's square."""
-    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def peak_rss() -> int:
+    """The most memory that this process has held, in bytes."""
+    import resource  # It is imported here because Windows does not have it.
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @torch.no_grad()

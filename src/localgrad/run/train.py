@@ -26,8 +26,7 @@ from localgrad.run.modes import Alone, check_batch_share, mode_for
 from localgrad.run.recipe import Recipe, Saving, shown
 from localgrad.run.runlog import NoLog, RunLog, StepRecord
 from localgrad.run.signals import Stopped, StopRequest
-from localgrad.run.step import Batch, Stepper
-from localgrad.scale.memory import peak_rss
+from localgrad.run.step import Batch, Stepper, peak_rss
 from localgrad.scale.replicas import Ranks
 
 
@@ -38,7 +37,7 @@ def train(
     saving: Saving | None = None,
     tensorboard: bool = False,
     ranks: Ranks | None = None,
-    pipeline: bool = False,
+    share: str = "batches",
 ) -> dict[str, float]:
     """Trains by a recipe into a run folder.
 
@@ -51,7 +50,7 @@ def train(
         saving: When to save besides after each epoch. By default every ten minutes.
         tensorboard: Whether to write TensorBoard events too.
         ranks: The processes that share the run. All of them call this function, and the first one writes.
-        pipeline: Whether the ranks share the blocks instead of the batches.
+        share: What the ranks share: "batches", "weights" (and batches) or "blocks".
 
     Returns:
         The last epoch's row of summary.csv.
@@ -61,16 +60,17 @@ def train(
         Stopped: A signal ended the run, after it was saved.
     """
     ranks = ranks or Ranks()
-    run = Run(recipe, folder, saving or Saving(), ranks, pipeline=pipeline)
+    run = Run(recipe, folder, saving or Saving(), ranks, share=share)
     with StopRequest() as stop, locked(folder) if ranks.first else contextlib.nullcontext():
         notes = run.resume()
         with run.open_log(folder, tensorboard=tensorboard) as log:
             run.announce(log, notes)
             run.train_epochs(log, stop)
             run.mode.finish()
+            weights = run.mode.state_of(run.model.backbone)
             if ranks.first:
                 about = datasets.described(run.data.info, run.data.names)
-                checkpoints.save_weights(folder / checkpoints.MODEL, run.model.backbone.state_dict(), about)
+                checkpoints.save_weights(folder / checkpoints.MODEL, weights, about)
     return run.rows[-1]
 
 
@@ -87,7 +87,7 @@ class Run:
     """
 
     def __init__(
-        self, recipe: Recipe, folder: Path, saving: Saving, ranks: Ranks | None = None, *, pipeline: bool = False
+        self, recipe: Recipe, folder: Path, saving: Saving, ranks: Ranks | None = None, *, share: str = "batches"
     ) -> None:
         self.recipe, self.saving, self.ranks = recipe, saving, ranks or Ranks()
         self.checkpoints = folder / "checkpoints"
@@ -95,7 +95,7 @@ class Run:
         names = ("data_dir", "download", "limit_train", "seed", "image_size")
         self.data = datasets.load(recipe.data, **{name: getattr(recipe, name) for name in names})
         self.build_notes: list[str] = []  # A run that is continued does not repeat them.
-        self.mode = self._build_mode(pipeline=pipeline)
+        self.mode = self._build_mode(share)
         self.model = self.mode.model
         if self.ranks.rank:  # Each rank draws its own random numbers while it trains, for dropout and the like.
             torch.manual_seed(recipe.seed + self.ranks.rank)
@@ -115,24 +115,17 @@ class Run:
         self._last_checkpoint: Path | None = None
         self._last_save = (0, self._start_time)  # The step and the time of the last attempt to save.
 
-    def _build_mode(self, *, pipeline: bool) -> Alone:
+    def _build_mode(self, share: str) -> Alone:
         """Builds the model, and the mode in which the ranks train it."""
         recipe, count = self.recipe, self.ranks.count
         batch = min(recipe.batch_size, len(self.data.train))
-        check_batch_share(batch, self.ranks, pipeline=pipeline)
+        check_batch_share(batch, self.ranks, share)
         model = build_model(recipe, self.data, self.machine, self.build_notes.append)
-        if batch == (1 if pipeline or recipe.sync_batch_norm else count):
-            share = "the training set is" if batch == 1 else "a rank's share of a batch is"
-            check_single(model, self.data.info.targets(1), share)
-        return mode_for(
-            recipe,
-            model,
-            self.machine,
-            self.ranks,
-            self.saving,
-            pipeline=pipeline,
-            targets=self.data.info.targets(batch),
-        )
+        if batch == (1 if share == "blocks" or recipe.sync_batch_norm else count):
+            what = "the training set is" if batch == 1 else "a rank's share of a batch is"
+            check_single(model, self.data.info.targets(1), what)
+        targets = self.data.info.targets(batch)
+        return mode_for(recipe, model, self.machine, self.ranks, self.saving, share=share, targets=targets)
 
     def resume(self) -> list[str]:
         """Continues from the newest sound checkpoint, if there is one, and returns sentences about it for the user.
@@ -170,8 +163,8 @@ class Run:
     def _load(self, found: checkpoints.Checkpoint) -> None:
         """Puts the run into the state of a checkpoint. For a wrong state it may raise almost any error."""
         state = found.state
-        self.model.backbone.load_state_dict(found.model)
-        self.model.auxiliaries.load_state_dict(found.auxiliaries)
+        self.mode.load(self.model.backbone, found.model)
+        self.mode.load(self.model.auxiliaries, found.auxiliaries)
         self.stepper.load_state_dict(state["stepper"])
         self.rows, self.losses, self.counted = state["rows"], state["losses"], state["taken"]
         self.bad_images, self._earlier_seconds = state["bad_images"], state["spent"]
@@ -308,7 +301,8 @@ class Run:
         self.mode.gather_model()
         between = stop.check if self.ranks.count == 1 else lambda: None
         how = {"on_bad": self._on_bad_image, "between": between, "ranks": self.ranks}
-        scores = evaluate(self.model, self.data, self.recipe, self.machine, **how)
+        with self.mode.gathered():
+            scores = evaluate(self.model, self.data, self.recipe, self.machine, **how)
         by_rank = self.ranks.all_gather_object(self.bad_images)
         self.bad_images = {path: reason for found in by_rank for path, reason in found.items()}
         self._report_bad_images(log)
@@ -332,13 +326,14 @@ class Run:
         self._last_save = (step, time.monotonic())
         self.mode.gather_model()
         state = self._state()
+        weights = {"model": self.model.backbone, "auxiliaries": self.model.auxiliaries}
+        weights = {name: self.mode.state_of(module) for name, module in weights.items()}
         if not self.ranks.first or (self._last_checkpoint and self._last_checkpoint.name == f"step-{step}"):
             return True
         try:
             self._last_checkpoint = checkpoints.save_checkpoint(
-                self.checkpoints, step, model=self.model.backbone.state_dict(),
-                auxiliaries=self.model.auxiliaries.state_dict(), state=state, environment=self.environment,
-            )  # fmt: skip
+                self.checkpoints, step, **weights, state=state, environment=self.environment
+            )
         except RunError as error:
             log.note(f"{error}; the last checkpoint is {self._last_checkpoint or 'none'}")
             return False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from localgrad.core.copies import without_values
 from localgrad.core.engine import block_steps, local_backward
 from localgrad.core.errors import UserError
 from localgrad.core.model import LocalModel, localized
+from localgrad.core.sharded import storages
 from localgrad.core.task import Task
 from localgrad.core.trace import input_dtype
 from localgrad.scale.fakes import RealSizes
@@ -76,11 +76,11 @@ class MemoryMeter(TorchDispatchMode):
         self._sizes: list[int] = []  # The bytes of each storage by serial number.
         self._kinds: dict[int, str] = {}
         self._before: list[int] = []  # Serial numbers of storages that were live before.
-        self._parts: dict[
-            int, set[tuple[int, int]]
-        ] = {}  # Of such a one that is data: offset and size of what is read.
+        self._parts: dict[int, set[tuple[int, int]]] = {}  # Of such data: offset and size of what is read.
+        self._receives = False  # Whether what is read now is what a message of gloo has brought.
+        self._refilled: set[int] = set()  # Storages that `fully_shard` empties and fills again without an operation.
         self._changes: list[tuple[str, int, int]] = []  # Label, serial number, and 1 (new) or -1 (gone).
-        self._named = {s._cdata: kind for t, kind in _named(model, optimizers) for s in _storages(t)}
+        self._named = {s._cdata: kind for t, kind in _named(model, optimizers) for s in storages(t)}
         self._parameters = [] if model is None else [p for p in model.parameters() if p.requires_grad]
         self._hooks: list[Any] = []
 
@@ -113,8 +113,12 @@ class MemoryMeter(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._paused:
             return func(*args, **kwargs)
-        picks = func.is_view or func.namespace == "prim" or func._schema.name in PICKS
-        self._see((args, kwargs), made=False, picks=picks)
+        self._see_refilled(kwargs.get("out", ()) if func.namespace == "fsdp" else ())
+        name = func._schema.name
+        self._receives = self._receives and name in ("aten::split", "aten::copy_")
+        picks = func.is_view or func.namespace == "prim" or name in PICKS
+        self._see((args, kwargs), made=self._receives, picks=picks)
+        self._receives |= func.namespace == "c10d"
         out = func(*args, **kwargs)
         if not func.is_view:  # A view has the storage of an input.
             self._see(out, made=True)
@@ -136,13 +140,25 @@ class MemoryMeter(TorchDispatchMode):
     def _see(self, tree: Any, *, made: bool, picks: bool = False) -> None:
         for leaf in tree_leaves(tree):
             if isinstance(leaf, Tensor):
-                for storage in _storages(leaf):
+                for storage in storages(leaf):
                     data = not (made or storage._cdata in self._named or isinstance(leaf, nn.Parameter))
                     # A set of data is not part of the step. What is picked from it counts when it is read.
                     if not (data and picks and storage._cdata not in self._known):
                         self._follow(storage, made)
                         if data and not picks:
                             self._read(storage, leaf)
+
+    def _see_refilled(self, filled: Any) -> None:
+        """Counts storages anew whose size has changed, and the whole parameters that are `filled` now."""
+        for storage in (s for leaf in tree_leaves(filled) for s in storages(leaf)):
+            self._follow(storage, made=True)
+            self._refilled.add(storage._cdata)
+        for key in self._refilled & self._known.keys():
+            storage = cast(Any, self._known[key].peek())[0]
+            if storage.nbytes() != self._sizes[self._serial[key]]:
+                cast(Any, self._known[key].detach())[1](key, self._serial[key])
+                self._follow(storage, made=True)
+            self._kinds[self._serial[key]] = "parameters"
 
     def _read(self, storage: torch.UntypedStorage, leaf: Tensor) -> None:
         """Notes which part of some data an operation reads: no other part counts."""
@@ -173,7 +189,7 @@ class MemoryMeter(TorchDispatchMode):
         self._changes.append((self.label, serial, -1))
 
     def _gradient(self, parameter: Tensor) -> None:
-        for storage in () if parameter.grad is None else _storages(parameter.grad):
+        for storage in () if parameter.grad is None else storages(parameter.grad):
             serial = self._serial.get(storage._cdata)
             if serial is not None:
                 self._kinds[serial] = "gradients"
@@ -364,20 +380,6 @@ def optimizer_slots(optimizer: MakeOptimizer) -> tuple[float, float]:
     found = measure_peak(made.step)
     size = 4 * 4096
     return sum(t.numel() * t.element_size() for t in state) / size, (found.total - found.timeline[0][1]) / size
-
-
-def peak_rss() -> int:
-    """The most memory that this process has held, in bytes."""
-    import resource  # It is imported here because Windows does not have it.
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
-    """The storages of a tensor: one, or those of the indices and values of a sparse tensor."""
-    parts = (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,)
-    return [part.untyped_storage() for part in parts]
 
 
 def _named(model: nn.Module | None, optimizers: Optimizers) -> Iterator[tuple[Tensor, str]]:

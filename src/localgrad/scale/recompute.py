@@ -37,7 +37,7 @@ def recompute(
     Raises:
         UserError: a name is that of no unit, a range goes over the end of a block, or two ranges overlap.
     """
-    model = localized(model, "recompute")
+    model = localized(model, "recompute", sharded=True)
     names = [name for block in model.blocks for name in block.names]
     _check_kinds(units, couplings, len(model.auxiliaries))
     units = [units] if isinstance(units, str) else units

@@ -129,7 +129,7 @@ class Replicas:
         self._pending: dict[int, _Pending] = {}
         self.ranks.broadcast([*model.parameters(), *model.buffers()])
         for auxiliary in model.auxiliaries:
-            _gather_pairs(cast(Auxiliary, auxiliary))
+            gather_pairs(cast(Auxiliary, auxiliary))
 
     def start(self, k: int, loss: Tensor, *more: Tensor) -> None:
         """Begins to average the gradients of a block in place, on all ranks in the same order.
@@ -302,7 +302,7 @@ class _AllGather(torch.autograd.Function):
         return total.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def _gather_pairs(auxiliary: Auxiliary) -> None:
+def gather_pairs(auxiliary: Auxiliary) -> None:
     """Gives the images of all ranks to objectives that compare images with each other."""
     for name, term in auxiliary.terms.items():
         if term.pairs:

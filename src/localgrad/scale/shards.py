@@ -1,0 +1,218 @@
+"""Shards: each rank holds a part of all parameters, gradients, optimizer states and averages.
+
+PyTorch's `fully_shard` (FSDP2) does the work. What isolated blocks add is that the parameters of one block and of its
+auxiliary are whole at a time, from its forward pass to the end of its backward pass, and that the average of a shard
+is the shard of the average, so that averages move without a message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
+
+from localgrad.core.auxiliary import Auxiliary
+from localgrad.core.checks import StepChecks
+from localgrad.core.couplings import Snapshots
+from localgrad.core.errors import UserError
+from localgrad.core.model import LocalModel, localized
+from localgrad.core.rebuild import FrozenReference
+from localgrad.core.sharded import is_sharded, whole
+from localgrad.scale.replicas import Ranks, gather_pairs, refuse_unlike
+
+# A module of the network, the name of a parameter in it, and the same for the block that trains the parameter.
+Place = tuple[nn.Module, str, nn.Module, str]
+
+
+def shard(model: LocalModel, mesh: DeviceMesh | None = None) -> LocalModel:
+    """Shards each block and each auxiliary of a model over the ranks, in place.
+
+    All ranks get the first rank's parameters and buffers. Each rank then trains on the same number of images, and
+    `fully_shard` averages the gradients, so `Replicas` is not needed beside it:
+
+        lg.shard(model)
+        optimizer = torch.optim.SGD(lg.param_groups(model), lr=0.1)
+        for x, y in loader:                       # each rank has images of its own
+            out = lg.local_backward(model, x, y)  # out.losses are those of this rank
+            optimizer.step()
+            optimizer.zero_grad()
+        with lg.gather(model):                    # all ranks
+            model.eval()(x)
+
+    Averages of couplings are sharded alike. Buffers are not, and those of the first rank count. Parameters that a block
+    shares with another one, and those of no dimension, stay whole on every rank, with averaged gradients. Objectives
+    that compare images with each other (`Term.pairs`) get the images of all ranks.
+
+    Args:
+        model: The result of `localize`, the same on all ranks. Load weights before.
+        mesh: A mesh of all ranks. If it has two dimensions, which need names, the ranks along the first one are
+            replicas, and those along the second one share. Default: all ranks share.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        UserError: There is no process group, the mesh is no such one, or the models of the ranks differ.
+    """
+    model = localized(model, "shard")
+    if not dist.is_initialized():
+        raise UserError("shards need a process group: call torch.distributed.init_process_group first")
+    ranks = Ranks(dist.get_rank(), dist.get_world_size())
+    device = next(model.parameters()).device
+    mesh = init_device_mesh(device.type, (ranks.count,)) if mesh is None else mesh
+    if mesh.size() != ranks.count or mesh.ndim > 2 or (mesh.ndim == 2 and mesh.mesh_dim_names is None):
+        raise UserError(
+            f"mesh takes all {ranks.count} ranks in one dimension, or in two that have names, and not a shape of "
+            f"{mesh.shape}"
+        )
+    refuse_unlike(model, ranks)
+    ranks.broadcast([*model.parameters(), *model.buffers()])
+    kept = set(_kept_whole(model))
+    for parameter in kept:
+        if parameter.requires_grad:
+            parameter.register_hook(_averaged)
+    held = {id(p): (m, n) for k in range(len(model.blocks)) for part in model.parts(k) for m, n, p in _held(part)}
+    places = [(m, n, *held[id(p)]) for m, n, p in _held(model.backbone) if id(p) in held]
+    for k in range(len(model.blocks)):
+        for part in model.parts(k):
+            _shard_part(part, mesh, kept)
+    _follow(places)
+    for auxiliary in model.auxiliaries:
+        gather_pairs(cast(Auxiliary, auxiliary))
+    model.backbone.register_forward_pre_hook(_refuse)
+    model.watch.renew()
+    model.checks = StepChecks()
+    model.checks.copies.note(model)
+    model.sharded = places
+    return model
+
+
+@contextlib.contextmanager
+def gather(model: LocalModel) -> Iterator[None]:
+    """Gathers the parameters of a sharded network on every rank, to evaluate it without gradients. All ranks call it.
+
+    Within the context, each rank calls `model` or `model.backbone` as often as it likes.
+
+    Args:
+        model: The model. If it is not sharded, this only disables gradients.
+    """
+    places: list[Place] = localized(model, "gather", sharded=True).sharded or []
+    blocks = [block for block in model.blocks if isinstance(block, FSDPModule)]
+    try:
+        for block in blocks:
+            block.unshard()
+        _follow(places)
+        with torch.no_grad():
+            yield
+    finally:
+        for block in blocks:
+            block.reshard()
+        _follow(places)
+
+
+def gathered(tree: Any, *, keep: bool) -> Any:
+    """The nested containers `tree` with whole tensors on the CPU in place of sharded ones. All ranks call it.
+
+    Args:
+        tree: Such as the state of a module or of an optimizer.
+        keep: Whether this rank needs the result. Otherwise it holds one whole tensor at a time, and gets None instead.
+    """
+
+    def gather(tensor: DTensor) -> Tensor | None:
+        full = whole(tensor)
+        return full.cpu() if keep else None
+
+    return tree_map_only(DTensor, gather, tree)
+
+
+def shard_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """This rank's shard of a whole tensor that all ranks have, sharded like `like`. No message is sent."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _shard_part(part: nn.Module, mesh: DeviceMesh, kept: set[nn.Parameter]) -> None:
+    """Shards a block or an auxiliary."""
+    if all(p in kept for p in part.parameters()):
+        return
+    for parameter in part.parameters():
+        parameter.data = parameter.data.contiguous()  # `fully_shard` takes no other memory format.
+    for module in list(part.modules()):
+        if isinstance(module, Snapshots):  # No forward pass runs them, so they are not gathered with the rest.
+            for state in module.states:
+                fully_shard(state, mesh=mesh, ignored_params=kept)
+    part.register_forward_hook(_without_views)
+    fully_shard(part, mesh=mesh, ignored_params=kept)
+    part.register_forward_hook(_reshard)
+
+
+class _Same(torch.autograd.Function):
+    """The same tensor, which to autograd is no view of another one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+def _without_views(part: nn.Module, entered: Any, output: Any) -> Any:
+    """`fully_shard` has a hook on each output, which views would lose if they were changed in place."""
+    return tree_map_only(Tensor, lambda t: _Same.apply(t) if t.requires_grad and t._base is not None else t, output)
+
+
+def _reshard(part: nn.Module, *_: Any) -> None:
+    """Frees the whole parameters of a part if no backward pass will do so."""
+    if not torch.is_grad_enabled():
+        cast(FSDPModule, part).reshard()
+
+
+def _kept_whole(model: LocalModel) -> Iterator[nn.Parameter]:
+    """The parameters that every rank keeps whole: `fully_shard` takes none without a dimension, and none that two parts
+    hold. Copies of them stay whole too, as the sources of averages do."""
+    parts = [part for k in range(len(model.blocks)) for part in model.parts(k)]
+    of_parts = [set(part.parameters()) for part in parts]
+    kept = {p for own in of_parts for p in own if p.ndim == 0 or sum(p in other for other in of_parts) > 1}
+    for module in (m for part in parts for m in part.modules()):
+        if isinstance(module, FrozenReference):
+            kept.update(module.reference[0].parameters())
+    yield from kept
+    for auxiliary in model.auxiliaries:
+        for copied, origin in cast(Auxiliary, auxiliary).copies():
+            yield from (p for p, s in zip(copied.parameters(), origin.parameters(), strict=True) if s in kept)
+
+
+def _held(part: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    """The parameters of a module and of its submodules, each with the module that holds it and its name there."""
+    for module in part.modules():
+        yield from ((module, name, p) for name, p in module._parameters.items() if p is not None)
+
+
+def _averaged(gradient: Tensor) -> Tensor:
+    """The mean of a gradient over the ranks."""
+    mean = gradient.contiguous() / dist.get_world_size()
+    dist.all_reduce(mean)
+    return mean
+
+
+def _follow(places: Iterable[Place]) -> None:
+    """Gives the network the parameters that its blocks have now."""
+    for module, name, own, key in places:
+        module._parameters[name] = own._parameters[key]
+
+
+def _refuse(network: nn.Module, *_: Any) -> None:
+    """Refuses a forward pass of a network whose parameters are sharded. Within a block, they are whole."""
+    if any(is_sharded(p) for p in network.parameters()):
+        raise UserError("the network is sharded: call it within `with lg.gather(model):`")
