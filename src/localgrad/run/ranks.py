@@ -15,11 +15,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional  # It is imported before there is a group: see `_leave`.
-from torch.distributed.device_mesh import DeviceMesh
 
 from localgrad.core.errors import RunError, UserError
 from localgrad.run.signals import Stopped, deaf, rank_here
 from localgrad.scale.replicas import Ranks
+from localgrad.scale.shards import leave_meshes
 
 PATIENCE = 3.0  # Seconds after which each living rank has noticed that another one is lost.
 SAID = "localgrad/said"  # This key is in the store if a rank has ended with a sentence of its own.
@@ -98,8 +98,7 @@ def _leave() -> None:
             traceback.clear_frames(error.__traceback__)
             error = error.__context__
         gc.collect()
-        for mesh in [o for o in gc.get_objects() if type(o) is DeviceMesh]:
-            getattr(mesh, "_pg_registry", {}).clear()
+        leave_meshes()
         with contextlib.suppress(RuntimeError):  # The group may have lost a rank.
             dist.destroy_process_group()
 

@@ -8,6 +8,7 @@ is the shard of the average, so that averages move without a message.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
@@ -30,6 +31,7 @@ from localgrad.scale.replicas import Ranks, gather_pairs, refuse_unlike
 
 # A module of the network, the name of a parameter in it, and the same for the block that trains the parameter.
 Place = tuple[nn.Module, str, nn.Module, str]
+_meshes: weakref.WeakSet[DeviceMesh] = weakref.WeakSet()
 
 
 def shard(model: LocalModel, mesh: DeviceMesh | None = None) -> LocalModel:
@@ -73,6 +75,7 @@ def shard(model: LocalModel, mesh: DeviceMesh | None = None) -> LocalModel:
             f"mesh takes all {ranks.count} ranks in one dimension, or in two that have names, and not a shape of "
             f"{mesh.shape}"
         )
+    _meshes.add(mesh)
     refuse_unlike(model, ranks)
     ranks.broadcast([*model.parameters(), *model.buffers()])
     kept = set(_kept_whole(model))
@@ -116,6 +119,12 @@ def gather(model: LocalModel) -> Iterator[None]:
         for block in blocks:
             block.reshard()
         _follow(places)
+
+
+def leave_meshes() -> None:
+    """Lets all meshes go of their process groups. Caches of PyTorch keep the meshes themselves."""
+    for mesh in _meshes:
+        getattr(mesh, "_pg_registry", {}).clear()
 
 
 def gathered(tree: Any, *, keep: bool) -> Any:
