@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import localgrad as lg
+from localgrad.core.steps import ShapesOfNorms
 
 X = torch.randn(2, 3, 8, 8)
 
@@ -157,3 +158,19 @@ def test_a_number_that_no_block_could_compute_is_told_and_a_module_may_compute_i
         x = torch.randn(count, 4)
         model = lg.localize(network, blocks=2, method=lg.dgl("0c1f"), example=torch.randn(2, 4))
         assert torch.equal(lg.local_backward(model, x, torch.arange(count) % 4).logits, network(x))
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_norm_without_values_gives_what_pytorchs_own_gives(kind: Any, dtype: torch.dtype, training: bool) -> None:
+    norm, sizes = kind(4).to("meta").train(training), {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}[kind]
+    h = torch.empty(3, *[5] * sizes, 4, dtype=dtype, device="meta").movedim(-1, 1)  # Channels are last in memory.
+    with torch.no_grad():
+        own, versions = norm(h), [b._version for b in norm.buffers()]
+        with ShapesOfNorms():
+            quick = norm(h)
+    assert (quick.shape, quick.dtype, quick.stride()) == (own.shape, own.dtype, own.stride())
+    assert [b._version for b in norm.buffers()][:2] == versions[:2]  # The third one counts the calls.
+    with ShapesOfNorms(), torch.no_grad(), pytest.raises(RuntimeError, match="should contain 5 elements not 4"):
+        norm(torch.empty(3, 5, *[5] * sizes, device="meta"))

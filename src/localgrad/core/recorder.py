@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import batch_norm
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 from torch.utils._pytree import tree_leaves, tree_map
@@ -34,6 +35,7 @@ from localgrad.core.steps import (
     WRITES,
     Recording,
     Ref,
+    ShapesOfNorms,
     Step,
     draws,
     has_tensor,
@@ -209,7 +211,8 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if self._in_step or name == "_set_grad_enabled":
-            return func(*args, **kwargs)
+            with ShapesOfNorms() if func is batch_norm else contextlib.nullcontext():
+                return func(*args, **kwargs)
         if name == "__get__":  # It asks for an attribute, such as x.shape or x.T.
             value = func(*args, **kwargs)
             attribute = (args[0], func.__self__.__name__)
