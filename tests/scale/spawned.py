@@ -1,4 +1,4 @@
-"""Runs a function in several processes of one gloo group, and returns the result of each."""
+"""Runs a function in several processes of one gloo group, and returns the result of each. And what to train in them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,24 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import localgrad as lg
+
 LIMIT = timedelta(seconds=120)  # A rank that fails must not leave the others waiting in a collective for ever.
 # The server of forks imports these once, so that the processes need not.
 multiprocessing.set_forkserver_preload(["localgrad.run.modes", "timm", "torchvision", "hypothesis", "pytest"])
+# Each method and each coupling, as functions without arguments.
+CASES: dict[str, tuple[Any, Any]] = {
+    "bp": (lg.bp, None),
+    "dgl": (lambda: lg.dgl("1c2f"), None),
+    "predsim": (lg.predsim, None),
+    "infopro": (lg.infopro, None),
+    "infopro contrast": (lambda: lg.infopro(contrast=True), None),
+    "auglocal": (lambda: lg.auglocal(depth=3), None),
+    "man": (lg.dgl, lg.MAN),
+    "man pull": (lg.dgl, lambda: lg.MAN(form="pull")),
+    "man++": (lg.dgl, lg.MANPlusPlus),
+    "deep-man": (lg.predsim, lg.DeepMAN),
+}
 
 
 def on_ranks(function: Callable[..., Any], place: Path, *args: Any, count: int = 2) -> list[Any]:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed as dist
-from spawned import on_ranks
+from spawned import CASES, on_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,18 +21,6 @@ from localgrad.core.methods import METHODS
 from localgrad.scale.replicas import Ranks, Replicas, SyncBatchNorm, _buckets, sync_batch_norm
 
 STEPS, HALF = 3, 4
-CASES: dict[str, tuple[Any, Any]] = {
-    "bp": (lg.bp, None),
-    "dgl": (lambda: lg.dgl("1c2f"), None),
-    "predsim": (lg.predsim, None),
-    "infopro": (lg.infopro, None),
-    "infopro contrast": (lambda: lg.infopro(contrast=True), None),
-    "auglocal": (lambda: lg.auglocal(depth=3), None),
-    "man": (lg.dgl, lg.MAN),
-    "man pull": (lg.dgl, lambda: lg.MAN(form="pull")),
-    "man++": (lg.dgl, lg.MANPlusPlus),
-    "deep-man": (lg.predsim, lg.DeepMAN),
-}
 
 
 def network(*, synced: bool) -> nn.Module:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from spawned import CASES as BOTH
 from spawned import on_ranks
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -22,19 +23,7 @@ from localgrad.core.sharded import clip_gradients, storages, total_norm, whole
 from localgrad.scale.shards import gathered
 
 STEPS, HALF = 3, 4
-CASES: dict[str, tuple[Any, Any]] = {
-    "bp": (lg.bp, None),
-    "dgl": (lambda: lg.dgl("1c2f"), None),
-    "predsim": (lg.predsim, None),
-    "infopro": (lg.infopro, None),
-    "infopro contrast": (lambda: lg.infopro(contrast=True), None),
-    "auglocal": (lambda: lg.auglocal(depth=3), None),
-    "man": (lg.dgl, lg.MAN),
-    "man late": (lg.dgl, lambda: lg.MAN(lag=1, momentum=0.5, buffers=True)),
-    "man pull": (lg.dgl, lambda: lg.MAN(form="pull")),
-    "man++": (lg.dgl, lg.MANPlusPlus),
-    "deep-man": (lg.predsim, lg.DeepMAN),
-}
+CASES = {**BOTH, "man late": (lg.dgl, lambda: lg.MAN(lag=1, momentum=0.5, buffers=True))}
 READERS: dict[str, tuple[Any, Any]] = {
     "reader": (lg.dgl(), lg.MAN(0.5)), "reader, lopt": (lg.lopt(), None), "reader, shared": (lg.dgl(), None),
     "reader, tied": (lg.dgl(), lg.DeepMAN(0.5)),
