@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from functools import cache, partial
 from importlib.util import find_spec
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 import localgrad as lg
 from localgrad.core.errors import UserError
+from localgrad.scale import deferred
 
 GREEDY, LAG = partial(lg.dgl, "0c1f"), 2
 WORDS = 20
@@ -174,14 +176,22 @@ def sgd(members: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD([{"params": members}], lr=0.05, weight_decay=1e-4)
 
 
+def changed(case: str) -> lg.LocalModel:
+    """The model of a case, in a first state that differs from that of `localize`."""
+    model = model_of(case)
+    with torch.no_grad():
+        next(model.blocks[-1].parameters()).mul_(1.1)
+    return model
+
+
 class Loop:
     """Steps through a case's batches, on one process or as a rank of a pipeline."""
 
     def __init__(self, case: str, *, piped: bool) -> None:
-        self.case, self.model = case, model_of(case)
-        with torch.no_grad():  # The first state differs from that of `localize`.
-            next(self.model.blocks[-1].parameters()).mul_(1.1)
-        self.stage = lg.Stage(self.model, SHARES[len(self.model.blocks)]) if piped else None
+        self.case, self.stage = case, None
+        if piped:
+            self.stage = lg.Stage(lambda: changed(case), SHARES[8 if "8" in case else 4])
+        self.model = self.stage.model if self.stage else changed(case)
         blocks = self.stage.blocks if self.stage else range(len(self.model.blocks))
         # Without momentum, because this loop has no checkpoint of optimizers.
         self.optimizers = {k: sgd(self.model.members(k)) for k in blocks}
@@ -204,9 +214,8 @@ class Loop:
 
     def state(self) -> dict[str, Tensor]:
         """All that training changes, as one process has it."""
-        if self.stage is not None:
-            self.stage.gather()
-        return {name: t.clone() for name, t in self.model.state_dict().items()}
+        with self.stage.gathered() if self.stage else contextlib.nullcontext():
+            return {name: t.clone() for name, t in self.model.state_dict().items()}
 
 
 @cache
@@ -224,6 +233,7 @@ def alone(case: str) -> tuple[list[dict[str, Tensor]], Tensor]:
 
 
 def piped(cases: Sequence[str]) -> dict[str, Any]:
+    deferred.SMALL = 1  # All numbers of these small networks come later.
     found = {}
     for case in cases:
         loop = Loop(case, piped=True)
@@ -236,11 +246,12 @@ def piped(cases: Sequence[str]) -> dict[str, Any]:
 
 def there_and_back(file: Path) -> dict[str, Any]:
     """A pipeline resumes where one process was, and returns what one process would resume from."""
+    deferred.SMALL = 1
     found: dict[str, Any] = {}
     for (case, stop), before in torch.load(file, weights_only=True).items():
         loop = Loop(case, piped=True)
         assert loop.stage is not None
-        loop.model.load_state_dict(before)
+        loop.stage.load_state_dict(before)
         loop.stage.go_on(stop)
         loop.run(stop, stop + 1)
         loop.state()  # A checkpoint, after which it goes on.

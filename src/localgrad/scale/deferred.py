@@ -155,7 +155,7 @@ class Deferred(TorchDispatchMode):
             return isinstance(tensor, Tensor) and tensor.is_meta and _key(tensor) in self._storages
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
         known = [t for t in tree_leaves((args, kwargs)) if self.knows(t)]
         if not known and not _begins(func, args, kwargs):
             return func(*args, **kwargs)
@@ -163,8 +163,9 @@ class Deferred(TorchDispatchMode):
         gives = any("Tensor" in str(given.type) for given in func._schema.returns)
         if not gives or any(not self.knows(t) for t in written):  # It asks for values, or writes them somewhere.
             return func(*self.real(args), **self.real(kwargs))
-        own = self.device(known[0]) if known else CPU
-        device = own if kwargs.get("device") is None else torch.device(kwargs["device"])
+        device = torch.device(kwargs.get("device") or (self.device(known[0]) if known else CPU))
+        if device == META:  # PyTorch itself names the device that it finds.
+            device = kwargs["device"] = self.device(known[0])
         drawn = self._drawn(func, args, kwargs, device)
         shapes = tree_map_only(Tensor, lambda t: t if self.knows(t) else _shape(t), (args, kwargs))
         out = func(*shapes[0], **shapes[1] | _on_meta(func, kwargs))
