@@ -18,7 +18,7 @@ from localgrad.core.auxiliary import Auxiliary
 from localgrad.core.checks import StepChecks
 from localgrad.core.model import LocalModel, localized
 from localgrad.core.rebuild import FrozenReference, TensorReference
-from localgrad.scale.deferred import Deferred
+from localgrad.scale.deferred import META, Deferred
 from localgrad.scale.replicas import Ranks
 
 
@@ -50,11 +50,12 @@ class Held:
     @contextlib.contextmanager
     def lent(self, k: int) -> Iterator[None]:
         """A context in which block k and its auxiliary have their values, before `keep` is called."""
-        lacking = self._fill(self._needed([k]))
+        filled = self._fill(self._needed([k]))
         try:
             yield
         finally:
-            _empty(lacking)
+            for tensor, without in filled:
+                swap_tensors(tensor, without)
 
     def keep(self, ranks: Ranks, owners: Sequence[int]) -> None:
         """Gives this rank what it needs, and frees the rest.
@@ -83,7 +84,9 @@ class Held:
         """A context in which each rank has the whole model, as one process would have it."""
         with torch.no_grad():
             for tensor in self._others:
-                _swap(tensor, torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device))
+                _swap(
+                    tensor, torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device)
+                )
             for tensor in self._all():
                 self._ranks.broadcast([tensor], self._owner(tensor))
         try:
@@ -133,14 +136,11 @@ class Held:
         """The rank that has the right values of a tensor. What no block trains is on the first one."""
         return self._owners.get(id(tensor), 0)
 
-    def _fill(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        """Gives tensors without values theirs, and returns those that had none."""
+    def _fill(self, tensors: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Gives tensors without values theirs, and returns them, each with one that is without values instead."""
         lacking = [t for t in tensors if t.is_meta]
-        if lacking:
-            assert self._deferred is not None
-            for tensor, value in zip(lacking, self._deferred.values(lacking), strict=True):
-                _swap(tensor, value)
-        return lacking
+        values = cast(Deferred, self._deferred).values(lacking) if lacking else []
+        return [(tensor, _swap(tensor, value)) for tensor, value in zip(lacking, values, strict=True)]
 
 
 def _built(make: Callable[[], LocalModel]) -> tuple[LocalModel, Deferred | None]:
@@ -164,14 +164,19 @@ def _built(make: Callable[[], LocalModel]) -> tuple[LocalModel, Deferred | None]
     return model, None
 
 
-def _swap(tensor: Tensor, value: Tensor) -> None:
-    """Gives a tensor other values, or none, where another device or layout would need a new tensor."""
+def _swap(tensor: Tensor, value: Tensor) -> Tensor:
+    """Gives a tensor other values, or none, on any device. Returns a tensor that is as this one was."""
     if isinstance(tensor, nn.Parameter):
         value = nn.Parameter(value, tensor.requires_grad)
     swap_tensors(tensor, value)
+    return value
 
 
 def _empty(tensors: Iterable[Tensor]) -> None:
     """Frees the memory of tensors."""
     for t in tensors:
-        _swap(t, torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta"))
+        _swap(t, _empty_like(t, META))
+
+
+def _empty_like(tensor: Tensor, device: torch.device) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)

@@ -17,6 +17,7 @@ from localgrad.core.errors import UserError
 from localgrad.core.model import LocalModel
 from localgrad.scale.messages import AHEAD
 
+
 @dataclass
 class Route:
     """A unit that travels from the rank that trains it to a rank with copies of it.
