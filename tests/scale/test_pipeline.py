@@ -219,14 +219,14 @@ class Loop:
 
 
 @cache
-def alone(case: str) -> tuple[list[dict[str, Tensor]], Tensor]:
-    """One process: its state before each step and at the end, and its losses."""
+def alone(case: str) -> tuple[list[dict[str, Tensor]], Tensor, Loop]:
+    """One process: its state before each step and at the end, its losses, and its loop."""
     loop = Loop(case, piped=False)
     states = [loop.state()]
     for step in range(len(batches(case))):
         loop.run(step, step + 1)
         states.append(loop.state())
-    return states, torch.tensor(loop.losses)
+    return states, torch.tensor(loop.losses), loop
 
 
 # On the ranks
@@ -237,11 +237,40 @@ def piped(cases: Sequence[str]) -> dict[str, Any]:
     found = {}
     for case in cases:
         loop = Loop(case, piped=True)
-        loop.run()
-        found[case] = {"state": loop.state(), "losses": torch.tensor(loop.losses)}
         assert loop.stage is not None
+        before = held(loop.model)
+        loop.run()
+        found[case] = {"state": loop.state(), "losses": torch.tensor(loop.losses), "held": before}
         loop.stage.finish()
+        found[case] |= {"output": seen(loop), "saved": loop.stage.state_dict()}
+        if case == "follows":  # In evaluation mode it leaves its statistic alone, which its blocks would move.
+            loop.model.eval()
+            with pytest.raises(UserError, match="Follows takes other steps in evaluation mode than in training"):
+                loop.stage.forward(batches(case)[0][0])
+        found[case]["distances"] = [-1.0 if d is None else d for d in loop.stage.ema_distances()]
+        assert held(loop.model) == before
     return found
+
+
+def held(model: lg.LocalModel) -> list[str]:
+    """The names of the tensors that this rank holds."""
+    return [name for name, tensor in model.state_dict().items() if not tensor.is_meta]
+
+
+def seen(loop: Loop) -> Tensor | None:
+    """What the network gives for the first batch in an evaluation, where there is one."""
+    x, _ = batches(loop.case)[0]
+    loop.model.eval()
+    with torch.no_grad():
+        if loop.stage and loop.case != "follows":
+            output = loop.stage.forward(x)
+        elif loop.stage:
+            with loop.stage.gathered():
+                output = loop.model(x) if loop.stage.ranks.rank == 2 else None
+        else:
+            output = loop.model(**x) if isinstance(x, dict) else loop.model(x)
+    loop.model.train()
+    return output["logits"] if isinstance(output, dict) else output
 
 
 def there_and_back(file: Path) -> dict[str, Any]:
@@ -295,9 +324,15 @@ def unlike(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
 
 
 def check(case: str, ranks: list[dict[str, Any]]) -> None:
-    states, losses = alone(case)
+    states, losses, loop = alone(case)
     for rank in ranks:
         assert unlike(rank[case]["state"], states[-1]) == []
+        distances = [-1.0 if d is None else d for d in loop.model.ema_distances()]
+        assert rank[case]["distances"] == distances
+    assert unlike(ranks[0][case]["saved"], states[-1]) == []
+    assert [rank[case]["saved"] for rank in ranks[1:]] == [{}] * (len(ranks) - 1)
+    assert [rank[case]["output"] for rank in ranks[:-1]] == [None] * (len(ranks) - 1)
+    assert torch.equal(ranks[-1][case]["output"], seen(loop))
     assert torch.equal(torch.cat([rank[case]["losses"] for rank in ranks], 1), losses)
     assert any("ema" in name for name in states[-1]) == ("man" in case)
 
@@ -305,6 +340,19 @@ def check(case: str, ranks: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("case", [*CASES, *NETWORKS, *LANGUAGE])
 def test_a_pipeline_is_one_process_that_steps_as_it_goes(case: str, trained: list[dict[str, Any]]) -> None:
     check(case, trained)
+
+
+@pytest.mark.parametrize("case", ["infopro", "man++"])
+def test_a_rank_holds_what_it_trains_and_what_its_averages_follow(case: str, trained: list[dict[str, Any]]) -> None:
+    model = model_of(case)
+    for rank, blocks in zip(trained, (range(2), range(2, 3), range(3, 4)), strict=True):
+        parts = [part for k in blocks for part in model.parts(k)]
+        for k in (k for k in blocks if k < 3 and model.auxiliaries[k].coupling is not None):
+            parts += [source.module for source in model.auxiliaries[k].coupling.sources]
+        own = {id(t) for part in parts for t in (*part.parameters(), *part.buffers())}
+        expected = [name for name, t in model.state_dict(keep_vars=True).items() if id(t) in own]
+        assert rank[case]["held"] == expected
+        assert len(expected) < 0.75 * len(model.state_dict())
 
 
 @pytest.mark.slow

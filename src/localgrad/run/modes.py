@@ -225,8 +225,12 @@ class Pipeline(Alone):
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[tuple[Callable[[Any], Any], tuple[int, int]]]:
         """The function runs the blocks of all ranks, so all of them give it all batches. The last one gets the output,
-        and the others None."""
-        yield self.stage.forward, (0, 1)
+        and the others None. If the blocks cannot evaluate the network, each rank has all of it meanwhile."""
+        if self.model.evaluates:
+            yield self.stage.forward, (0, 1)
+            return
+        with self.stage.gathered(), torch.no_grad():
+            yield self.model, (self.ranks.rank, self.ranks.count)
 
     def ema_distances(self) -> list[float | None]:
         return self.stage.ema_distances()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 SMALL = 1024  # Tensors with fewer numbers have values at once.
@@ -146,8 +146,9 @@ class Deferred(TorchDispatchMode):
     def values(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """The values of tensors that were made in this context. Those with a common storage have one again."""
         places = [Place.of(t) for t in tensors]
-        storages = self._repeated({place.key for place in places})
-        return [place.on(storages[place.key]) for place in places]
+        with _disable_current_modes():
+            storages = self._repeated({place.key for place in places})
+            return [place.on(storages[place.key]) for place in places]
 
     def knows(self, tensor: Any) -> bool:
         """Whether it was made in this context, and has no values."""
@@ -259,7 +260,8 @@ class _Asked(TorchFunctionMode):
             if func == DEVICE:
                 return self.deferred.device(args[0])
             if func in GIVE_VALUES:
-                return func(*self.deferred.real(args), **(kwargs or {}))
+                with _disable_current_modes():
+                    return func(*self.deferred.real(args), **(kwargs or {}))
             if func is Tensor.__setitem__ and isinstance(args[2], int | float):
                 args = (*args[:2], torch.tensor(args[2], dtype=args[0].dtype))  # PyTorch's own would be on "meta".
         return func(*args, **(kwargs or {}))

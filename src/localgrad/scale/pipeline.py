@@ -188,7 +188,15 @@ class Stage:
 
         Returns:
             The output of the network on the last rank, and None on the others.
+
+        Raises:
+            UserError: In evaluation mode, the network takes other steps than its blocks.
         """
+        if not (self.model.training or self.model.evaluates):
+            raise UserError(
+                f"{type(self.model.backbone).__name__} takes other steps in evaluation mode than in training, and its "
+                "blocks take those of training: evaluate it within `with stage.gathered():`"
+            )
         rank, group = self.ranks.rank, self._sources.group  # The group of training may have a receive on its way.
         if rank:
             box: list[Any] = [None]
