@@ -69,7 +69,7 @@ class Half(nn.Module):
     Args:
         blocks: Both halves.
         rank: Which of them this is, 0 or 1.
-        x: A batch. It is needed for the shape of what crosses.
+        x: A batch, or a micro-batch if there are any. It is needed for the shape of what crosses.
         autocast: The dtype of the forward pass.
     """
 
@@ -148,7 +148,7 @@ class Maker:
 
     def rival(self, name: str, halves: lg.LocalModel, micro: int, split: str = "local") -> Way:
         """BP in one of PyTorch's pipelines, on the halves of a network."""
-        module = Half(halves.blocks, self.rank, self.x, self.autocast)
+        module = Half(halves.blocks, self.rank, self.x.chunk(micro)[0], self.autocast)
         stage = PipelineStage(module, self.rank, 2, torch.device("cpu"))
         schedule = SCHEDULES[name](stage, n_microbatches=micro, loss_fn=nn.CrossEntropyLoss())
         optimizer = sgd(list(module.parameters()))
