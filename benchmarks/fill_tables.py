@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 
 import accuracy_tables
+import race_tables
 import task_tables
 from cells import error_of, mean_of, name_of, peak_of, table
 from common import ROOT, read_results
@@ -297,7 +298,7 @@ def devices() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    **accuracy_tables.TABLES, **task_tables.TABLES, "probes": probes,
+    **accuracy_tables.TABLES, **race_tables.TABLES, **task_tables.TABLES, "probes": probes,
     "deeper": deeper, "frontier": frontier, "large": large, "sizes": sizes, "fits": fits,
     "imagenet": imagenet, "parts": parts, "coverage": coverage,
     "refused": refused, "families": families, "training": training, "finetune": finetune,
