@@ -247,6 +247,18 @@ def way_of(row: dict[str, str]) -> list[str]:
     return [WAYS.get(row["way"], row["way"]), row["blocks"] if "local" in row["way"] else "", micro]
 
 
+def pipeline_memory() -> str:
+    """The rank of a pipeline that needs most, beside one process."""
+
+    def told(row: dict[str, str]) -> list[str]:
+        cuts = row["cuts"].replace(" ", ", ")
+        rss = f"{int(row['rss_bytes']) / 2**20:.0f} MiB"
+        return [name_of(row["method"]), row["blocks"], cuts, row["ranks"], peak_of(row), rss, row["times_one_process"]]
+
+    body = [told(row) for row in read_results("pipeline_memory.csv")]
+    return table(["method", "blocks", "cut after", "processes", "peak", "taken from the system", "times one"], body)
+
+
 def scaling() -> str:
     """Speed and memory of each way to train, without delays."""
     body = []
@@ -302,7 +314,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "deeper": deeper, "frontier": frontier, "large": large, "sizes": sizes, "fits": fits,
     "imagenet": imagenet, "parts": parts, "coverage": coverage,
     "refused": refused, "families": families, "training": training, "finetune": finetune,
-    "memory_any": memory_any, "scaling": scaling,
+    "memory_any": memory_any, "pipeline_memory": pipeline_memory, "scaling": scaling,
     "delays": delays, "check": check, "devices": devices,
 }  # fmt: skip
 

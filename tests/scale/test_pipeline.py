@@ -332,7 +332,9 @@ def check(case: str, ranks: list[dict[str, Any]]) -> None:
     assert unlike(ranks[0][case]["saved"], states[-1]) == []
     assert [rank[case]["saved"] for rank in ranks[1:]] == [{}] * (len(ranks) - 1)
     assert [rank[case]["output"] for rank in ranks[:-1]] == [None] * (len(ranks) - 1)
-    assert torch.equal(ranks[-1][case]["output"], seen(loop))
+    output = seen(loop)
+    assert output is not None
+    assert torch.equal(ranks[-1][case]["output"], output)
     assert torch.equal(torch.cat([rank[case]["losses"] for rank in ranks], 1), losses)
     assert any("ema" in name for name in states[-1]) == ("man" in case)
 
@@ -348,7 +350,8 @@ def test_a_rank_holds_what_it_trains_and_what_its_averages_follow(case: str, tra
     for rank, blocks in zip(trained, (range(2), range(2, 3), range(3, 4)), strict=True):
         parts = [part for k in blocks for part in model.parts(k)]
         for k in (k for k in blocks if k < 3 and model.auxiliaries[k].coupling is not None):
-            parts += [source.module for source in model.auxiliaries[k].coupling.sources]
+            coupling: Any = model.auxiliaries[k].coupling
+            parts += [source.module for source in coupling.sources]
         own = {id(t) for part in parts for t in (*part.parameters(), *part.buffers())}
         expected = [name for name, t in model.state_dict(keep_vars=True).items() if id(t) in own]
         assert rank[case]["held"] == expected

@@ -175,8 +175,8 @@ class Deferred(TorchDispatchMode):
             self._storages[_key(tensor)] = tensor.untyped_storage()
             self._devices[_key(tensor)] = device
         if made or written:  # Else it gives a view, which shows its storage itself.
-            noted = tree_map_only(Tensor, lambda t: Place.of(t) if self.knows(t) else Constant.of(t), (args, kwargs))
-            self.calls.append(Call(func, *noted, tuple(map(Place.of, made)), tuple(map(Place.of, written)), drawn))
+            new, changed = (tuple(map(Place.of, tensors)) for tensors in (made, written))
+            self.calls.append(Call(func, self._noted(args), self._noted(kwargs), new, changed, drawn))
         return out
 
     def device(self, tensor: Tensor) -> torch.device:
@@ -198,6 +198,9 @@ class Deferred(TorchDispatchMode):
 
         func(*tree_map_only(Tensor, real, args), **tree_map_only(Tensor, real, kwargs))
         return generator, device, state
+
+    def _noted(self, tree: Any) -> Any:
+        return tree_map_only(Tensor, lambda t: Place.of(t) if self.knows(t) else Constant.of(t), tree)
 
     def real(self, tree: Any) -> Any:
         """The same with the values of all tensors in it."""
