@@ -238,12 +238,13 @@ def memory_any() -> str:
 
 WAYS = {
     "bp": "BP", "bp, twice": "BP, twice", "bp with fsdp2": "BP with FSDP2", "1f1b": "BP, 1F1B", "gpipe": "BP, GPipe",
+    "interleaved 1f1b": "BP, interleaved 1F1B", "zero bubble": "BP, zero bubble",
 }  # fmt: skip
 
 
 def way_of(row: dict[str, str]) -> list[str]:
     """The first cells of a row about scaling: the way to train, its blocks and its micro-batches."""
-    micro = row["micro_batches"] if row["way"] in ("1f1b", "gpipe") else ""
+    micro = row["micro_batches"] if row["micro_batches"] != "1" else ""
     return [WAYS.get(row["way"], row["way"]), row["blocks"] if "local" in row["way"] else "", micro]
 
 

@@ -3,8 +3,8 @@
     python benchmarks/pipeline_memory.py
 
 12 layers, 768 wide, 12 heads, 50,257 tokens (124 million parameters and the readout's own), contexts of 512, float32 by
-fused AdamW, each block stepping as it goes, with one block for each rank. Units are shared out so that each rank needs about
-as many bytes. One process trains the same blocks, and BP the whole.
+fused AdamW, each block stepping as it goes, with one block for each rank. Units are shared out so that each rank needs
+about as many bytes. One process trains the same blocks, and BP the whole.
 
 Writes results/pipeline_memory.csv, one row for each way, with the bytes of the rank that needs most: `peak_bytes` is
 what is live in the third step, everything counted, and `rss_bytes` is what the process took from the system in its

@@ -14,7 +14,7 @@ import torch
 from loop import Step, local_step, train
 from race_tables import RIVALS, learned_as
 from torch import Tensor
-from two_processes import SCHEDULES, Half, Maker, Way, sgd
+from two_processes import SCHEDULES, Maker, Part, Way, sgd
 from two_versions import TwoVersions
 
 import localgrad as lg
@@ -147,7 +147,7 @@ class Bench(Maker):
 
     def two_versions(self, halves: LocalModel, micro: int) -> Way:
         """BP in PipeDream-2BW's pipeline, on the halves of a network."""
-        half = Half(halves.blocks, self.rank, self.x.chunk(micro)[0], self.autocast)
+        half = Part(halves.blocks, self.rank, self.x.chunk(micro)[0], self.autocast)
         pipeline = TwoVersions(half, micro, sgd)
         step, cut = partial(pipeline.step, self.x, self.y), halves.blocks[0].names[-1]
         return Way("2bw", 2, 1, cut, step, micro, close=pipeline.finish)

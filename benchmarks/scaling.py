@@ -4,20 +4,23 @@
 
 One process with one thread trains with BP and with local learning that steps as it goes. Two processes with one thread
 each train with local data parallel, with sharded weights (local, and BP with PyTorch's FSDP2, unit by unit), with the
-local pipeline, and with PyTorch's pipelines of BP, GPipe and 1F1B, with more and more micro-batches. All ways run in
-the same two processes and take turns. The messages are real ones, sent by gloo. With a delay, each message arrives
-later, which shows what a slower link would cost. Those of sharded weights cannot be delayed.
+local pipeline, and with PyTorch's pipelines of BP: GPipe, 1F1B, interleaved 1F1B and zero bubble (ZBV), with more and
+more micro-batches. All ways run in the same two processes and take turns. The messages are real ones, sent by gloo.
+With a delay, each message arrives later, which shows what a slower link would cost. Those of sharded weights cannot be
+delayed.
 
 Writes results/scaling_resnet110.csv, one row for each way and delay: the median over the repeats of the slowest
 process, and the peak bytes of the process that needs most. `local` is DGL with MAN's coupling. Two blocks are cut where
 the pipeline is fastest on trial. BP's pipelines are split there too (`split` is local) and, if that is another place,
-where the halves of BP take equally long (`split` is bp).
+where the halves of BP take equally long (`split` is bp). For the last two kinds of pipelines, in which each process has
+two parts of the network, the four parts of BP take equally long.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -25,7 +28,7 @@ import tyro
 from common import Table, medians_in_turn
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from two_processes import SCHEDULES, Maker, Updates, Way, on_two_processes, peak, sgd, slowest, timed, timer
+from two_processes import SCHEDULES, Maker, Updates, Way, on_two_processes, parts_of, peak, sgd, slowest, timed, timer
 
 import localgrad as lg
 from localgrad.run.folder import environment
@@ -80,8 +83,11 @@ class Bench(Maker):
             found.append(self.pipeline("local pipeline", piped, lg.shares_of(self.seconds(piped), 2)))
         splits = {cut: "local", names[middle]: "bp"} if cut != names[middle] else {cut: "local"}
         for at, split in splits.items():
-            for name in SCHEDULES:
+            for name in (name for name in SCHEDULES if parts_of(name) == 2):
                 found += [self.rival(name, self.model([at]), m, split) for m in self.settings.micro_batches]
+        quarters = [names[end - 1] for end in accumulate(lg.shares_of(seconds, 4)[:-1])]
+        for name in (name for name in SCHEDULES if parts_of(name) == 4):
+            found += [self.rival(name, self.model(quarters), m) for m in self.settings.micro_batches]
         return found
 
     def shards(self, model: lg.LocalModel) -> Way:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -20,16 +20,30 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from delays import delayed
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleZBVZeroBubble,
+)
 
 import localgrad as lg
 from localgrad.core.auxiliary import full_precision
 from localgrad.core.engine import autocasting
 from localgrad.scale.memory import MemoryMeter
 from localgrad.scale.messages import Layouts
+from localgrad.scale.shards import Same
 
 FILL = 3  # In so many steps a pipeline fills. They are not timed.
-SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+# PyTorch's pipelines, each with the parts of the network that each process has.
+HALVES, INTERLEAVED, THERE_AND_BACK = ((0,), (1,)), ((0, 2), (1, 3)), ((0, 3), (1, 2))
+SCHEDULES: dict[str, tuple[Any, tuple[tuple[int, ...], ...]]] = {
+    "gpipe": (ScheduleGPipe, HALVES),
+    "1f1b": (Schedule1F1B, HALVES),
+    "interleaved 1f1b": (ScheduleInterleaved1F1B, INTERLEAVED),
+    "zero bubble": (ScheduleZBVZeroBubble, THERE_AND_BACK),
+}
 
 
 @dataclass(frozen=True)
@@ -61,32 +75,39 @@ class Way:
     close: Callable[[], None] = lambda: None
 
 
-class Half(nn.Module):
-    """One half of a network; the other half is on the other process.
+class Part(nn.Module):
+    """A part of a network; the others are on both processes.
 
-    What crosses travels in the order of its memory, because gloo takes no other. The last half gives full precision.
+    What crosses travels in the order of its memory, because gloo takes no other. The last part gives full precision.
 
     Args:
-        blocks: Both halves.
-        rank: Which of them this is, 0 or 1.
+        blocks: All parts.
+        number: Which of them this is, from 0.
         x: A batch, or a micro-batch if there are any. It is needed for the shape of what crosses.
         autocast: The dtype of the forward pass.
     """
 
-    def __init__(self, blocks: Iterable[nn.Module], rank: int, x: Tensor, autocast: torch.dtype | None) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], number: int, x: Tensor, autocast: torch.dtype | None) -> None:
         super().__init__()
-        first, last = blocks
-        self.block, self.rank, self.autocast = (first, last)[rank], rank, autocast
+        self.block, self.number, self.autocast = blocks[number], number, autocast
+        crossing = [Layouts.of(x)]
         with torch.no_grad(), autocasting(x, autocast):
-            self.layouts = Layouts.of(first.eval()(x))
-        first.train()
+            for block in blocks[:-1]:
+                x = block.eval()(x)
+                block.train()
+                crossing.append(Layouts.of(x))
+        self.enters = crossing[number] if number else None
+        self.leaves = None if number == len(blocks) - 1 else crossing[number + 1]
 
     def forward(self, h: Tensor) -> Tensor:
-        if self.rank:
-            h = self.layouts.unpack([h])
+        if self.enters is not None:
+            h = self.enters.unpack([h])
         with autocasting(h, self.autocast):
             h = self.block(h)
-        return full_precision(h) if self.rank else self.layouts.pack(h)[0]
+        if self.leaves is None:
+            return full_precision(h)
+        sent: Any = Same.apply(self.leaves.pack(h)[0])  # The zero bubble takes no view of a tensor.
+        return sent
 
 
 class Maker:
@@ -146,22 +167,30 @@ class Maker:
         step = partial(Updates(model).step, partial(stage.block_steps, self.x, self.y, autocast=self.autocast))
         return Way(name, 2, len(model.blocks), cut, step, close=stage.finish)
 
-    def rival(self, name: str, halves: lg.LocalModel, micro: int, split: str = "local") -> Way:
-        """BP in one of PyTorch's pipelines, on the halves of a network."""
-        module = Half(halves.blocks, self.rank, self.x.chunk(micro)[0], self.autocast)
-        stage = PipelineStage(module, self.rank, 2, torch.device("cpu"))
-        schedule = SCHEDULES[name](stage, n_microbatches=micro, loss_fn=nn.CrossEntropyLoss())
-        optimizer = sgd(list(module.parameters()))
+    def rival(self, name: str, parts: lg.LocalModel, micro: int, split: str = "local") -> Way:
+        """BP in one of PyTorch's pipelines, on the parts of a network, as many as `parts_of(name)`."""
+        kind, placed = SCHEDULES[name]
+        blocks, count, mine = parts.blocks, parts_of(name), placed[self.rank]
+        modules = [Part(blocks, number, self.x.chunk(micro)[0], self.autocast) for number in mine]
+        device = torch.device("cpu")
+        stages = [PipelineStage(m, number, count, device) for m, number in zip(modules, mine, strict=True)]
+        given = {"n_microbatches": micro, "loss_fn": nn.CrossEntropyLoss()}
+        schedule = kind(stages if len(stages) > 1 else stages[0], **given)
+        optimizer = sgd([p for module in modules for p in module.parameters()])
+        inputs = [self.x] if 0 in mine else []
+        last = {"target": self.y, "return_outputs": False} if count - 1 in mine else {}
 
         def step() -> None:
-            if self.rank == 0:
-                schedule.step(self.x)
-            else:
-                schedule.step(target=self.y, return_outputs=False)
+            schedule.step(*inputs, **last)
             optimizer.step()
             optimizer.zero_grad()
 
-        return Way(name, 2, 1, halves.blocks[0].names[-1], step, micro, split=split)
+        return Way(name, 2, 1, ", ".join(block.names[-1] for block in blocks[:-1]), step, micro, split=split)
+
+
+def parts_of(name: str) -> int:
+    """Into how many parts one of PyTorch's pipelines splits a network."""
+    return sum(map(len, SCHEDULES[name][1]))
 
 
 def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

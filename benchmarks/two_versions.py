@@ -21,12 +21,14 @@ import copy
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from two_processes import Half
+from two_processes import Part
+
+from localgrad.scale.messages import Layouts
 
 
 @dataclass
@@ -52,13 +54,14 @@ class TwoVersions:
 
     def __init__(
         self,
-        half: Half,
+        half: Part,
         micro: int,
         optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
         criterion: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
     ) -> None:
         self.half, self.micro, self.criterion = half, micro, criterion
         self.optimizer = optimizer(list(half.parameters()))
+        self.layouts = cast(Layouts, half.leaves or half.enters)  # What crosses between the halves.
         self.versions = [copy.deepcopy(half) for _ in range(2)]
         for version in self.versions:
             for own, shared in zip(version.modules(), half.modules(), strict=True):
@@ -70,21 +73,21 @@ class TwoVersions:
 
     def step(self, x: Tensor, y: Tensor) -> None:
         """Lets a batch enter. The first process reads x, and the last one reads y."""
-        enter = self._last if self.half.rank else self._first
-        for part in (y if self.half.rank else x).chunk(self.micro):
+        enter = self._last if self.half.number else self._first
+        for part in (y if self.half.number else x).chunk(self.micro):
             enter(self.versions[self._count // self.micro % 2], part)
             self._count += 1
 
     def finish(self) -> None:
         """Waits until all that is underway is done and all messages have arrived. Then the weights are those after the
         last batch. More steps may follow."""
-        if self.half.rank:
+        if self.half.number:
             self._wait(self._inputs)
             self._wait(self._sent)
         elif self._count:
             while self._underway:
                 self._backward()
-            (nothing,) = self.half.layouts.empty(torch.device("cpu"))
+            (nothing,) = self.layouts.empty(torch.device("cpu"))
             # They answer the receives that the other process has posted.
             answers = deque((nothing, dist.isend(nothing, 1)) for _ in range(self.micro))
             self._wait(answers)
@@ -108,7 +111,7 @@ class TwoVersions:
 
     def _last(self, version: nn.Module, y: Tensor) -> None:
         while len(self._inputs) <= self.micro:  # They travel while this process computes.
-            (tensor,) = self.half.layouts.empty(y.device)
+            (tensor,) = self.layouts.empty(y.device)
             self._inputs.append((tensor, dist.irecv(tensor, 0)))
         h, received = self._inputs.popleft()
         received.wait()

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from race_ways import Stale
 from spawned import on_ranks
 from torch import Tensor, nn
-from two_processes import SCHEDULES, Half, Maker, sgd
+from two_processes import SCHEDULES, Maker, Part, parts_of, sgd
 from two_versions import TwoVersions
 
 import localgrad as lg
@@ -60,16 +60,16 @@ def naive(micro: int) -> dict[str, Tensor]:
     return module.state_dict()
 
 
-def state_of(model: lg.LocalModel, half: nn.Module) -> dict[str, Tensor]:
-    """The state of one half, by the names of the whole network."""
+def state_of(model: lg.LocalModel, part: nn.Module) -> dict[str, Tensor]:
+    """The state of a part, by the names of the whole network."""
     names = {id(t): name for name, t in model.backbone.state_dict(keep_vars=True).items()}
-    return {names[id(t)]: t.detach() for t in half.state_dict(keep_vars=True).values()}
+    return {names[id(t)]: t.detach() for t in part.state_dict(keep_vars=True).values()}
 
 
 def asynchronous(micro: int, stop: int) -> dict[str, Any]:
     """This rank's half after the steps of the pipeline, which is emptied after `stop` of them."""
     model, every = network(["layer1.2"]), batches()
-    half = Half(model.blocks, dist.get_rank(), every[0][0].chunk(micro)[0], None)
+    half = Part(model.blocks, dist.get_rank(), every[0][0].chunk(micro)[0], None)
     pipeline = TwoVersions(half, micro, quick)
     for i, batch in enumerate(every):
         if i == stop:
@@ -98,17 +98,16 @@ def test_one_process_follows_the_rule_too(micro: int) -> None:
 
 
 def flushed(name: str, micro: int) -> dict[str, Any]:
-    """This rank's half after some steps of one of PyTorch's pipelines on one batch."""
-    model = network(["layer1.2"])
+    """This rank's parts after some steps of one of PyTorch's pipelines on one batch."""
+    model = network(["layer1.2"] if parts_of(name) == 2 else ["layer1.0", "layer1.2", "layer2.1"])
     way = Maker(dist.get_rank(), *batches()[0]).rival(name, model, micro)
     for _ in range(3):
         way.step()
-    return state_of(model, model.blocks[dist.get_rank()])
+    return state_of(model, nn.ModuleList(model.blocks[i] for i in SCHEDULES[name][1][dist.get_rank()]))
 
 
-@pytest.mark.parametrize(("name", "micro"), [("gpipe", 2), ("1f1b", 4)])
+@pytest.mark.parametrize(("name", "micro"), list(zip(SCHEDULES, (2, 4, 2, 4), strict=True)))
 def test_pipelines_that_flush_learn_what_accumulation_learns(name: str, micro: int, tmp_path: Path) -> None:
-    assert name in SCHEDULES
     first, last = on_ranks(flushed, tmp_path, name, micro)
     model = network()
     model.accumulate = micro
