@@ -125,7 +125,7 @@ def measured(settings: Settings, method: str, ranks: int, last: list[str]) -> tu
     """Peak and resident bytes of the rank that needs most."""
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(work, (folder, settings, method, ranks, last), nprocs=ranks, start_method="spawn")  # pyright: ignore[reportPrivateImportUsage]
-        found = [torch.load(f"{folder}/{rank}.pt") for rank in range(ranks)]
+        found = [torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in range(ranks)]
     return max(peak for peak, _ in found), max(rss for _, rss in found)
 
 
