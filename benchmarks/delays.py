@@ -1,4 +1,4 @@
-"""Simulates a slower network link, for `benchmarks/scaling.py`. It has no command and writes nothing.
+"""Simulates a slower network link, for `scaling.py` and `race.py`. It has no command and writes nothing.
 
 A message arrives some time after it was sent. The process that sent it goes on meanwhile.
 """

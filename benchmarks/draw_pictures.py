@@ -2,8 +2,9 @@
 
     python benchmarks/draw_pictures.py     (or `make results`, which fills the tables too)
 
-Writes docs/accuracy.svg, docs/probes.svg, docs/frontier.svg and docs/depth.svg. The metadata of each picture has the
-hashes of the files that it was drawn from, so that a test sees whether it is up to date.
+Writes docs/accuracy.svg, docs/probes.svg, docs/frontier.svg, docs/depth.svg and docs/race.svg. The metadata of each
+picture has the hashes of the files that it was drawn from, so that a test sees whether it is up to date. A picture
+whose files are not there yet is left out.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import matplotlib as mpl
 from accuracy_tables import recipe_of
 from common import ROOT, read_results
 from matplotlib.figure import Figure
+from race_tables import LOCAL, curves_of, links_of, ways_of
 
 MIB = 2**20
 METHODS = {
@@ -26,6 +28,7 @@ SOURCES = {
     "probes": ["probes_fashion_small.csv"],
     "frontier": ["frontier_resnet110_float32.csv", "frontier_resnet110_bf16.csv"],
     "depth": ["depth.csv"],
+    "race": ["race.csv"],
 }
 KINDS = (("exact", "o", "black"), ("DGL", "v", "tab:green"), ("MAN", "s", "tab:blue"), ("deep MAN", "D", "tab:orange"))
 
@@ -34,6 +37,17 @@ RIVALS = (
     ("sequential", "x", "checkpoint_sequential"),
     ("micro-batches", "+", "micro-batches"),
 )
+
+
+RACERS = {  # The colour and the marker of each way of the race.
+    "bp": ("black", "o"), "bp data parallel": ("tab:gray", "v"), "gpipe": ("tab:brown", "+"), "1f1b": ("tab:red", "x"),
+    "2bw": ("tab:purple", "*"), "man": ("tab:blue", "s"), "deep man": ("tab:orange", "D"), "1c1f@4": ("tab:green", "^"),
+}  # fmt: skip
+
+
+def is_there(picture: str) -> bool:
+    """Whether all files that a picture is drawn from are there."""
+    return all((ROOT / "results" / name).exists() for name in SOURCES[picture])
 
 
 def stamp(picture: str) -> str:
@@ -135,8 +149,34 @@ def depth() -> Figure:
     return figure
 
 
+def race() -> Figure:
+    """Test error against wall time, with a panel for each link. Lines of four blocks are dashed."""
+    rows = read_results("race.csv")
+    links = links_of(rows)
+    figure = Figure(figsize=(4 * len(links), 5), layout="constrained")
+    panels = figure.subplots(1, len(links), sharey=True, squeeze=False)[0]
+    for axes, link in zip(panels, links, strict=True):
+        for name, mine in ways_of(rows, link).items():
+            curve = curves_of(mine)[-1]
+            places = [float(r["seconds"]) for r in curve], [float(r["error_mean"]) for r in curve]
+            spread = [float(r["error_std"] or 0) for r in curve]
+            (colour, marker), width = RACERS[curve[0]["way"]], 1.5 if curve[0]["way"] in LOCAL else 1.0
+            style = {"color": colour, "marker": marker, "linestyle": "--" if curve[0]["blocks"] == "4" else "-"}
+            axes.errorbar(*places, yerr=spread, label=name, linewidth=width, elinewidth=0.5, markersize=4, **style)
+        axes.set(title=f"messages {link} ms late", xlabel="wall time, s", xlim=(0, None), yscale="log")
+        low, high = axes.get_ylim()
+        ticks = [tick for tick in (8, 9, 10, 12, 15, 20, 30, 50, 90) if low <= tick <= high]
+        axes.set_yticks(ticks, map(str, ticks))
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("test error, %, mean and deviation over seeds")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+
 if __name__ == "__main__":
     mpl.rcParams["svg.hashsalt"] = "localgrad"  # Without it, names inside the file would differ each time.
-    for draw in (accuracy, probes, frontier, depth):
-        place = ROOT / "docs" / f"{draw.__name__}.svg"
-        draw().savefig(place, metadata={"Date": None, "Source": stamp(draw.__name__)})
+    for draw in (accuracy, probes, frontier, depth, race):
+        if is_there(draw.__name__):
+            place = ROOT / "docs" / f"{draw.__name__}.svg"
+            draw().savefig(place, metadata={"Date": None, "Source": stamp(draw.__name__)})

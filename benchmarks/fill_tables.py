@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 
 import accuracy_tables
+import race_tables
 import task_tables
 from cells import error_of, mean_of, name_of, peak_of, table
 from common import ROOT, read_results
@@ -237,13 +238,26 @@ def memory_any() -> str:
 
 WAYS = {
     "bp": "BP", "bp, twice": "BP, twice", "bp with fsdp2": "BP with FSDP2", "1f1b": "BP, 1F1B", "gpipe": "BP, GPipe",
+    "interleaved 1f1b": "BP, interleaved 1F1B", "zero bubble": "BP, zero bubble",
 }  # fmt: skip
 
 
 def way_of(row: dict[str, str]) -> list[str]:
     """The first cells of a row about scaling: the way to train, its blocks and its micro-batches."""
-    micro = row["micro_batches"] if row["way"] in ("1f1b", "gpipe") else ""
+    micro = row["micro_batches"] if row["micro_batches"] != "1" else ""
     return [WAYS.get(row["way"], row["way"]), row["blocks"] if "local" in row["way"] else "", micro]
+
+
+def pipeline_memory() -> str:
+    """The rank of a pipeline that needs most, beside one process."""
+
+    def told(row: dict[str, str]) -> list[str]:
+        cuts = row["cuts"].replace(" ", ", ")
+        rss = f"{int(row['rss_bytes']) / 2**20:.0f} MiB"
+        return [name_of(row["method"]), row["blocks"], cuts, row["ranks"], peak_of(row), rss, row["times_one_process"]]
+
+    body = [told(row) for row in read_results("pipeline_memory.csv")]
+    return table(["method", "blocks", "cut after", "processes", "peak", "taken from the system", "times one"], body)
 
 
 def scaling() -> str:
@@ -297,11 +311,11 @@ def devices() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    **accuracy_tables.TABLES, **task_tables.TABLES, "probes": probes,
+    **accuracy_tables.TABLES, **race_tables.TABLES, **task_tables.TABLES, "probes": probes,
     "deeper": deeper, "frontier": frontier, "large": large, "sizes": sizes, "fits": fits,
     "imagenet": imagenet, "parts": parts, "coverage": coverage,
     "refused": refused, "families": families, "training": training, "finetune": finetune,
-    "memory_any": memory_any, "scaling": scaling,
+    "memory_any": memory_any, "pipeline_memory": pipeline_memory, "scaling": scaling,
     "delays": delays, "check": check, "devices": devices,
 }  # fmt: skip
 

@@ -20,7 +20,7 @@ from localgrad.core.engine import autocasting
 from localgrad.core.model import LocalModel
 from localgrad.run import data as data_room
 from localgrad.run.build import Machine, build_model, machine_for, optimizer_of
-from localgrad.run.evaluation import to_device
+from localgrad.run.evaluation import evaluate, to_device
 from localgrad.run.folder import environment
 from localgrad.run.recipe import Recipe
 from localgrad.run.step import rate
@@ -37,7 +37,14 @@ def all_alike(model: LocalModel, recipe: Recipe) -> list[dict[str, Any]]:
     return lg.param_groups(model, weight_decay=recipe.weight_decay)
 
 
-def train(recipe: Recipe, data: data_room.Data, step: Step = local_step, groups: Groups = all_alike) -> dict[str, Any]:
+def train(
+    recipe: Recipe,
+    data: data_room.Data,
+    step: Step = local_step,
+    groups: Groups = all_alike,
+    *,
+    every_epoch: bool = False,
+) -> dict[str, Any]:
     """Trains a recipe's model, and returns how good it is, the peak of its third step, the median time of the steps
     after it, and the seconds of training.
 
@@ -47,6 +54,8 @@ def train(recipe: Recipe, data: data_room.Data, step: Step = local_step, groups:
         step: Adds the gradients of a batch. By default those of `local_backward`.
         groups: Makes the groups of parameters for the optimizer. Their rates follow the schedule of the recipe. By
             default all have the rate of the recipe.
+        every_epoch: Whether to return the test errors after all epochs, too, as `errors` in a row of text. The seconds
+            then have those of testing in them.
     """
     torch.set_num_threads(1)
     machine = machine_for(recipe)
@@ -56,7 +65,7 @@ def train(recipe: Recipe, data: data_room.Data, step: Step = local_step, groups:
     rates = [group["lr"] for group in optimizer.param_groups]
     size = recipe.batch_size * recipe.accumulate
     total = data_room.steps_per_epoch(data, size) * recipe.epochs
-    began, times, peak = time.perf_counter(), [], 0
+    began, times, errors, peak = time.perf_counter(), [], [], 0
 
     def whole(x: Tensor, y: Tensor) -> None:
         step(model, x, y, machine.autocast)
@@ -74,10 +83,13 @@ def train(recipe: Recipe, data: data_room.Data, step: Step = local_step, groups:
             else:
                 whole(x, y)
             times.append(time.perf_counter() - before)
+        if every_epoch:
+            errors.append(f"{100 - evaluate(model.backbone, data, recipe, machine)['eval_top1']:.2f}")
     seconds = time.perf_counter() - began
     return {
         **tested(model.backbone, data, recipe, machine), "peak_bytes": peak,
         "time_of_step_ms": f"{1000 * statistics.median(times[3:] or times):.1f}", "seconds": f"{seconds:.0f}",
+        **({"errors": " ".join(errors)} if every_epoch else {}),
     }  # fmt: skip
 
 
@@ -100,7 +112,12 @@ def tested(network: nn.Module, data: data_room.Data, recipe: Recipe, machine: Ma
 
 
 def run_missing(
-    out: Path, key: Sequence[str], runs: Mapping[tuple[object, ...], Callable[[], dict[str, Any]]], jobs: int
+    out: Path,
+    key: Sequence[str],
+    runs: Mapping[tuple[object, ...], Callable[[], dict[str, Any]]],
+    jobs: int,
+    *,
+    done: Callable[[], object] = lambda: None,
 ) -> None:
     """Runs what a table lacks, `jobs` at a time, and adds a row as soon as each is finished.
 
@@ -109,6 +126,7 @@ def run_missing(
         key: The columns that name a run.
         runs: For the values of these columns, a function that can be pickled and returns the other columns.
         jobs: The number of processes.
+        done: Called after each new row.
     """
     table = Table(out, key, same=environment() | {"threads": 1})
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -117,3 +135,4 @@ def run_missing(
             row = dict(zip(key, names[finished], strict=True)) | finished.result()
             table.add(row)
             print(row, flush=True)
+            done()

@@ -4,43 +4,34 @@
 
 One process with one thread trains with BP and with local learning that steps as it goes. Two processes with one thread
 each train with local data parallel, with sharded weights (local, and BP with PyTorch's FSDP2, unit by unit), with the
-local pipeline, and with PyTorch's pipelines of BP, GPipe and 1F1B, with more and more micro-batches. All ways run in
-the same two processes and take turns. The messages are real ones, sent by gloo. With a delay, each message arrives
-later, which shows what a slower link would cost. Those of sharded weights cannot be delayed.
+local pipeline, and with PyTorch's pipelines of BP: GPipe, 1F1B, interleaved 1F1B and zero bubble (ZBV), with more and
+more micro-batches. All ways run in the same two processes and take turns. The messages are real ones, sent by gloo.
+With a delay, each message arrives later, which shows what a slower link would cost. Those of sharded weights cannot be
+delayed.
 
 Writes results/scaling_resnet110.csv, one row for each way and delay: the median over the repeats of the slowest
 process, and the peak bytes of the process that needs most. `local` is DGL with MAN's coupling. Two blocks are cut where
 the pipeline is fastest on trial. BP's pipelines are split there too (`split` is local) and, if that is another place,
-where the halves of BP take equally long (`split` is bp).
+where the halves of BP take equally long (`split` is bp). For the last two kinds of pipelines, in which each process has
+two parts of the network, the four parts of BP take equally long.
 """
 
 from __future__ import annotations
 
-import statistics
-import tempfile
-import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import tyro
 from common import Table, medians_in_turn
-from delays import delayed
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from two_processes import SCHEDULES, Maker, Updates, Way, on_two_processes, parts_of, peak, sgd, slowest, timed, timer
 
 import localgrad as lg
 from localgrad.run.folder import environment
-from localgrad.scale.memory import MemoryMeter
-
-FILL = 3  # In so many steps a pipeline fills. They are not timed.
-SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 
 
 @dataclass(frozen=True)
@@ -58,42 +49,14 @@ class Settings:
     out: Path = Path("results/scaling_resnet110.csv")
 
 
-@dataclass(frozen=True)
-class Way:
-    """A way to train.
-
-    Args:
-        name: Its name in the table.
-        processes: How many processes take part, 1 or 2.
-        blocks: The number of blocks, 1 for BP.
-        cut: The unit after which the network is split, "" if it is not.
-        step: One training step, to be called on each process that takes part.
-        micro_batches: The parts of a batch that follow each other through a pipeline.
-        batches: How many batches a step of all processes trains on.
-        split: Who chose the cut: "local" or "bp".
-        delayable: Whether `delayed` reaches all messages.
-        close: To be called after the last of several steps.
-    """
-
-    name: str
-    processes: int
-    blocks: int
-    cut: str
-    step: Callable[[], object]
-    micro_batches: int = 1
-    batches: int = 1
-    split: str = "local"
-    delayable: bool = True
-    close: Callable[[], None] = lambda: None
-
-
-class Bench:
-    """Builds the ways to train. Each of the two processes has a bench."""
+class Bench(Maker):
+    """Makes all ways to train."""
 
     def __init__(self, settings: Settings, rank: int) -> None:
-        self.settings, self.rank = settings, rank
         torch.manual_seed(0)
-        self.x, self.y = torch.randn(settings.batch_size, 3, 32, 32), torch.randint(10, (settings.batch_size,))
+        x, y = torch.randn(settings.batch_size, 3, 32, 32), torch.randint(10, (settings.batch_size,))
+        super().__init__(rank, x, y)
+        self.settings = settings
 
     def model(self, blocks: int | list[str], coupling: lg.MAN | None = None, *, bp: bool = False) -> lg.LocalModel:
         torch.manual_seed(0)
@@ -108,53 +71,24 @@ class Bench:
         middle = lg.shares_of(seconds, 2)[0] - 1
         trial: dict[str, float] = {}  # The seconds of a step for each cut.
         for name in names[middle - 1 : middle + 3]:
-            way = self.pipeline(self.model([name], lg.MAN(lag=lg.least_lag())), (1, 1))
+            way = self.pipeline("local pipeline", self.model([name], lg.MAN(lag=lg.least_lag())), (1, 1))
             trial[name] = min(slowest([timed(way, self.rank, self.settings.steps) for _ in range(3)]))
         cut = min(trial, key=lambda name: trial[name])
         found = [*self.alone("bp", self.model(1, bp=True)), self.fsdp()]
         for blocks in ([cut], 4):
             found += self.alone("local", self.model(blocks, lg.MAN()))
-            found.append(self.replicas(self.model(blocks, lg.MAN())))
+            found.append(self.replicas("local data parallel", self.model(blocks, lg.MAN())))
             found.append(self.shards(self.model(blocks, lg.MAN())))
             piped = self.model(blocks, lg.MAN(lag=lg.least_lag()))
-            found.append(self.pipeline(piped, lg.shares_of(self.seconds(piped), 2)))
+            found.append(self.pipeline("local pipeline", piped, lg.shares_of(self.seconds(piped), 2)))
         splits = {cut: "local", names[middle]: "bp"} if cut != names[middle] else {cut: "local"}
         for at, split in splits.items():
-            for name in SCHEDULES:
-                found += [self.rival(name, at, split, m) for m in self.settings.micro_batches]
+            for name in (name for name in SCHEDULES if parts_of(name) == 2):
+                found += [self.rival(name, self.model([at]), m, split) for m in self.settings.micro_batches]
+        quarters = [names[end - 1] for end in accumulate(lg.shares_of(seconds, 4)[:-1])]
+        for name in (name for name in SCHEDULES if parts_of(name) == 4):
+            found += [self.rival(name, self.model(quarters), m) for m in self.settings.micro_batches]
         return found
-
-    def seconds(self, model: lg.LocalModel) -> list[float]:
-        """The seconds of each block, summed over the two processes, which measure at the same time."""
-        mine = torch.tensor(lg.block_seconds(model, self.x, self.y))
-        dist.all_reduce(mine)
-        return mine.tolist()
-
-    def alone(self, name: str, model: lg.LocalModel) -> list[Way]:
-        """Two ways: one process alone, and both processes at the same time with a batch each and no messages. No way to
-        share the work can be faster than the second, unless each process then needs less of the caches."""
-        step = partial(Updates(model).step, partial(lg.block_steps, model, self.x, self.y))
-        one = Way(name, 1, len(model.blocks), model.blocks[0].names[-1], step)
-        return [one, replace(one, name=f"{name}, twice", processes=2, batches=2)]
-
-    def replicas(self, model: lg.LocalModel) -> Way:
-        """Local data parallel: each process trains on half of the batch."""
-        replicas, update = lg.Replicas(model), Updates(model)
-        x, y = self.half()
-        last = len(model.blocks) - 1
-
-        def finish(k: int) -> None:
-            replicas.finish(k)
-            update(k)
-
-        def step() -> None:
-            for done in lg.block_steps(model, x, y):
-                replicas.start(done.block, done.loss)
-                if done.block:  # The gradients of a block travel while the next one computes.
-                    finish(done.block - 1)
-            finish(last)
-
-        return Way("local data parallel", 2, last + 1, "", step)
 
     def shards(self, model: lg.LocalModel) -> Way:
         """Each process holds half of the weights, and trains on half of the batch."""
@@ -177,104 +111,9 @@ class Bench:
 
         return Way("bp with fsdp2", 2, 1, "", step, delayable=False)
 
-    def half(self) -> list[torch.Tensor]:
-        """This process's half of the batch."""
-        return [t.chunk(2)[self.rank] for t in (self.x, self.y)]
 
-    def pipeline(self, model: lg.LocalModel, shares: tuple[int, ...]) -> Way:
-        """The local pipeline. `shares` has the number of blocks of each process."""
-        stage = lg.Stage(model, shares)
-        cut = model.blocks[shares[0] - 1].names[-1]
-        step = partial(Updates(model).step, partial(stage.block_steps, self.x, self.y))
-        return Way("local pipeline", 2, len(model.blocks), cut, step, close=stage.finish)
-
-    def rival(self, name: str, cut: str, split: str, micro: int) -> Way:
-        """BP in one of PyTorch's pipelines."""
-        module = nn.Sequential(self.model([cut]).blocks[self.rank])
-        stage = PipelineStage(module, self.rank, 2, torch.device("cpu"))
-        schedule = SCHEDULES[name](stage, n_microbatches=micro, loss_fn=nn.CrossEntropyLoss())
-        optimizer = sgd(list(module.parameters()))
-
-        def step() -> None:
-            if self.rank == 0:
-                schedule.step(self.x)
-            else:
-                schedule.step(target=self.y, return_outputs=False)
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return Way(name, 2, 1, cut, step, micro, split=split)
-
-
-def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, nesterov=True)
-
-
-class Updates:
-    """Moves the averages of one block and takes its optimizer step."""
-
-    def __init__(self, model: lg.LocalModel) -> None:
-        self.model = model
-        self.optimizers = [sgd(model.members(k)) for k in range(len(model.blocks))]
-
-    def __call__(self, k: int) -> None:
-        self.model.move_averages(k)
-        self.optimizers[k].step()
-        self.optimizers[k].zero_grad()
-
-    def step(self, block_steps: Callable[[], Iterable[lg.BlockResult]]) -> None:
-        """A whole step, in which each block steps as soon as it has its gradients."""
-        for done in block_steps():
-            self(done.block)
-
-
-def timed(way: Way, rank: int, steps: int) -> float:
-    """The mean seconds of a step on this process once the pipeline is full; 0 on a process that takes no part."""
-    dist.barrier()
-    if rank >= way.processes:
-        return 0.0
-    ends = []
-    for _ in range(FILL + steps):
-        way.step()
-        ends.append(time.perf_counter())
-    way.close()
-    return statistics.mean(b - a for a, b in pairwise(ends[FILL - 1 :]))
-
-
-def peak(way: Way, rank: int) -> int:
-    """The peak bytes of a step on this process; 0 on a process that takes no part."""
-    dist.barrier()
-    if rank >= way.processes:
-        return 0
-    for _ in range(FILL):
-        way.step()
-    with MemoryMeter() as meter:
-        way.step()
-    way.close()
-    return meter.result().total
-
-
-def slowest(values: list[float]) -> list[float]:
-    """The largest of each value over the processes."""
-    most = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    return most.tolist()
-
-
-def timer(way: Way, rank: int, steps: int, delay: int) -> Callable[[], float]:
-    """A function that times the way on the slowest process, with messages that are `delay` milliseconds late."""
-
-    def run() -> float:
-        with delayed(delay / 1000):
-            return slowest([timed(way, rank, steps)])[0]
-
-    return run
-
-
-def work(rank: int, folder: str, settings: Settings) -> None:
+def work(rank: int, settings: Settings) -> None:
     """Runs in each of the two processes. The first one writes the table."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     ways = Bench(settings, rank).ways()
     peaks = slowest([peak(way, rank) for way in ways])
     same = {name: getattr(settings, name) for name in ("repeats", "steps", "model", "batch_size")}
@@ -298,14 +137,7 @@ def work(rank: int, folder: str, settings: Settings) -> None:
             if rank == 0:
                 table.add(row)
                 print(*(f"{name}={value}" for name, value in row.items()), flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def main(settings: Settings) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(work, (folder, settings), nprocs=2, start_method="spawn")  # pyright: ignore[reportPrivateImportUsage]
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings))
+    on_two_processes(work, tyro.cli(Settings))

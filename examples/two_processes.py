@@ -40,16 +40,20 @@ def build() -> lg.LocalModel:
     return lg.localize(backbone, blocks=4, method=lg.dgl("0c1f"), coupling=coupling, example=torch.zeros(2, 1, 8, 8))
 
 
-def alone(model: lg.LocalModel, steps: int) -> None:
+def alone(steps: int) -> dict[str, Any]:
+    """One process, for comparison. Like the others, it returns the trained weights of the network."""
+    model = build()
     optimizer = torch.optim.SGD(lg.param_groups(model), lr=0.05, momentum=0.9)
     for x, y in batches(steps):
         lg.local_backward(model, x, y)
         optimizer.step()
         optimizer.zero_grad()
+    return model.backbone.state_dict()
 
 
-def replicas(model: lg.LocalModel, steps: int) -> None:
+def replicas(steps: int) -> dict[str, Any]:
     """Each process holds the whole model and reads its own half of each batch."""
+    model = build()
     averaging = lg.Replicas(model)
     optimizer = torch.optim.SGD(lg.param_groups(model), lr=0.05, momentum=0.9)
     for x, y in batches(steps):
@@ -60,45 +64,41 @@ def replicas(model: lg.LocalModel, steps: int) -> None:
         model.move_averages()
         optimizer.step()
         optimizer.zero_grad()
+    return model.backbone.state_dict()
 
 
-def shards(model: lg.LocalModel, steps: int) -> None:
+def shards(steps: int) -> dict[str, Any]:
     """Each process holds a half of each parameter, and reads its own half of each batch."""
-    lg.shard(model)
+    model = lg.shard(build())
     optimizer = torch.optim.SGD(lg.param_groups(model), lr=0.05, momentum=0.9)
     for x, y in batches(steps):
         lg.local_backward(model, *(tensor.chunk(2)[dist.get_rank()] for tensor in (x, y)))
         optimizer.step()
         optimizer.zero_grad()
+    return get_model_state_dict(model.backbone, options=StateDictOptions(full_state_dict=True))
 
 
-def pipeline(model: lg.LocalModel, steps: int) -> None:
-    """Each process trains two of the four blocks on the whole batch, and waits for no gradient."""
-    stage = lg.Stage(model, shares=(2, 2))
+def pipeline(steps: int) -> dict[str, Any]:
+    """Each process holds and trains two of the four blocks, reads whole batches, and waits for no gradient."""
+    stage = lg.Stage(build, shares=(2, 2))  # It is given the function, so that the other blocks never take memory.
+    model = stage.model
     optimizers = {k: torch.optim.SGD(model.members(k), lr=0.05, momentum=0.9) for k in stage.blocks}
     for x, y in batches(steps):
         for done in stage.block_steps(x, y):
             model.move_averages(done.block)
             optimizers[done.block].step()
             optimizers[done.block].zero_grad()
-    stage.gather()  # Now the model is whole on each process.
     stage.finish()
-
-
-def weights(model: lg.LocalModel) -> dict[str, Any]:
-    """The weights of the network, whole on each process."""
-    return get_model_state_dict(model.backbone, options=StateDictOptions(full_state_dict=True))
+    return stage.state_dict(model.backbone)  # On the first process. The others get nothing.
 
 
 def compare(rank: int, steps: int, expected: dict[str, Tensor], folder: str) -> None:
     """Trains in each way as one of two processes. The first process prints how far the weights are from `expected`."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     for train in (replicas, shards, pipeline):
-        model = build()
-        train(model, steps)
-        found = weights(model)
-        apart = max(float((found[name] - expected[name]).abs().max()) for name in expected)
+        found = train(steps)
         if rank == 0:
+            apart = max(float((found[name] - expected[name]).abs().max()) for name in expected)
             print(f"{train.__name__}: the weights are at most {apart:.1e} away from those of one process")
     dist.destroy_process_group()
 
@@ -107,10 +107,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
     steps = parser.parse_args().steps
-    model = build()
-    alone(model, steps)
     with tempfile.TemporaryDirectory() as folder:
-        spawn(compare, (steps, model.backbone.state_dict(), folder), nprocs=2)
+        spawn(compare, (steps, alone(steps), folder), nprocs=2)
     print(
         "What to conclude: a pipeline gives the model of one process bit for bit, replicas and shards up to rounding."
     )

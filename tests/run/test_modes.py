@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -17,10 +19,15 @@ from localgrad.run.build import build_model, machine_for
 from localgrad.run.modes import Alone, Pipeline, mode_for, stage_for
 from localgrad.run.recipe import Recipe, Saving
 from localgrad.run.runlog import StepRecord
+from localgrad.scale.held import Held
 from localgrad.scale.replicas import Ranks
 
 RECIPE = Recipe(model="resnet8", limit_train=64, batch_size=16, precision="float32", step_as_you_go=True)
 TARGETS = torch.zeros(16, dtype=torch.int64)
+
+
+def made(recipe: Recipe) -> Callable[[], lg.LocalModel]:
+    return partial(build_model, recipe, datasets.load("digits", limit_train=64), machine_for(recipe))
 
 
 class TwoRanks(Ranks):
@@ -82,8 +89,7 @@ def test_notes_tell_where_ranks_would_wait() -> None:
 
 def test_alone_is_what_all_modes_share() -> None:
     """Each mode has the interface of the plainest one, and one process alone exchanges nothing."""
-    model = build_model(RECIPE, datasets.load("digits", limit_train=64), machine_for(RECIPE))
-    mode = mode_for(RECIPE, model, machine_for(RECIPE), Ranks(), Saving(), share="blocks", targets=TARGETS)
+    mode = mode_for(RECIPE, made(RECIPE), machine_for(RECIPE), Ranks(), Saving(), share="blocks", targets=TARGETS)
     assert type(mode) is Alone
     assert (mode.blocks, mode.shard, mode.replicas, mode.notes(RECIPE)) == (range(4), (0, 1), 1, [])
     record = StepRecord([1.0], [{}], 0.0, 16)
@@ -101,19 +107,17 @@ def test_alone_is_what_all_modes_share() -> None:
     ],
 )
 def test_what_no_pipeline_can_follow_is_refused(changes: dict[str, Any], count: int, says: str) -> None:
-    machine, data = machine_for(RECIPE), datasets.load("digits", limit_train=64)
     with pytest.raises(UserError, match=says):
-        stage_for(replace(RECIPE, **changes), build_model(RECIPE, data, machine), machine, Ranks(0, count), TARGETS)
+        stage_for(replace(RECIPE, **changes), Held(made(RECIPE)), machine_for(RECIPE), Ranks(0, count), TARGETS)
 
 
 def test_memory_that_runs_out_as_blocks_are_timed_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **settings: Any) -> None:
         raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes")
 
-    machine, data = machine_for(RECIPE), datasets.load("digits", limit_train=64)
     monkeypatch.setattr(modes, "block_seconds", full)
     with pytest.raises(RunError, match="out of memory as rank 1 timed the blocks"):
-        stage_for(RECIPE, build_model(RECIPE, data, machine), machine, Ranks(1, 2), TARGETS)
+        stage_for(RECIPE, Held(made(RECIPE)), machine_for(RECIPE), Ranks(1, 2), TARGETS)
 
 
 def test_labels_alone_are_those_of_the_batches() -> None:

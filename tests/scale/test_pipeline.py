@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from functools import cache, partial
 from importlib.util import find_spec
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 import localgrad as lg
 from localgrad.core.errors import UserError
+from localgrad.scale import deferred
 
 GREEDY, LAG = partial(lg.dgl, "0c1f"), 2
 WORDS = 20
@@ -174,14 +176,22 @@ def sgd(members: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD([{"params": members}], lr=0.05, weight_decay=1e-4)
 
 
+def changed(case: str) -> lg.LocalModel:
+    """The model of a case, in a first state that differs from that of `localize`."""
+    model = model_of(case)
+    with torch.no_grad():
+        next(model.blocks[-1].parameters()).mul_(1.1)
+    return model
+
+
 class Loop:
     """Steps through a case's batches, on one process or as a rank of a pipeline."""
 
     def __init__(self, case: str, *, piped: bool) -> None:
-        self.case, self.model = case, model_of(case)
-        with torch.no_grad():  # The first state differs from that of `localize`.
-            next(self.model.blocks[-1].parameters()).mul_(1.1)
-        self.stage = lg.Stage(self.model, SHARES[len(self.model.blocks)]) if piped else None
+        self.case, self.stage = case, None
+        if piped:
+            self.stage = lg.Stage(lambda: changed(case), SHARES[8 if "8" in case else 4])
+        self.model = self.stage.model if self.stage else changed(case)
         blocks = self.stage.blocks if self.stage else range(len(self.model.blocks))
         # Without momentum, because this loop has no checkpoint of optimizers.
         self.optimizers = {k: sgd(self.model.members(k)) for k in blocks}
@@ -204,43 +214,73 @@ class Loop:
 
     def state(self) -> dict[str, Tensor]:
         """All that training changes, as one process has it."""
-        if self.stage is not None:
-            self.stage.gather()
-        return {name: t.clone() for name, t in self.model.state_dict().items()}
+        with self.stage.gathered() if self.stage else contextlib.nullcontext():
+            return {name: t.clone() for name, t in self.model.state_dict().items()}
 
 
 @cache
-def alone(case: str) -> tuple[list[dict[str, Tensor]], Tensor]:
-    """One process: its state before each step and at the end, and its losses."""
+def alone(case: str) -> tuple[list[dict[str, Tensor]], Tensor, Loop]:
+    """One process: its state before each step and at the end, its losses, and its loop."""
     loop = Loop(case, piped=False)
     states = [loop.state()]
     for step in range(len(batches(case))):
         loop.run(step, step + 1)
         states.append(loop.state())
-    return states, torch.tensor(loop.losses)
+    return states, torch.tensor(loop.losses), loop
 
 
 # On the ranks
 
 
 def piped(cases: Sequence[str]) -> dict[str, Any]:
+    deferred.SMALL = 1  # All numbers of these small networks come later.
     found = {}
     for case in cases:
         loop = Loop(case, piped=True)
-        loop.run()
-        found[case] = {"state": loop.state(), "losses": torch.tensor(loop.losses)}
         assert loop.stage is not None
+        before = held(loop.model)
+        loop.run()
+        found[case] = {"state": loop.state(), "losses": torch.tensor(loop.losses), "held": before}
         loop.stage.finish()
+        found[case] |= {"output": seen(loop), "saved": loop.stage.state_dict()}
+        if case == "follows":  # In evaluation mode it leaves its statistic alone, which its blocks would move.
+            loop.model.eval()
+            with pytest.raises(UserError, match="Follows takes other steps in evaluation mode than in training"):
+                loop.stage.forward(batches(case)[0][0])
+        found[case]["distances"] = [-1.0 if d is None else d for d in loop.stage.ema_distances()]
+        assert held(loop.model) == before
     return found
+
+
+def held(model: lg.LocalModel) -> list[str]:
+    """The names of the tensors that this rank holds."""
+    return [name for name, tensor in model.state_dict().items() if not tensor.is_meta]
+
+
+def seen(loop: Loop) -> Tensor | None:
+    """What the network gives for the first batch in an evaluation, where there is one."""
+    x, _ = batches(loop.case)[0]
+    loop.model.eval()
+    with torch.no_grad():
+        if loop.stage and loop.case != "follows":
+            output = loop.stage.forward(x)
+        elif loop.stage:
+            with loop.stage.gathered():
+                output = loop.model(x) if loop.stage.ranks.rank == 2 else None
+        else:
+            output = loop.model(**x) if isinstance(x, dict) else loop.model(x)
+    loop.model.train()
+    return output["logits"] if isinstance(output, dict) else output
 
 
 def there_and_back(file: Path) -> dict[str, Any]:
     """A pipeline resumes where one process was, and returns what one process would resume from."""
+    deferred.SMALL = 1
     found: dict[str, Any] = {}
     for (case, stop), before in torch.load(file, weights_only=True).items():
         loop = Loop(case, piped=True)
         assert loop.stage is not None
-        loop.model.load_state_dict(before)
+        loop.stage.load_state_dict(before)
         loop.stage.go_on(stop)
         loop.run(stop, stop + 1)
         loop.state()  # A checkpoint, after which it goes on.
@@ -284,9 +324,17 @@ def unlike(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
 
 
 def check(case: str, ranks: list[dict[str, Any]]) -> None:
-    states, losses = alone(case)
+    states, losses, loop = alone(case)
     for rank in ranks:
         assert unlike(rank[case]["state"], states[-1]) == []
+        distances = [-1.0 if d is None else d for d in loop.model.ema_distances()]
+        assert rank[case]["distances"] == distances
+    assert unlike(ranks[0][case]["saved"], states[-1]) == []
+    assert [rank[case]["saved"] for rank in ranks[1:]] == [{}] * (len(ranks) - 1)
+    assert [rank[case]["output"] for rank in ranks[:-1]] == [None] * (len(ranks) - 1)
+    output = seen(loop)
+    assert output is not None
+    assert torch.equal(ranks[-1][case]["output"], output)
     assert torch.equal(torch.cat([rank[case]["losses"] for rank in ranks], 1), losses)
     assert any("ema" in name for name in states[-1]) == ("man" in case)
 
@@ -294,6 +342,20 @@ def check(case: str, ranks: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("case", [*CASES, *NETWORKS, *LANGUAGE])
 def test_a_pipeline_is_one_process_that_steps_as_it_goes(case: str, trained: list[dict[str, Any]]) -> None:
     check(case, trained)
+
+
+@pytest.mark.parametrize("case", ["infopro", "man++"])
+def test_a_rank_holds_what_it_trains_and_what_its_averages_follow(case: str, trained: list[dict[str, Any]]) -> None:
+    model = model_of(case)
+    for rank, blocks in zip(trained, (range(2), range(2, 3), range(3, 4)), strict=True):
+        parts = [part for k in blocks for part in model.parts(k)]
+        for k in (k for k in blocks if k < 3 and model.auxiliaries[k].coupling is not None):
+            coupling: Any = model.auxiliaries[k].coupling
+            parts += [source.module for source in coupling.sources]
+        own = {id(t) for part in parts for t in (*part.parameters(), *part.buffers())}
+        expected = [name for name, t in model.state_dict(keep_vars=True).items() if id(t) in own]
+        assert rank[case]["held"] == expected
+        assert len(expected) < 0.75 * len(model.state_dict())
 
 
 @pytest.mark.slow

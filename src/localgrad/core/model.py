@@ -41,6 +41,7 @@ class LocalModel(nn.Module):
         inputs: How a batch enters the first block.
         checks: What earlier steps have shown about the model.
         watch: Finds changes of the backbone since it was cut.
+        evaluates: Whether the blocks compute in evaluation mode what the backbone computes there.
         sharded: Where the network has its parameters, if `shard` has given each rank a part of them. Else None.
     """
 
@@ -54,6 +55,7 @@ class LocalModel(nn.Module):
         image: tuple[int, ...],
         watch: Watch,
         inputs: Inputs,
+        evaluates: bool,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -61,7 +63,7 @@ class LocalModel(nn.Module):
         self.blocks = tuple(blocks)  # In a tuple, because the backbone has registered their modules already.
         self.method = method
         self.task = task
-        self.image, self.inputs = image, inputs
+        self.image, self.inputs, self.evaluates = image, inputs, evaluates
         self.accumulate: Any = 1  # into how many micro-batches `local_backward` splits a batch
         self.checks = StepChecks()
         self.checks.copies.note(self)
@@ -251,7 +253,7 @@ def localize_traced(
     inputs = Inputs.of(example, entering.passengers)
     for source in (s for auxiliary in auxiliaries if auxiliary.coupling for s in auxiliary.coupling.sources):
         watch.copies(source.name, source.module)
-    model = LocalModel(backbone, built, auxiliaries, method, task, entering.shape, watch, inputs)
+    model = LocalModel(backbone, built, auxiliaries, method, task, entering.shape, watch, inputs, traced.cut.evaluates)
     if (targets := targets_of(example, targets)) is not None:
         check_example_targets(model, targets, len(main_input(example)), device)
     to_training(backbone)

@@ -82,6 +82,7 @@ class Segments:
         packed: The names of the units and the head that the network runs with other hooks on saved tensors.
         watch: Tells whether the network is still the one that was cut.
         inputs: The input tensors beside the main one.
+        evaluates: Whether the network takes the same steps in evaluation mode, so that its units can evaluate it.
     """
 
     units: list[Segment]
@@ -93,6 +94,7 @@ class Segments:
     packed: list[str]
     watch: Watch
     inputs: tuple[Passenger, ...]
+    evaluates: bool
 
     @property
     def gives_one(self) -> bool:
@@ -211,7 +213,7 @@ class _Cutter:
         taken = filter(None, map(flow.rebuild.taken, flow.nodes))
         watch = Watch(flow.backbone, taken, traced.written, traced.runs)
         places, inputs = [order[p] for p in sorted(order)], flow.passengers(flow.entering)
-        return Segments(found, head, refused, places, traced.closed, gives, packed, watch, inputs)
+        return Segments(found, head, refused, places, traced.closed, gives, packed, watch, inputs, traced.evaluates)
 
     def _is_start(self, node: fx.Node) -> bool:
         """Whether a unit begins at a step: at a module that is worth it, or at each layer with weights if none is."""

@@ -31,7 +31,7 @@ from localgrad.core.inputs import main_input, resized
 from localgrad.core.opened import opened_modules
 from localgrad.core.pairs import BATCHES, paired
 from localgrad.core.recorder import ON_VALUES, Stopped, recorded
-from localgrad.core.steps import Recording
+from localgrad.core.steps import EVALUATION, Recording
 from localgrad.core.threads import one_trace
 
 NO_VALUES = "meta tensors"  # PyTorch's errors name them where values are asked for.
@@ -48,6 +48,7 @@ class Trace:
             something else.
         runs: Tells of a hook whether it ran during the trace, and so is in the steps.
         written: Attributes that the forward changes itself, as (name of the module, name of the attribute).
+        evaluates: Whether the network takes the same steps in evaluation mode.
     """
 
     graph: fx.Graph
@@ -55,6 +56,7 @@ class Trace:
     kind: Callable[..., Any] | None
     runs: Callable[[Callable], bool]
     written: set[tuple[str, str]]
+    evaluates: bool
 
 
 def trace(backbone: nn.Module, example: Any) -> Trace:
@@ -96,7 +98,9 @@ def _trace(backbone: nn.Module, example: Any, runs: Callable[[Callable], bool]) 
             with torch.enable_grad(), compiled():
                 first = recorded(shapes.train(), opened, few)
                 kind = type(first.output) if isinstance(first.output, dict) and type(first.output) is not dict else None
-                return Trace(_graph(shapes, opened, few, many, first), closed, kind, runs, first.written)
+                graph = _graph(shapes, opened, few, many, first)
+                evaluates = any(EVALUATION in node.meta for node in graph.nodes)
+                return Trace(graph, closed, kind, runs, first.written, evaluates)
         except Stopped as error:  # A forward cannot be followed in as many ways as Python has control flow.
             # A module that is one step runs out of values with a message of PyTorch's.
             if (str(error) == ON_VALUES or NO_VALUES in str(error)) and compiled is not as_compiled:

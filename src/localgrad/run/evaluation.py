@@ -30,6 +30,8 @@ def evaluate(
     on_bad: datasets.OnBad | None = None,
     between: Callable[[], None] = lambda: None,
     ranks: Ranks | None = None,
+    network: Callable[[Any], Any] | None = None,
+    shard: tuple[int, int] = (0, 1),
 ) -> dict[str, float]:
     """Evaluates a backbone or a local model on the test images.
 
@@ -38,6 +40,9 @@ def evaluate(
             such an image raises RunError.
         between: Called after each batch.
         ranks: The processes that share the test images. Each of them gets the scores of all images.
+        network: What gives the output for a batch. Where it gives None, another process has the output. Default: the
+            model.
+        shard: (i, n) for a process that reads part i of n of each batch.
 
     Returns:
         The loss and the scores of the task in percent, such as eval_loss, eval_top1 and eval_top5.
@@ -47,14 +52,15 @@ def evaluate(
     was_training = model.training
     model.eval()
     tally = Tally(task_of(data.info))
-    size, shard = max(recipe.batch_size, 256), (ranks.rank, ranks.count)
+    size, network = max(recipe.batch_size, 256), network or model
     batches = datasets.eval_batches(data, batch_size=size, shard=shard, workers=recipe.workers, on_bad=on_bad)
     with contextlib.closing(batches):
         for batch in batches:
             x, y = to_device(batch, data.info, machine)
             with autocasting(x, machine.autocast):
-                output = model(x)
-            tally.add(output, y)
+                output = network(x)
+            if output is not None:
+                tally.add(output, y)
             between()
     model.train(was_training)
     for module, mode in modes:  # Frozen parts stay in evaluation mode.

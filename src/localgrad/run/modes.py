@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from localgrad.core.model import LocalModel
 from localgrad.run.build import Machine
 from localgrad.run.recipe import Recipe, Saving
 from localgrad.run.runlog import StepRecord
+from localgrad.scale.held import Held
 from localgrad.scale.pipeline import Stage, least_lag
 from localgrad.scale.replicas import Ranks, Replicas
 from localgrad.scale.shards import gather, gathered, shard, shard_of
@@ -79,8 +80,8 @@ class Alone:
         """The sum of each number over the replicas."""
         return list(numbers)
 
-    def gather_model(self) -> None:
-        """Makes the model the same on every rank: the one that the run has trained until now."""
+    def share_statistics(self) -> None:
+        """Makes the model the same on every rank that has all of it."""
 
     def gather_states(self, states: list[Any]) -> list[Any]:
         """The states of all optimizers, on the first rank. In `states`, only those of this rank's blocks are right."""
@@ -98,9 +99,16 @@ class Alone:
         """What this rank keeps of a tensor of an optimizer's state that has the shape of the parameter."""
         return state
 
-    def gathered(self) -> contextlib.AbstractContextManager[None]:
-        """A context in which every rank has the whole network, without gradients. Every rank enters it."""
-        return gather(self.model)
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[tuple[Callable[[Any], Any], tuple[int, int]]]:
+        """A context without gradients with the network as a function, and with the part of the test batches that this
+        rank gives it: (i, n) for part i of n. Every rank enters it."""
+        with gather(self.model):
+            yield self.model, (self.ranks.rank, self.ranks.count)
+
+    def ema_distances(self) -> list[float | None]:
+        """`LocalModel.ema_distances`. Every rank calls it."""
+        return self.model.ema_distances()
 
     def other_optimizers(self, count: int) -> set[int]:
         """Which of the `count` optimizers are stepped by other ranks."""
@@ -140,7 +148,7 @@ class _SharedBatches(Alone):
     def total(self, numbers: Sequence[float], device: torch.device) -> list[float]:
         return self.ranks.all_reduce_sum(numbers, device)
 
-    def gather_model(self) -> None:
+    def share_statistics(self) -> None:
         """Gives every rank the batch-norm statistics of the first one. The parameters are equal already."""
         self.ranks.broadcast([b for k in self.blocks for b in self.model.statistics(k)])
 
@@ -214,8 +222,24 @@ class Pipeline(Alone):
     ) -> Iterator[BlockResult]:
         return self.stage.block_steps(x, y, scale=scale, autocast=autocast)
 
-    def gather_model(self) -> None:
-        self.stage.gather()
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[tuple[Callable[[Any], Any], tuple[int, int]]]:
+        """The function runs the blocks of all ranks, so all of them give it all batches. The last one gets the output,
+        and the others None. If the blocks cannot evaluate the network, each rank has all of it meanwhile."""
+        if self.model.evaluates:
+            yield self.stage.forward, (0, 1)
+            return
+        with self.stage.gathered(), torch.no_grad():
+            yield self.model, (self.ranks.rank, self.ranks.count)
+
+    def ema_distances(self) -> list[float | None]:
+        return self.stage.ema_distances()
+
+    def state_of(self, module: nn.Module) -> dict[str, Tensor]:
+        return self.stage.state_dict(module)
+
+    def load(self, module: nn.Module, state: Mapping[str, Tensor]) -> None:
+        self.stage.load_state_dict(state, module)
 
     def gather_states(self, states: list[Any]) -> list[Any]:
         own = [states[k] for k in self.blocks]
@@ -256,7 +280,7 @@ class Pipeline(Alone):
 
 def mode_for(
     recipe: Recipe,
-    model: LocalModel,
+    make: Callable[[], LocalModel],
     machine: Machine,
     ranks: Ranks,
     saving: Saving,
@@ -264,9 +288,10 @@ def mode_for(
     share: str,
     targets: Tensor,
 ) -> Alone:
-    """The mode of a run. Every rank calls it with the same model.
+    """The mode of a run. Every rank calls it.
 
     Args:
+        make: Makes the model, the same on all ranks.
         share: What the ranks share, one of `SHARES`.
         targets: An example of the targets of a batch.
 
@@ -275,13 +300,13 @@ def mode_for(
         RunError: Memory ran out while the blocks were timed.
     """
     if ranks.count == 1:
-        return Alone(model, ranks)
+        return Alone(make(), ranks)
     if share == "blocks":
-        return Pipeline(stage_for(recipe, model, machine, ranks, targets), ranks, saving)
+        return Pipeline(stage_for(recipe, Held(make), machine, ranks, targets), ranks, saving)
     if share == "weights":
         check_shards(recipe)
-        return Sharded(model, ranks)
-    return DataParallel(model, ranks)
+        return Sharded(make(), ranks)
+    return DataParallel(make(), ranks)
 
 
 def check_batch_share(batch: int, ranks: Ranks, share: str) -> None:
@@ -308,15 +333,16 @@ def check_pipeline(recipe: Recipe) -> None:
             raise UserError(text)
 
 
-def stage_for(recipe: Recipe, model: LocalModel, machine: Machine, ranks: Ranks, targets: Tensor) -> Stage:
+def stage_for(recipe: Recipe, held: Held, machine: Machine, ranks: Ranks, targets: Tensor) -> Stage:
     """This rank's stage of a pipeline. Each block is timed here, and the blocks are shared out so that the slowest rank
     is as fast as possible. Raises UserError if no pipeline can follow the recipe, and RunError if memory runs out."""
     check_pipeline(recipe)
+    model = held.model
     shares_of([1.0] * len(model.blocks), ranks.count)  # It refuses too few blocks before the timing takes seconds.
     noise = torch.Generator().manual_seed(0)  # It leaves the run's own random generators as they are.
     x = torch.randn(len(targets), *model.image, generator=noise).to(machine.device, memory_format=machine.memory_format)
     try:
-        own_seconds = block_seconds(model, x, targets.to(machine.device), autocast=machine.autocast)
+        own_seconds = block_seconds(held, x, targets.to(machine.device), autocast=machine.autocast)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -325,4 +351,4 @@ def stage_for(recipe: Recipe, model: LocalModel, machine: Machine, ranks: Ranks,
         )
         raise RunError(text) from error
     seconds = ranks.all_reduce_sum(own_seconds, machine.device)
-    return Stage(model, shares_of(seconds, ranks.count), timeout=ranks.timeout)
+    return Stage(held, shares_of(seconds, ranks.count), timeout=ranks.timeout)

@@ -120,12 +120,17 @@ class Run:
         recipe, count = self.recipe, self.ranks.count
         batch = min(recipe.batch_size, len(self.data.train))
         check_batch_share(batch, self.ranks, share)
-        model = build_model(recipe, self.data, self.machine, self.build_notes.append)
-        if batch == (1 if share == "blocks" or recipe.sync_batch_norm else count):
-            what = "the training set is" if batch == 1 else "a rank's share of a batch is"
-            check_single(model, self.data.info.targets(1), what)
+
+        def make() -> LocalModel:
+            self.build_notes.clear()  # A rank of a pipeline may make the model twice.
+            model = build_model(recipe, self.data, self.machine, self.build_notes.append)
+            if batch == (1 if share == "blocks" or recipe.sync_batch_norm else count):
+                what = "the training set is" if batch == 1 else "a rank's share of a batch is"
+                check_single(model, self.data.info.targets(1), what)
+            return model
+
         targets = self.data.info.targets(batch)
-        return mode_for(recipe, model, self.machine, self.ranks, self.saving, share=share, targets=targets)
+        return mode_for(recipe, make, self.machine, self.ranks, self.saving, share=share, targets=targets)
 
     def resume(self) -> list[str]:
         """Continues from the newest sound checkpoint, if there is one, and returns sentences about it for the user.
@@ -298,11 +303,11 @@ class Run:
 
     def _end_epoch(self, log: RunLog | NoLog, stop: StopRequest) -> None:
         """Evaluates, adds a row to the summary, and saves."""
-        self.mode.gather_model()
+        self.mode.share_statistics()
         between = stop.check if self.ranks.count == 1 else lambda: None
         how = {"on_bad": self._on_bad_image, "between": between, "ranks": self.ranks}
-        with self.mode.gathered():
-            scores = evaluate(self.model, self.data, self.recipe, self.machine, **how)
+        with self.mode.evaluating() as (network, shard):
+            scores = evaluate(self.model, self.data, self.recipe, self.machine, network=network, shard=shard, **how)
         by_rank = self.ranks.all_gather_object(self.bad_images)
         self.bad_images = {path: reason for found in by_rank for path, reason in found.items()}
         self._report_bad_images(log)
@@ -313,7 +318,7 @@ class Run:
             "skipped_steps": self.stepper.skipped, "bad_images": len(self.bad_images),
         })  # fmt: skip
         self._reset_losses()
-        log.epoch(self.rows, self.stepper.step, {"losses": losses, "ema_distance": self.model.ema_distances()})
+        log.epoch(self.rows, self.stepper.step, {"losses": losses, "ema_distance": self.mode.ema_distances()})
         self.save(log)
 
     def save(self, log: RunLog | NoLog) -> bool:
@@ -324,7 +329,7 @@ class Run:
         """
         step = self.stepper.step
         self._last_save = (step, time.monotonic())
-        self.mode.gather_model()
+        self.mode.share_statistics()
         state = self._state()
         weights = {"model": self.model.backbone, "auxiliaries": self.model.auxiliaries}
         weights = {name: self.mode.state_of(module) for name, module in weights.items()}

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+AHEAD = 2  # The number of messages of a kind that a rank may send before the receiver has got the first of them.
+
 
 @dataclass(frozen=True)
 class Layout:

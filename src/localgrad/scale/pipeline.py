@@ -16,9 +16,9 @@ unit(n) is the unit after n steps; both ranks have unit(0) from the start. In st
 it does in one process, so the results are equal bit for bit. Each rank does the following in each step:
 
 1. `Stage._receive_input` takes the output of the rank before it, and posts the receive of the next output.
-2. After the backward pass of its first block `_Sources.receive` posts the receive of the units of this step, which a
+2. After the backward pass of its first block `Sources.receive` posts the receive of the units of this step, which a
    later step follows, and waits for those that this step follows. Then averages move and optimizers step.
-3. `Stage._send_output` sends the output to the next rank, and `_Sources.send` sends this rank's units back.
+3. `Stage._send_output` sends the output to the next rank, and `Sources.send` sends this rank's units back.
 
 Sends and receives run in the background. A rank waits only for a message that it needs, or when `AHEAD` of its own have
 not been received.
@@ -26,9 +26,9 @@ not been received.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, cast
 
@@ -36,17 +36,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from localgrad.core.couplings import Momentum, Snapshots, update_ema
+from localgrad.core.auxiliary import Auxiliary
 from localgrad.core.engine import BlockResult, check_step, run_blocks
 from localgrad.core.errors import UserError
 from localgrad.core.inputs import main_input, targets_of
 from localgrad.core.language_model import SharedReadout
-from localgrad.core.model import LocalModel, localized
+from localgrad.core.model import LocalModel
 from localgrad.core.rebuild import FrozenReference
-from localgrad.scale.messages import Layouts, Message
+from localgrad.scale.held import Held
+from localgrad.scale.messages import AHEAD, Layouts, Message
 from localgrad.scale.replicas import Ranks, SyncBatchNorm, refuse_unlike
-
-AHEAD = 2  # The number of outputs that a rank may send before the next rank has received the first of them.
+from localgrad.scale.sources import Sources
 
 
 def least_lag(hops: int = 1) -> int:
@@ -62,11 +62,16 @@ def least_lag(hops: int = 1) -> int:
 
 
 class Stage:
-    """The blocks of this rank in a pipeline.
+    """The blocks of this rank in a pipeline. This rank holds what they need, and nothing else of the model.
 
-    Every rank makes the same model from the same seed, makes a stage, and steps through the same batches:
+    Every rank calls the same function that makes the model, from the same seed, and steps through the same batches:
 
-        stage = Stage(model, shares=(2, 2))
+        def make():
+            return lg.localize(Network(), blocks=4, method=lg.dgl(), example=x)
+
+        torch.manual_seed(0)
+        stage = lg.Stage(make, shares=(2, 2))
+        model = stage.model
         optimizers = {k: torch.optim.SGD([{"params": model.members(k)}], lr=0.1) for k in stage.blocks}
 
         for x, y in loader:
@@ -74,19 +79,21 @@ class Stage:
                 model.move_averages(done.block)
                 optimizers[done.block].step()
                 optimizers[done.block].zero_grad()
-        stage.gather()                                  # Now each rank has the whole model.
         stage.finish()
+        weights = stage.state_dict(model.backbone)      # whole, on the first rank
 
     The result is that of one process in which each block's optimizer steps before the next block runs. If the lag of a
     coupling is below `least_lag(stage.hops)`, ranks wait for each other. Random numbers that a network draws while it
     trains, as for dropout, are drawn on each rank.
 
     Args:
-        model: The result of `localize`, the same on all ranks.
+        model: A function that makes the model, as `localize` returns it, the same on all ranks. The weights of other
+            ranks' blocks never take memory. It may be such a model, too, which then loses those weights.
         shares: The number of blocks that each rank trains, in order.
         timeout: The longest time to wait for a unit from another rank. Default: PyTorch's.
 
     Attributes:
+        model: The model. Tensors that this rank does not need are on the "meta" device.
         blocks: The numbers of this rank's blocks.
         reads_images: Whether this rank needs the inputs x.
 
@@ -95,14 +102,21 @@ class Stage:
             another rank, or blocks of two ranks use the same parameters.
     """
 
-    def __init__(self, model: LocalModel, shares: Sequence[int], *, timeout: timedelta | None = None) -> None:
-        model = localized(model, "Stage")
+    def __init__(
+        self,
+        model: LocalModel | Callable[[], LocalModel] | Held,
+        shares: Sequence[int],
+        *,
+        timeout: timedelta | None = None,
+    ) -> None:
+        self._held = model if isinstance(model, Held) else Held(model)
+        self.model = model = self._held.model
         self.ranks = Ranks(dist.get_rank(), dist.get_world_size())
         rank, count = self.ranks.rank, self.ranks.count
         if len(shares) != count or sum(shares) != len(model.blocks) or min(shares) < 1:
             raise UserError(f"shares {list(shares)} do not deal {len(model.blocks)} blocks out to {count} ranks")
         refuse_unlike(model, self.ranks)
-        self.model, self.shares = model, tuple(shares)
+        self.shares = tuple(shares)
         first = sum(shares[:rank])
         self.blocks = range(first, first + shares[rank])
         self.reads_images = rank == 0 or model.needs_images(self.blocks)
@@ -115,7 +129,9 @@ class Stage:
         self._next_input: Message | None = None  # The receive that is posted already.
         self._input_layout: Layouts | None = None
         self._output_layout: Layouts | None = None
-        self._sources = _Sources(model, self.owners, timeout)
+        self._sources = Sources(model, self.owners, timeout)
+        self._held.keep(self.ranks, self.owners)
+        self._device = self._held.device
 
     def block_steps(
         self,
@@ -163,18 +179,74 @@ class Stage:
         """The most ranks between an average and its source, or 0 if all sources are on the rank of their averages."""
         return max((route.owner - route.user for route in self._sources.routes.values()), default=0)
 
-    def gather(self) -> None:
-        """Gives each rank the whole model as one process would have it: weights, statistics, averages and snapshots.
+    @torch.no_grad()
+    def forward(self, x: Any) -> Any:
+        """Runs a batch through the blocks of all ranks, as for an evaluation. All ranks call it.
 
-        All ranks call it after the same number of steps. They may take more steps afterwards.
+        Args:
+            x: Inputs, as for `block_steps`. Only the first rank needs them.
+
+        Returns:
+            The output of the network on the last rank, and None on the others.
+
+        Raises:
+            UserError: In evaluation mode, the network takes other steps than its blocks.
+        """
+        if not (self.model.training or self.model.evaluates):
+            raise UserError(
+                f"{type(self.model.backbone).__name__} takes other steps in evaluation mode than in training, and its "
+                "blocks take those of training: evaluate it within `with stage.gathered():`"
+            )
+        rank, group = self.ranks.rank, self._sources.group  # The group of training may have a receive on its way.
+        if rank:
+            box: list[Any] = [None]
+            dist.recv_object_list(box, rank - 1, group=group)
+            packed = box[0].empty(self._device)
+            for tensor in packed:
+                dist.recv(tensor, rank - 1, group=group)
+            h = box[0].unpack(packed)
+        else:
+            h = self.model.inputs.crossing(x)
+        for k in self.blocks:
+            h = self.model.blocks[k](h)
+        if rank == self.ranks.count - 1:
+            return h
+        layouts = Layouts.of(h)
+        dist.send_object_list([layouts], rank + 1, group=group)
+        for tensor in layouts.pack(h):
+            dist.send(tensor, rank + 1, group=group)
+        return None
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """A context in which each rank has the whole model as one process would have it: weights, statistics, averages
+        and snapshots. All ranks enter it after the same number of steps. They may take more steps afterwards."""
+        self._sources.receive_all()
+        with self._held.gathered():
+            yield
+
+    def ema_distances(self) -> list[float | None]:
+        """`LocalModel.ema_distances` of all blocks. All ranks call it after the same number of steps."""
+        self._sources.bring()
+        own = [auxiliary.coupling and auxiliary.coupling.distance() for auxiliary in self._own_auxiliaries()]
+        return [distance for part in self.ranks.all_gather_object(own) for distance in part]
+
+    def state_dict(self, module: nn.Module | None = None) -> dict[str, Any]:
+        """The whole state of the model on the first rank, in host memory, and nothing on the others. All ranks call it
+        after the same number of steps.
+
+        Args:
+            module: A module of the model, whose state is wanted. Default: the model.
         """
         self._sources.receive_all()
-        for k, owner in enumerate(self.owners):
-            parameters = [p for module in self.model.parts(k) for p in module.parameters()]
-            self.ranks.broadcast([*parameters, *self.model.statistics(k)], owner)
+        return self._held.state_dict(self.model if module is None else module)
+
+    def load_state_dict(self, state: Mapping[str, Any], module: nn.Module | None = None) -> None:
+        """Loads this rank's part of what `state_dict` gave, which is there on each rank. Call `go_on` afterwards."""
+        self._held.load_state_dict(self.model if module is None else module, state)
 
     def go_on(self, step: int) -> None:
-        """Resumes after `step` steps of an earlier run. Call it on all ranks after the whole model has been loaded."""
+        """Resumes after `step` steps of an earlier run. Call it on all ranks once they have loaded its state."""
         self._sources.resume(step)
 
     def finish(self) -> None:
@@ -190,6 +262,9 @@ class Stage:
         if self._next_input is not None:
             self._next_input.wait()
             self._next_input = None
+
+    def _own_auxiliaries(self) -> list[Auxiliary]:
+        return [cast(Auxiliary, self.model.auxiliaries[k]) for k in self.blocks if k < len(self.model.auxiliaries)]
 
     def _refuse_shared(self) -> None:
         """Raises UserError if a block reads parameters of another rank, because they would be out of date."""
@@ -233,152 +308,5 @@ class Stage:
         return self._input_layout.unpack(message.tensors)
 
     def _post_receive(self, layouts: Layouts) -> Message:
-        packed = layouts.empty(next(self.model.parameters()).device)
+        packed = layouts.empty(self._device)
         return Message([dist.irecv(tensor, self.ranks.rank - 1) for tensor in packed], packed)
-
-
-@dataclass
-class _Route:
-    """A unit that travels from the rank that trains it to a rank with copies of it.
-
-    State number i of the unit is the unit after `i * every` steps.
-
-    Attributes:
-        owner: The rank that trains the unit.
-        user: The rank with the copies.
-        number: The tag of the messages.
-        module: The unit.
-        lag: The age of the state that copies follow, in steps.
-        every: The number of steps between two states.
-        snapshots: On the user, where states are stored. Without a lag there are none, and states go into `module`.
-        messages: Sends or receives in the background, in order. A receive without work has arrived.
-        received: The number of the last state that was stored.
-    """
-
-    owner: int
-    user: int
-    number: int
-    module: nn.Module
-    lag: int
-    every: int
-    snapshots: list[Snapshots] = field(default_factory=list)
-    messages: deque[tuple[Any, Tensor]] = field(default_factory=deque)
-    received: int = 0
-
-    def pack(self) -> Tensor:
-        return torch.cat([t.reshape(-1).view(torch.uint8) for t in _tensors(self.module)])
-
-    def store_first_state(self) -> None:
-        """Stores state 0, which the user has itself before the first step."""
-        for snapshots in self.snapshots:
-            update_ema(snapshots.state(0), self.module, 0.0, buffers=True)
-
-    def store_states(self, step: int) -> None:
-        """Waits for the states up to the one that is followed in a step, and stores them."""
-        while self.received < max(0, step - self.lag) // self.every:
-            work, packed = self.messages.popleft()
-            if work is not None:
-                work.wait()
-            self.received += 1
-            for module in [snapshots.state(self.received) for snapshots in self.snapshots] or [self.module]:
-                tensors = _tensors(module)
-                for tensor, part in zip(tensors, packed.split([t.nbytes for t in tensors]), strict=True):
-                    tensor.copy_(part.clone().view(tensor.dtype).view_as(tensor))  # The clone is aligned in memory.
-
-
-class _Sources:
-    """Sends and receives the units that averages follow on other ranks.
-
-    Attributes:
-        routes: A route for each unit that a rank copies from another, by that rank and the name of the unit.
-        steps: The number of steps that this rank has finished.
-    """
-
-    def __init__(self, model: LocalModel, owners: Sequence[int], timeout: timedelta | None) -> None:
-        self.rank = dist.get_rank()
-        # These messages have a process group of their own, because they go against the direction of the outputs.
-        self.group: Any = dist.new_group(list(range(max(owners) + 1)), timeout=timeout)
-        self.routes: dict[tuple[int, str], _Route] = {}
-        self.steps = 0
-        self._posted = 0  # The number of steps whose receives this rank has posted.
-        block_of = {name: k for k, block in enumerate(model.blocks) for name in block.names}
-        for k, auxiliary in enumerate(model.auxiliaries):
-            coupling = cast(Momentum | None, auxiliary.coupling)
-            if coupling is None or not coupling.spec.ema:
-                continue
-            for i, unit in enumerate(coupling.sources):
-                user, owner = owners[k], owners[block_of[unit.name]]
-                if user != owner:
-                    self._add_route(coupling, i, user, owner)
-
-    def _add_route(self, coupling: Momentum, i: int, user: int, owner: int) -> None:
-        """Adds the route of source i of a coupling, unless its link has no EMA."""
-        spec, unit = coupling.spec, coupling.sources[i]
-        if spec.moves_after_step:
-            raise UserError('form="pull" follows its sources at once, which lie on another rank: take branches')
-        if cast(Any, coupling.links[i]).ema is None:
-            return
-        fresh = _Route(owner, user, len(self.routes), unit.module, spec.lag, spec.ema_every)
-        route = self.routes.setdefault((user, unit.name), fresh)
-        if spec.delayed and user == self.rank:
-            snapshots = cast(Snapshots, coupling.snapshots[i])
-            snapshots.remote = True
-            route.snapshots.append(snapshots)
-
-    @property
-    def incoming(self) -> list[_Route]:
-        """The routes that end on this rank."""
-        return [route for route in self.routes.values() if route.user == self.rank]
-
-    def receive(self) -> None:
-        """Makes sure that the states that this step follows are there. Only the first call in a step does something."""
-        if self._posted > self.steps:
-            return
-        self._posted += 1
-        for route in self.incoming:
-            if not self.steps:
-                route.store_first_state()
-            if self._posted % route.every == 0:
-                tensors = _tensors(route.module)
-                size = sum(t.nbytes for t in tensors)
-                packed = torch.empty(size, dtype=torch.uint8, device=tensors[0].device)
-                work = dist.irecv(packed, route.owner, group=self.group, tag=route.number)
-                route.messages.append((work, packed))
-            route.store_states(self.steps)
-
-    def send(self) -> None:
-        """Ends a step: sends this rank's units to the ranks with copies of them."""
-        self.steps += 1
-        for route in self.routes.values():
-            if route.owner == self.rank and self.steps % route.every == 0:
-                while len(route.messages) > AHEAD:
-                    route.messages.popleft()[0].wait()
-                packed = route.pack()
-                work = dist.isend(packed, route.user, group=self.group, tag=route.number)
-                route.messages.append((work, packed))
-
-    def receive_all(self) -> None:
-        """Waits for all states that one process would have stored by now."""
-        for route in self.incoming:
-            route.store_states(self.steps - 1 + route.lag)
-
-    def resume(self, step: int) -> None:
-        """Sets the state that this rank would have after `step` steps, from the loaded model."""
-        self.steps = self._posted = step
-        for route in self.routes.values():
-            route.received = max(0, step - 1) // route.every
-            if route.user == self.rank and step and step % route.every == 0:
-                route.messages.append((None, route.pack()))  # The owner had sent this state before the run stopped.
-
-    def wait(self) -> None:
-        """Waits for all messages. Those that have arrived and that later steps follow are kept."""
-        for route in self.routes.values():
-            for work, _ in route.messages:
-                if work is not None:
-                    work.wait()
-            arrived = deque((None, packed) for _, packed in route.messages)
-            route.messages = arrived if route.user == self.rank else deque()
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [t.detach() for t in (*module.parameters(), *module.buffers())]

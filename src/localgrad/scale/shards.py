@@ -164,7 +164,7 @@ def _shard_part(part: nn.Module, mesh: DeviceMesh, kept: set[nn.Parameter]) -> N
     part.register_forward_hook(_reshard)
 
 
-class _Same(torch.autograd.Function):
+class Same(torch.autograd.Function):
     """The same tensor, which to autograd is no view of another one."""
 
     @staticmethod
@@ -178,7 +178,7 @@ class _Same(torch.autograd.Function):
 
 def _without_views(part: nn.Module, entered: Any, output: Any) -> Any:
     """`fully_shard` has a hook on each output, which views would lose if they were changed in place."""
-    return tree_map_only(Tensor, lambda t: _Same.apply(t) if t.requires_grad and t._base is not None else t, output)
+    return tree_map_only(Tensor, lambda t: Same.apply(t) if t.requires_grad and t._base is not None else t, output)
 
 
 def _reshard(part: nn.Module, *_: Any) -> None:

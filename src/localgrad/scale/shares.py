@@ -5,15 +5,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from localgrad.core.engine import block_steps
+from localgrad.core.engine import block_backward
 from localgrad.core.errors import UserError
 from localgrad.core.model import LocalModel, localized
+from localgrad.scale.held import Held
 
 REPEATS = 3  # The number of timed passes, after a warm-up.
 
@@ -51,7 +52,9 @@ def shares_of(seconds: Sequence[float], ranks: int, ends: Sequence[float] = ()) 
     return (j, *reversed(shares))
 
 
-def block_seconds(model: LocalModel, x: Tensor, y: Tensor, *, autocast: torch.dtype | None = None) -> list[float]:
+def block_seconds(
+    model: LocalModel | Held, x: Tensor, y: Tensor, *, autocast: torch.dtype | None = None
+) -> list[float]:
     """Measures the seconds that each block takes for a batch: the median of a few passes.
 
     The model and PyTorch's random generator are left as they were.
@@ -62,21 +65,30 @@ def block_seconds(model: LocalModel, x: Tensor, y: Tensor, *, autocast: torch.dt
         y: Targets, [B].
         autocast: The dtype of each block's forward pass. Default: the model's own.
     """
-    model = localized(model, "block_seconds")
-    devices = [x.device] if x.device.type == "cuda" else []
-    kept = [b.clone() for b in model.buffers()]
-    passes: list[list[float]] = []
+    held = model if isinstance(model, Held) else Held(localized(model, "block_seconds"))
+    model = held.model
+    images = model.method.images(x) if model.needs_images(range(len(model.blocks))) else None
+    h, seconds = model.inputs.crossing(x), list[float]()
+    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+        for k in range(len(model.blocks)):
+            with held.lent(k):
+                kept = [(b, b.clone()) for b in model.statistics(k)]
+                passes = [_pass(model, k, h, y, images, autocast) for _ in range(1 + REPEATS)]
+                for buffer, old in kept:
+                    buffer.copy_(old)
+            h = passes[-1][1]
+            seconds.append(statistics.median(spent for spent, _ in passes[1:]))
+    return seconds
 
-    with torch.random.fork_rng(devices):
-        for _ in range(1 + REPEATS):
-            passes.append([time.perf_counter()])
-            for done in block_steps(model, x, y, autocast=autocast):
-                for parameter in model.members(done.block):
-                    parameter.grad = None
-                if devices:
-                    torch.cuda.synchronize(x.device)
-                passes[-1].append(time.perf_counter())
-    for buffer, old in zip(model.buffers(), kept, strict=True):
-        buffer.copy_(old)
-    spent = [[b - a for a, b in pairwise(times)] for times in passes[1:]]
-    return [statistics.median(times) for times in zip(*spent, strict=True)]
+
+def _pass(
+    model: LocalModel, k: int, h: Any, y: Any, images: Tensor | None, autocast: torch.dtype | None
+) -> tuple[float, Any]:
+    """The seconds of a pass of block k, and its output."""
+    began = time.perf_counter()
+    done = block_backward(model, k, h, y, images=images, autocast=autocast)
+    for parameter in model.members(k):
+        parameter.grad = None
+    if done.loss.is_cuda:
+        torch.cuda.synchronize(done.loss.device)
+    return time.perf_counter() - began, done.output
