@@ -70,6 +70,7 @@ def test_the_timeline_peaks_at_the_summarys_bytes(run: Path) -> None:
     timeline = rows_of(run / "memory_timeline.csv")
     assert max(int(line["live_bytes"]) for line in timeline) == summary_rows(run)[0]["peak_bytes"]
     assert [*dict.fromkeys(line["during"] for line in timeline)] == [*(f"block {k}" for k in range(4)), "update"]
+    assert {line["rank"] for line in timeline} == {"0"}
 
 
 def test_the_peak_is_the_steps_and_not_the_data_sets(tmp_path: Path) -> None:

@@ -265,7 +265,7 @@ def _learning(page: Page, section: str, shown: dict[str, Ran]) -> None:
 
 def _memory(page: Page, section: str, shown: dict[str, Ran]) -> None:
     paths = {name: ran.folder / TIMELINE for name, ran in shown.items()}
-    steps = {n: [int(r["live_bytes"]) for r in read_csv(p, ("live_bytes",))] for n, p in paths.items() if p.exists()}
+    steps = {name: _fattest(path) for name, path in paths.items() if path.exists()}
     if any(steps.values()):
         text = (
             "Memory over one training step. Backpropagation keeps all activations until its backward pass has used "
@@ -276,6 +276,14 @@ def _memory(page: Page, section: str, shown: dict[str, Ran]) -> None:
         fewest = min((ran.row["blocks"] for ran in usual.values() if ran.row["blocks"] > 1), default=1)
         first = {name: ran for name, ran in usual.items() if ran.row["blocks"] in (1, fewest)}
         page.curves(section, figures.timeline({name: live for name, live in steps.items() if live}), text, first)
+
+
+def _fattest(path: Path) -> list[int]:
+    """The live bytes in a measured step, on the rank that needs most of them."""
+    ranks: dict[str, list[int]] = {}
+    for row in read_csv(path, ("live_bytes",)):
+        ranks.setdefault(row.get("rank", "0"), []).append(int(row["live_bytes"]))
+    return max(ranks.values(), key=max, default=[])
 
 
 def _probes(page: Page, of: str, shown: dict[str, Ran]) -> None:

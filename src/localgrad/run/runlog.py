@@ -26,7 +26,6 @@ from localgrad.run.data import DataInfo
 from localgrad.run.files import MODEL, PART, write_text
 from localgrad.run.folder import BAD_IMAGES, CONFIG, METRICS, TABLE, TIMELINE, scores_of
 from localgrad.run.recipe import Recipe, as_dict
-from localgrad.scale.memory import PeakBytes
 
 INTERVAL = 10.0  # Seconds between two records of a step, and between two lines without a terminal.
 
@@ -185,11 +184,14 @@ class RunLog:
             f"epoch {row['epoch']}/{self.recipe.epochs}: train loss {row['train_loss']:.4f}, {scores(row)}, {spent}"
         )
 
-    def timeline(self, peak: PeakBytes) -> None:
-        """Writes the memory of the measured step: the live bytes after each change, and the block that ran."""
-        lines = [f"{i},{label or 'block 0'},{live}\n" for i, (label, live) in enumerate(peak.timeline)]
-        with self._tolerating(TIMELINE):
-            write_text(self.folder / TIMELINE, "".join(["event,during,live_bytes\n", *lines]))
+    def timelines(self, ranks: Sequence[Sequence[tuple[str, int]]]) -> None:
+        """Writes the memory of the measured step on each rank: the live bytes after each change, and the block that
+        ran. Where nothing was measured, nothing is written."""
+        events = [(rank, i, *event) for rank, own in enumerate(ranks) for i, event in enumerate(own)]
+        lines = [f"{rank},{i},{label},{live}\n" for rank, i, label, live in events]
+        if lines:
+            with self._tolerating(TIMELINE):
+                write_text(self.folder / TIMELINE, "".join(["rank,event,during,live_bytes\n", *lines]))
 
     def bad_images(self, found: dict[str, str]) -> None:
         """Writes the images that cannot be read, each on a line with the reason."""
@@ -220,7 +222,7 @@ class NoLog(contextlib.AbstractContextManager):
 
     def note(self, *args: Any) -> None: ...
 
-    step = epoch = timeline = bad_images = record = note
+    step = epoch = timelines = bad_images = record = note
 
 
 def scores(row: dict[str, float]) -> str:

@@ -121,6 +121,7 @@ class Stepper:
             group["lr"] = group["peak_lr"] * factor
         device = self.machine.device
         meter = MemoryMeter() if device.type == "cpu" and self.step == self.measured else None
+        self._enter(self._blocks[0], meter)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         for k in self._blocks:

@@ -109,7 +109,7 @@ class Run:
         self.rows: list[dict[str, float]] = []
         self._reset_losses()
         self.bad_images: dict[str, str] = {}
-        self._reported_bad_images = 0
+        self._reported_bad_images, self._gathered_timelines = 0, False
         self._on_bad_image = self._note_bad_image if recipe.on_bad_image == "skip" else None
         self._start_time, self._earlier_seconds = time.monotonic(), 0.0
         self._last_checkpoint: Path | None = None
@@ -249,8 +249,6 @@ class Run:
             records: list[StepRecord] = []
             while stepper.step < end:
                 records.append(stepper(batches))
-                if stepper.peak.timeline and stepper.step == stepper.measured + 1:
-                    log.timeline(stepper.peak)
                 if self.mode.is_sync_due(stepper.step) or stepper.step == end:
                     if self._synchronise(records, log, stop) and stepper.step < end:
                         self.save(log)
@@ -287,6 +285,9 @@ class Run:
         since_save = stepper.step - saved_step
         records, peak = self.mode.merge(records, stepper.peak.total, stepper.step, since_save)
         stepper.peak = replace(stepper.peak, total=peak)
+        if stepper.step > stepper.measured and not self._gathered_timelines:
+            self._gathered_timelines = True
+            log.timelines(self.ranks.gather_object(stepper.peak.timeline))
         for record in records:
             if not record.skipped:
                 self.losses = [total + loss for total, loss in zip(self.losses, record.losses, strict=True)]

@@ -69,7 +69,7 @@ class MemoryMeter(TorchDispatchMode):
 
     def __init__(self, model: nn.Module | None = None, optimizers: Optimizers = ()) -> None:
         super().__init__()
-        self.label = ""
+        self.label = self._first_label = ""
         self._paused = False
         self._known: dict[int, weakref.finalize] = {}
         self._serial: dict[int, int] = {}  # The serial number of the storage that has this address now.
@@ -98,6 +98,7 @@ class MemoryMeter(TorchDispatchMode):
             self._paused = False
 
     def __enter__(self) -> MemoryMeter:
+        self._first_label = self.label
         self._hooks = [p.register_post_accumulate_grad_hook(self._gradient) for p in self._parameters]
         return super().__enter__()
 
@@ -127,7 +128,7 @@ class MemoryMeter(TorchDispatchMode):
     def result(self) -> PeakBytes:
         """The peak so far."""
         live = sum(self._sizes[serial] for serial in self._before)
-        timeline = [("", live)]
+        timeline = [(self._first_label, live)]
         for label, serial, sign in self._changes:
             live += sign * self._sizes[serial]
             timeline.append((label, live))
