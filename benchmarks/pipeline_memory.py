@@ -58,17 +58,18 @@ def example(settings: Settings) -> torch.Tensor:
     return torch.randint(settings.vocabulary, (settings.batch_size, settings.context))
 
 
-def cuts(settings: Settings, ranks: int) -> list[str]:
-    """The last unit of each block but the last, so that ranks need about as many bytes: four times the parameters, for
-    gradients and AdamW's state, and what a forward pass keeps."""
+def cuts(settings: Settings, method: str, ranks: int) -> list[str]:
+    """The last unit of each block but the last, so that ranks need about as many bytes: for what they hold, three times
+    as much for gradients and AdamW's state of what they train, and what a forward pass keeps."""
 
     def make() -> lg.LocalModel:
         backbone, x = network(settings), example(settings)
         task = lg.LanguageModel(settings.vocabulary)
-        return lg.localize(backbone, blocks=lg.units(backbone, x)[:-1], method=lg.dgl(), example=x, task=task)
+        how: dict[str, Any] = {"method": lg.dgl(), "coupling": COUPLINGS[method], "example": x, "task": task}
+        return lg.localize(backbone, blocks=lg.units(backbone, x)[:-1], **how)
 
     costs = trace_costs(Held(make).model, settings.batch_size, targets=example(settings))
-    units, ends = ([4.0 * c.state + c.kept for c in kind[0]] for kind in (costs.units, costs.auxiliaries))
+    units, ends = ([float(c.state + 3 * c.gradients + c.kept) for c in kind[0]] for kind in (costs.units, costs.auxiliaries))
     shares = lg.shares_of(units, ranks, ends)
     return [costs.names[sum(shares[: i + 1]) - 1] for i in range(ranks - 1)]
 
@@ -135,7 +136,7 @@ def main(settings: Settings) -> None:
     table.add(row("bp", 1, 1, [], measured(settings, "bp", 1, [])))
     for method in COUPLINGS:
         for ranks in settings.ranks:
-            last = cuts(settings, ranks)
+            last = cuts(settings, method, ranks)
             alone = measured(settings, method, 1, last)
             table.add(row(method, ranks, 1, last, alone))
             piped = measured(settings, method, ranks, last)
