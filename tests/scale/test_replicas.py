@@ -119,7 +119,7 @@ def the_example() -> list[float]:
     for train in ("alone", "replicas", "shards", "pipeline"):
         model = example["build"]()
         for norm in (m for m in model.modules() if isinstance(m, SyncBatchNorm)):
-            norm.alone = train == "alone"
+            norm.ranks = Ranks() if train in ("alone", "pipeline") else None
         example[train](model, 2)
         states.append(example["weights"](model))
     torch.set_default_dtype(torch.float32)

@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from localgrad.core.engine import BlockResult, block_steps
 from localgrad.core.errors import RunError, UserError, is_out_of_memory
 from localgrad.core.model import LocalModel
+from localgrad.core.sharded import shard_of
 from localgrad.run.build import Machine
 from localgrad.run.recipe import Recipe, Saving
 from localgrad.run.runlog import StepRecord
+from localgrad.scale.groups import Ranks
 from localgrad.scale.held import Held
 from localgrad.scale.pipeline import Stage, least_lag
-from localgrad.scale.replicas import Ranks, Replicas
-from localgrad.scale.shards import gather, gathered, shard, shard_of
+from localgrad.scale.replicas import Replicas
+from localgrad.scale.shards import gather, gathered, shard
 from localgrad.scale.shares import block_seconds, shares_of
 
 # When the ranks of a pipeline synchronise, all of them wait for the slowest one. They do so every SYNC_SECONDS or every

@@ -27,7 +27,7 @@ from localgrad.run.recipe import Recipe, Saving, shown
 from localgrad.run.runlog import NoLog, RunLog, StepRecord
 from localgrad.run.signals import Stopped, StopRequest
 from localgrad.run.step import Batch, Stepper, peak_rss
-from localgrad.scale.replicas import Ranks
+from localgrad.scale.groups import Ranks
 
 
 def train(
