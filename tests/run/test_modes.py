@@ -19,8 +19,8 @@ from localgrad.run.build import build_model, machine_for
 from localgrad.run.modes import Alone, Pipeline, mode_for, stage_for
 from localgrad.run.recipe import Recipe, Saving
 from localgrad.run.runlog import StepRecord
+from localgrad.scale.groups import Ranks
 from localgrad.scale.held import Held
-from localgrad.scale.replicas import Ranks
 
 RECIPE = Recipe(model="resnet8", limit_train=64, batch_size=16, precision="float32", step_as_you_go=True)
 TARGETS = torch.zeros(16, dtype=torch.int64)

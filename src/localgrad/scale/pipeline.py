@@ -107,8 +107,8 @@ class Stage:
         model: A function that makes the model, as `localize` returns it, the same on all ranks. The weights of other
             ranks' blocks never take memory. It may be such a model, too, which then loses those weights.
         shares: The number of blocks that each rank trains, in order.
-        mesh: A mesh of all ranks with named dimensions. The first one is the pipeline, and ranks along the others, one or
-            two, train the same blocks. Default: all ranks are the pipeline.
+        mesh: A mesh of all ranks with named dimensions. The first one is the pipeline, and ranks along the others, of
+            which there are one or two, train the same blocks. Default: all ranks are the pipeline.
         timeout: The longest time to wait for a unit from another rank. Default: PyTorch's.
 
     Attributes:
