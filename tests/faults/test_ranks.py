@@ -272,14 +272,9 @@ def test_what_cannot_be_shared_is_refused_once(flags: tuple[str, ...], says: str
         (("--nproc", "2", "--restarts", "-1"), "--restarts takes 0 or more, not -1"),
         (("--shard",), "--shard shares the weights among processes: add --nproc with 2 or more"),
         (
-            ("--shard", "--pipeline", "2"),
-            "--shard goes with --nproc, and --pipeline shares the blocks: take one of",
-        ),
-        (
             ("--shard", "--nproc", "2", "--precision", "fp16"),
             "shards have no common gradient scaler for fp16: take bf16",
         ),
-        (("--nproc", "2", "--pipeline", "2"), "processes share either batches (--nproc) or blocks (--pipeline): take "),
     ],
 )
 def test_numbers_that_start_nothing_are_refused(

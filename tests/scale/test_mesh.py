@@ -41,7 +41,7 @@ def model_of(case: str) -> lg.LocalModel:
     method, coupling = CASES[case]
     torch.manual_seed(0)
     norms = lg.sync_batch_norm if case == "synced" else grouped
-    backbone = norms(lg.CifarResNet(8).double())
+    backbone = norms(lg.CifarResNet(8).double()).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     x = torch.zeros(2, 3, 8, 8, dtype=torch.float64)
     model = lg.localize(backbone, blocks=4, method=method(), coupling=coupling and coupling(), example=x)
     norms(model.auxiliaries)

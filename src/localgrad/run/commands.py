@@ -38,10 +38,11 @@ SHOWN = 6  # The table of plans shows about this many of each kind.
 def run_train(args: Train) -> int:
     check_system()
     with joined(args.recipe.device, args.rank_timeout) as ranks:
-        for name, count in (("--nproc", args.nproc), ("--pipeline", args.pipeline)):
-            if count not in (1, ranks.count):
-                raise UserError(f"{name} {count} takes as many processes, but torchrun has started {ranks.count}")
-        if args.shard and ranks.count == 1:
+        replicas = ranks.count // args.pipeline  # torchrun may have started them without --nproc.
+        if replicas * args.pipeline != ranks.count or args.nproc not in (1, replicas):
+            given = " ".join(f"{n} {v}" for n, v in (("--nproc", args.nproc), ("--pipeline", args.pipeline)) if v > 1)
+            raise UserError(f"torchrun has started {ranks.count} processes, which {given} cannot share")
+        if args.shard and replicas == 1:
             raise UserError("--shard shares the weights among processes: add --nproc with 2 or more")
         # The first rank plans for all, because each would measure other times and might choose other cuts.
         recipe = settle(ranks.broadcast_object(_fitted(args) if ranks.first else None))
@@ -51,7 +52,8 @@ def run_train(args: Train) -> int:
             if ranks.first:
                 print(f"{args.out} holds this run, finished: {scores(summary_rows(args.out)[-1])}")
             return 0
-        train(recipe, args.out, saving=args.saving, tensorboard=args.tensorboard, ranks=ranks, share=args.share)
+        how = {"ranks": ranks, "share": args.share, "stages": args.pipeline}
+        train(recipe, args.out, saving=args.saving, tensorboard=args.tensorboard, **how)
         if ranks.first:
             print(f"wrote {args.out / 'model.safetensors'}")
     return 0

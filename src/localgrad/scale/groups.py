@@ -153,7 +153,7 @@ class Grid:
 
         Args:
             mesh: Such a mesh. Default: all ranks are the pipeline.
-            timeout: The longest time to wait for a message back. Default: PyTorch's.
+            timeout: The longest time to wait for a message in a new process group. Default: PyTorch's.
 
         Raises:
             UserError: The mesh does not take all ranks, or has too many dimensions, or no names.
@@ -171,7 +171,7 @@ class Grid:
         keep_until_left(mesh)
         rows = mesh.mesh.reshape(mesh.shape[0], -1)
         columns, own = rows.T.tolist(), mesh[names[1:]] if mesh.ndim > 1 else None
-        return cls(everyone.part(columns), patient.part(columns), everyone.part(rows.tolist(), own))
+        return cls(patient.part(columns), patient.part(columns), patient.part(rows.tolist(), own))
 
 
 def keep_until_left(mesh: DeviceMesh) -> None:

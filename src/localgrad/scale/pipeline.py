@@ -109,7 +109,8 @@ class Stage:
         shares: The number of blocks that each rank trains, in order.
         mesh: A mesh of all ranks with named dimensions. The first one is the pipeline, and ranks along the others, of
             which there are one or two, train the same blocks. Default: all ranks are the pipeline.
-        timeout: The longest time to wait for a unit from another rank. Default: PyTorch's.
+        timeout: The longest time to wait for a unit from another rank, and with a mesh for any message. Default:
+            PyTorch's.
 
     Attributes:
         model: The model. Tensors that this rank does not need are on the "meta" device.

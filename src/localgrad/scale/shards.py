@@ -83,6 +83,7 @@ def shard(model: LocalModel, mesh: DeviceMesh | None = None) -> LocalModel:
         for part in model.parts(k):
             _shard_part(part, mesh, kept)
     for source in _elsewhere(model):
+        _contiguous(source)
         fully_shard(source, mesh=mesh, ignored_params=kept)
     _follow(places)
     gather_pairs(model, ranks)
@@ -150,8 +151,7 @@ def _shard_part(part: nn.Module, mesh: DeviceMesh, kept: set[nn.Parameter]) -> N
     """Shards a block or an auxiliary, unless another stage of a pipeline trains it."""
     if all(p in kept for p in part.parameters()) or any(p.is_meta for p in part.parameters()):
         return
-    for parameter in part.parameters():
-        parameter.data = parameter.data.contiguous()  # `fully_shard` takes no other memory format.
+    _contiguous(part)
     for module in list(part.modules()):
         if isinstance(module, Snapshots):  # No forward pass runs them, so they are not gathered with the rest.
             for state in module.states:
@@ -159,6 +159,12 @@ def _shard_part(part: nn.Module, mesh: DeviceMesh, kept: set[nn.Parameter]) -> N
     part.register_forward_hook(_without_views)
     fully_shard(part, mesh=mesh, ignored_params=kept)
     part.register_forward_hook(_reshard)
+
+
+def _contiguous(module: nn.Module) -> None:
+    """`fully_shard` takes parameters in no other memory format."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.contiguous()
 
 
 def _elsewhere(model: LocalModel) -> list[nn.Module]:
