@@ -90,7 +90,7 @@ def test_notes_tell_where_ranks_would_wait() -> None:
 
 def test_alone_is_what_all_modes_share() -> None:
     """Each mode has the interface of the plainest one, and one process alone exchanges nothing."""
-    how: Any = {"share": "weights", "stages": 2, "targets": TARGETS}
+    how: Any = {"share": "batches", "stages": 1, "targets": TARGETS}
     mode = mode_for(RECIPE, made(RECIPE), machine_for(RECIPE), Ranks(), Saving(), **how)
     assert type(mode) is Alone
     assert (mode.blocks, mode.shard, mode.replicas, mode.notes(RECIPE)) == (range(4), (0, 1), 1, [])

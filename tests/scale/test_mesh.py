@@ -119,6 +119,8 @@ def trained(case: str, how: str, before: dict[str, Tensor]) -> dict[str, Any]:
     else:
         with pytest.raises(UserError, match="a stage of shards is never whole on a rank"), stage.gathered():
             pass
+        with pytest.raises(UserError, match="a stage of a pipeline has some of the blocks"), lg.gather(stage.model):
+            pass
     found["after"] = held(stage.model)
     other, averaging = stage_of(case, how)
     other.load_state_dict(before)

@@ -23,6 +23,7 @@ from localgrad.run.build import backbone_of, data_of, info_of, machine_for, plan
 from localgrad.run.checkpoint import load_backbone, read_weights, save_weights
 from localgrad.run.files import MODEL, check_folder, check_system, replacing, write_text
 from localgrad.run.folder import claim, evaluated, finished_runs, open_run, read_classes, summary_rows
+from localgrad.run.modes import check_shards
 from localgrad.run.ranks import joined
 from localgrad.run.recipe import COUPLINGS, HEADS, METHODS, PLANNED, Recipe, read_recipe, settle
 from localgrad.run.recipes import RECIPES
@@ -42,8 +43,8 @@ def run_train(args: Train) -> int:
         if replicas * args.pipeline != ranks.count or args.nproc not in (1, replicas):
             given = " ".join(f"{n} {v}" for n, v in (("--nproc", args.nproc), ("--pipeline", args.pipeline)) if v > 1)
             raise UserError(f"torchrun has started {ranks.count} processes, which {given} cannot share")
-        if args.shard and replicas == 1:
-            raise UserError("--shard shares the weights among processes: add --nproc with 2 or more")
+        if args.shard:
+            check_shards(args.recipe, replicas)
         # The first rank plans for all, because each would measure other times and might choose other cuts.
         recipe = settle(ranks.broadcast_object(_fitted(args) if ranks.first else None))
         # All ranks learn what the folder holds before the first rank writes to it.

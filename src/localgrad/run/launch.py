@@ -66,10 +66,10 @@ def _check(command: Train) -> None:
     ):  # fmt: skip
         if value < least:
             raise UserError(f"{name} takes {least} or more, not {value}")
+    if command.share == "weights":
+        check_shards(command.recipe, command.nproc)
     if command.pipeline > 1 and command.recipe.blocks != "auto":
         check_pipeline(command.recipe)
-    if command.share == "weights":
-        check_shards(command.recipe)
 
 
 def _failed(args: Sequence[str], count: int) -> tuple[int, ProcessFailure] | None:

@@ -332,7 +332,7 @@ def mode_for(
         RunError: Memory ran out while the blocks were timed.
     """
     if share == "weights":
-        check_shards(recipe)
+        check_shards(recipe, ranks.count // stages)
     if stages == 1 or ranks.count == 1:
         return _sharing(make(), ranks, share)
     stage = stage_for(recipe, Held(make), machine, ranks, targets, stages, share)
@@ -352,8 +352,10 @@ def check_batch_share(batch: int, count: int) -> None:
         raise UserError(f"{count} ranks cannot share a batch of {batch} images: take a multiple of {count}")
 
 
-def check_shards(recipe: Recipe) -> None:
-    """Raises UserError if no shards can follow the recipe."""
+def check_shards(recipe: Recipe, count: int) -> None:
+    """Raises UserError if no shards can follow the recipe, or if it would be one alone."""
+    if count == 1:
+        raise UserError("--shard shares the weights among processes: add --nproc with 2 or more")
     if recipe.precision == "fp16":
         raise UserError("shards have no common gradient scaler for fp16: take bf16 or float32")
 

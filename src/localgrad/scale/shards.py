@@ -119,6 +119,8 @@ def gather(model: LocalModel) -> Iterator[None]:
         model: The model. If it is not sharded, this only disables gradients.
     """
     places: list[Place] = localized(model, "gather", sharded=True).sharded or []
+    if places and model.peers is not None:
+        raise UserError("a stage of a pipeline has some of the blocks: stage.forward evaluates through all of them")
     blocks = [block for block in model.blocks if isinstance(block, FSDPModule)]
     try:
         for block in blocks:
