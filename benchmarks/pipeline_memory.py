@@ -13,7 +13,6 @@ life, the building included, after the libraries were loaded. Neither depends on
 
 from __future__ import annotations
 
-import resource
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -69,7 +68,9 @@ def cuts(settings: Settings, method: str, ranks: int) -> list[str]:
         return lg.localize(backbone, blocks=lg.units(backbone, x)[:-1], **how)
 
     costs = trace_costs(Held(make).model, settings.batch_size, targets=example(settings))
-    units, ends = ([float(c.state + 3 * c.gradients + c.kept) for c in kind[0]] for kind in (costs.units, costs.auxiliaries))
+    units, ends = (
+        [float(c.state + 3 * c.gradients + c.kept) for c in kind[0]] for kind in (costs.units, costs.auxiliaries)
+    )
     shares = lg.shares_of(units, ranks, ends)
     return [costs.names[sum(shares[: i + 1]) - 1] for i in range(ranks - 1)]
 
@@ -118,8 +119,10 @@ def work(rank: int, folder: str, settings: Settings, method: str, ranks: int, la
 
 
 def resident() -> int:
-    """The most bytes that this process has had in memory until now."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """The most bytes that this process has had in memory until now. Unlike `getrusage`, Linux's file counts from its
+    own beginning, and not from that of the process that started it."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return 1024 * int(line.split()[1])
 
 
 def measured(settings: Settings, method: str, ranks: int, last: list[str]) -> tuple[int, int]:
