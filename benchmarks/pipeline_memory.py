@@ -13,7 +13,6 @@ life, the building included, after the libraries were loaded. Neither depends on
 
 from __future__ import annotations
 
-import resource
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -58,17 +57,20 @@ def example(settings: Settings) -> torch.Tensor:
     return torch.randint(settings.vocabulary, (settings.batch_size, settings.context))
 
 
-def cuts(settings: Settings, ranks: int) -> list[str]:
-    """The last unit of each block but the last, so that ranks need about as many bytes: four times the parameters, for
-    gradients and AdamW's state, and what a forward pass keeps."""
+def cuts(settings: Settings, method: str, ranks: int) -> list[str]:
+    """The last unit of each block but the last, so that ranks need about as many bytes: for what they hold, three times
+    as much for gradients and AdamW's state of what they train, and what a forward pass keeps."""
 
     def make() -> lg.LocalModel:
         backbone, x = network(settings), example(settings)
         task = lg.LanguageModel(settings.vocabulary)
-        return lg.localize(backbone, blocks=lg.units(backbone, x)[:-1], method=lg.dgl(), example=x, task=task)
+        how: dict[str, Any] = {"method": lg.dgl(), "coupling": COUPLINGS[method], "example": x, "task": task}
+        return lg.localize(backbone, blocks=lg.units(backbone, x)[:-1], **how)
 
     costs = trace_costs(Held(make).model, settings.batch_size, targets=example(settings))
-    units, ends = ([4.0 * c.state + c.kept for c in kind[0]] for kind in (costs.units, costs.auxiliaries))
+    units, ends = (
+        [float(c.state + 3 * c.gradients + c.kept) for c in kind[0]] for kind in (costs.units, costs.auxiliaries)
+    )
     shares = lg.shares_of(units, ranks, ends)
     return [costs.names[sum(shares[: i + 1]) - 1] for i in range(ranks - 1)]
 
@@ -117,8 +119,10 @@ def work(rank: int, folder: str, settings: Settings, method: str, ranks: int, la
 
 
 def resident() -> int:
-    """The most bytes that this process has had in memory until now."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """The most bytes that this process has had in memory until now. Unlike `getrusage`, Linux's file counts from its
+    own beginning, and not from that of the process that started it."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return 1024 * int(line.split()[1])
 
 
 def measured(settings: Settings, method: str, ranks: int, last: list[str]) -> tuple[int, int]:
@@ -135,7 +139,7 @@ def main(settings: Settings) -> None:
     table.add(row("bp", 1, 1, [], measured(settings, "bp", 1, [])))
     for method in COUPLINGS:
         for ranks in settings.ranks:
-            last = cuts(settings, ranks)
+            last = cuts(settings, method, ranks)
             alone = measured(settings, method, 1, last)
             table.add(row(method, ranks, 1, last, alone))
             piped = measured(settings, method, ranks, last)

@@ -29,7 +29,7 @@ from localgrad.run.recipes import RECIPES
 from localgrad.run.step import Stepper
 from localgrad.run.tables import label_of
 from localgrad.run.train import to_device
-from localgrad.scale.replicas import Ranks
+from localgrad.scale.groups import Ranks
 
 SMALL = "fashion_small"
 FIRST = "/".join(f"layer1.{i}" for i in range(5))

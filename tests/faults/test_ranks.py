@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ends import differences, last_checkpoint
+from safetensors.torch import load_file
 from starts import Start, children, group_is_gone, tiny, wait_for
 
 from localgrad.cli import main
@@ -31,6 +32,7 @@ EPOCHS = 6  # long enough for what befalls the run
 TWO = ("--nproc", "2", "--save-every", "5")
 PIPELINE = ("--pipeline", "2", "--step-as-you-go", "--lag", "2")
 DIVERGES = ("--step-as-you-go", "--coupling", "none", "--block-lr")
+STATISTICS = ("num_batches_tracked", "running_mean", "running_var")
 SINGLE = (
     "a rank's share of a batch is 1 image, too few for an auxiliary, where a batch norm gets 1 value a channel: "
     "take 2 images or more, or a head that has no such norm, as --head 0c1f"
@@ -55,10 +57,10 @@ def is_gone(start: Start) -> bool:
     return wait_for(lambda: group_is_gone(start.pid), 60)
 
 
-def threads_left(folder: Path) -> list[str]:
+def threads_left(folder: Path, ranks: int = 2) -> list[str]:
     """The threads of process groups with which each rank has ended. One aborts the process as it ends, if it is late
     to give back its last tensor."""
-    return [Path(f"{folder}.threads-{rank}").read_text() for rank in range(2)]
+    return [Path(f"{folder}.threads-{rank}").read_text() for rank in range(ranks)]
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +123,31 @@ def test_a_pipeline_that_is_killed_and_stopped_goes_on_as_one_process(tmp_path: 
         once = Start(path, *flags)
         assert once.end() == 0, once.err
     assert differences(folder, alone, memory=False) == []
+
+
+@pytest.mark.parametrize("shard", [pytest.param((), marks=pytest.mark.slow), ("--shard",)])
+def test_a_mesh_that_is_killed_goes_on_and_so_does_one_process(shard: tuple[str, ...], tmp_path: Path) -> None:
+    """A pipeline of two stages with two ranks each."""
+    flags = tiny(2, "--save-every", "2", "--sync-batch-norm", "--lr", "0.01", "--step-as-you-go", "--lag", "2")
+    mesh = ("--pipeline", "2", "--nproc", "2", *shard)
+    folder, alone = tmp_path / "run", tmp_path / "alone"
+    start = Start(folder, *flags, *mesh)
+    until_step(folder, 2)
+    kill_rank(3, start)
+    assert start.end() == 3
+    assert is_gone(start)
+    shutil.copytree(folder, alone, symlinks=True)
+    start = Start(folder, *flags, *mesh)
+    assert [start.end(), Start(alone, *flags).end()] == [0, 0], start.err
+    assert start.out.count("going on from") == start.out.count("each stage on 2 ranks") == 1
+    assert read_environment(folder)["replicas"] == "2"
+    assert threads_left(folder, 4) == [""] * 4
+    for name in ("model", "auxiliaries"):
+        mine, theirs = (load_file(last_checkpoint(run) / f"{name}.safetensors") for run in (folder, alone))
+        # Replicas store these statistics after the next block has seen the batch. Nothing reads them.
+        for key in [key for key in mine if "snapshots" in key and key.endswith(STATISTICS)]:
+            del mine[key], theirs[key]
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.slow
@@ -271,15 +298,11 @@ def test_what_cannot_be_shared_is_refused_once(flags: tuple[str, ...], says: str
         (("--pipeline", "-2"), "--pipeline takes 1 or more, not -2"),
         (("--nproc", "2", "--restarts", "-1"), "--restarts takes 0 or more, not -1"),
         (("--shard",), "--shard shares the weights among processes: add --nproc with 2 or more"),
-        (
-            ("--shard", "--pipeline", "2"),
-            "--shard goes with --nproc, and --pipeline shares the blocks: take one of",
-        ),
+        (("--shard", "--pipeline", "2"), "--shard shares the weights among processes: add --nproc with 2 or more"),
         (
             ("--shard", "--nproc", "2", "--precision", "fp16"),
             "shards have no common gradient scaler for fp16: take bf16",
         ),
-        (("--nproc", "2", "--pipeline", "2"), "processes share either batches (--nproc) or blocks (--pipeline): take "),
     ],
 )
 def test_numbers_that_start_nothing_are_refused(

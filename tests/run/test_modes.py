@@ -19,8 +19,8 @@ from localgrad.run.build import build_model, machine_for
 from localgrad.run.modes import Alone, Pipeline, mode_for, stage_for
 from localgrad.run.recipe import Recipe, Saving
 from localgrad.run.runlog import StepRecord
+from localgrad.scale.groups import Ranks
 from localgrad.scale.held import Held
-from localgrad.scale.replicas import Ranks
 
 RECIPE = Recipe(model="resnet8", limit_train=64, batch_size=16, precision="float32", step_as_you_go=True)
 TARGETS = torch.zeros(16, dtype=torch.int64)
@@ -44,7 +44,8 @@ def stage(**known: Any) -> lg.Stage:
 
 
 def pipeline(save_every: str = "600s", **known: Any) -> Pipeline:
-    return Pipeline(stage(**known), TwoRanks(0, 2), Saving(save_every=save_every))
+    own = stage(**known)
+    return Pipeline(own, Alone(own.model, Ranks()), TwoRanks(0, 2), Saving(save_every=save_every))
 
 
 def test_the_records_of_all_ranks_are_put_together() -> None:
@@ -89,7 +90,8 @@ def test_notes_tell_where_ranks_would_wait() -> None:
 
 def test_alone_is_what_all_modes_share() -> None:
     """Each mode has the interface of the plainest one, and one process alone exchanges nothing."""
-    mode = mode_for(RECIPE, made(RECIPE), machine_for(RECIPE), Ranks(), Saving(), share="blocks", targets=TARGETS)
+    how: Any = {"share": "batches", "stages": 1, "targets": TARGETS}
+    mode = mode_for(RECIPE, made(RECIPE), machine_for(RECIPE), Ranks(), Saving(), **how)
     assert type(mode) is Alone
     assert (mode.blocks, mode.shard, mode.replicas, mode.notes(RECIPE)) == (range(4), (0, 1), 1, [])
     record = StepRecord([1.0], [{}], 0.0, 16)
@@ -108,7 +110,7 @@ def test_alone_is_what_all_modes_share() -> None:
 )
 def test_what_no_pipeline_can_follow_is_refused(changes: dict[str, Any], count: int, says: str) -> None:
     with pytest.raises(UserError, match=says):
-        stage_for(replace(RECIPE, **changes), Held(made(RECIPE)), machine_for(RECIPE), Ranks(0, count), TARGETS)
+        stage_for(replace(RECIPE, **changes), Held(made(RECIPE)), machine_for(RECIPE), Ranks(0, count), TARGETS, count)
 
 
 def test_memory_that_runs_out_as_blocks_are_timed_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +119,7 @@ def test_memory_that_runs_out_as_blocks_are_timed_is_a_sentence(monkeypatch: pyt
 
     monkeypatch.setattr(modes, "block_seconds", full)
     with pytest.raises(RunError, match="out of memory as rank 1 timed the blocks"):
-        stage_for(RECIPE, Held(made(RECIPE)), machine_for(RECIPE), Ranks(1, 2), TARGETS)
+        stage_for(RECIPE, Held(made(RECIPE)), machine_for(RECIPE), Ranks(1, 2), TARGETS, 2)
 
 
 def test_labels_alone_are_those_of_the_batches() -> None:

@@ -30,7 +30,7 @@ from localgrad.run.modes import Alone
 from localgrad.run.recipe import Recipe
 from localgrad.run.step import SKIPS, NotFinite, Stepper, rate, slowed
 from localgrad.run.train import to_device, train
-from localgrad.scale.replicas import Ranks
+from localgrad.scale.groups import Ranks
 
 Undo = Callable[[], None]
 

@@ -24,7 +24,7 @@ from localgrad.run.folder import SUMMARY, claim, read_environment, summary_rows
 from localgrad.run.modes import Alone
 from localgrad.run.step import Stepper, rate
 from localgrad.run.train import evaluate, to_device, train
-from localgrad.scale.replicas import Ranks
+from localgrad.scale.groups import Ranks
 
 
 def test_learns_digits(tmp_path: Path) -> None:

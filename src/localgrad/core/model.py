@@ -43,6 +43,7 @@ class LocalModel(nn.Module):
         watch: Finds changes of the backbone since it was cut.
         evaluates: Whether the blocks compute in evaluation mode what the backbone computes there.
         sharded: Where the network has its parameters, if `shard` has given each rank a part of them. Else None.
+        peers: The ranks that train the same blocks, if the model is that of a `Stage`. Else None.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class LocalModel(nn.Module):
         self.checks.copies.note(self)
         self.watch = watch
         self.sharded: Any = None
+        self.peers: Any = None
 
     def __deepcopy__(self, memo: dict) -> LocalModel:
         if self.sharded is not None:

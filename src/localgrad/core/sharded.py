@@ -30,6 +30,15 @@ def whole(tensor: Any) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
+def shard_of(tensor: Tensor, like: Any) -> Tensor:
+    """This rank's shard of a whole tensor that all ranks have, sharded like `like`. No message is sent."""
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
 def storages(tensor: Tensor) -> list[torch.UntypedStorage]:
     """The storages of a tensor on this rank: one, or those of the indices and values of a sparse tensor."""
     parts = (tensor._indices(), tensor._values()) if tensor.is_sparse else (local(tensor),)

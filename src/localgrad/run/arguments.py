@@ -43,7 +43,7 @@ class Train:
     nproc: int = 1
     """Number of processes on this machine that share each batch. For several machines: torchrun -m localgrad train."""
     pipeline: int = 1
-    """Number of processes on this machine that share the blocks, as a pipeline."""
+    """Number of processes on this machine that share the blocks, as a pipeline. With --nproc N, each stage has N."""
     shard: bool = False
     """With --nproc, each process holds a part of the weights, gradients, optimizer states and averages."""
     restarts: int = 0
@@ -52,12 +52,9 @@ class Train:
     """Seconds that a process waits for the others before it ends the run."""
 
     @property
-    def share(self) -> Literal["batches", "weights", "blocks"]:
-        """What the processes share. Those that share weights share batches, too. Raises UserError for --shard beside
-        --pipeline."""
-        if self.shard and self.pipeline > 1:
-            raise UserError("--shard goes with --nproc, and --pipeline shares the blocks: take one of the two")
-        return "blocks" if self.pipeline > 1 else "weights" if self.shard else "batches"
+    def share(self) -> Literal["batches", "weights"]:
+        """What the processes with the same blocks share. Those that share weights share batches, too."""
+        return "weights" if self.shard else "batches"
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from localgrad.run.build import backbone_of, data_of, info_of, machine_for, plan
 from localgrad.run.checkpoint import load_backbone, read_weights, save_weights
 from localgrad.run.files import MODEL, check_folder, check_system, replacing, write_text
 from localgrad.run.folder import claim, evaluated, finished_runs, open_run, read_classes, summary_rows
+from localgrad.run.modes import check_shards
 from localgrad.run.ranks import joined
 from localgrad.run.recipe import COUPLINGS, HEADS, METHODS, PLANNED, Recipe, read_recipe, settle
 from localgrad.run.recipes import RECIPES
@@ -38,11 +39,12 @@ SHOWN = 6  # The table of plans shows about this many of each kind.
 def run_train(args: Train) -> int:
     check_system()
     with joined(args.recipe.device, args.rank_timeout) as ranks:
-        for name, count in (("--nproc", args.nproc), ("--pipeline", args.pipeline)):
-            if count not in (1, ranks.count):
-                raise UserError(f"{name} {count} takes as many processes, but torchrun has started {ranks.count}")
-        if args.shard and ranks.count == 1:
-            raise UserError("--shard shares the weights among processes: add --nproc with 2 or more")
+        replicas = ranks.count // args.pipeline  # torchrun may have started them without --nproc.
+        if replicas * args.pipeline != ranks.count or args.nproc not in (1, replicas):
+            given = " ".join(f"{n} {v}" for n, v in (("--nproc", args.nproc), ("--pipeline", args.pipeline)) if v > 1)
+            raise UserError(f"torchrun has started {ranks.count} processes, which {given} cannot share")
+        if args.shard:
+            check_shards(args.recipe, replicas)
         # The first rank plans for all, because each would measure other times and might choose other cuts.
         recipe = settle(ranks.broadcast_object(_fitted(args) if ranks.first else None))
         # All ranks learn what the folder holds before the first rank writes to it.
@@ -51,7 +53,8 @@ def run_train(args: Train) -> int:
             if ranks.first:
                 print(f"{args.out} holds this run, finished: {scores(summary_rows(args.out)[-1])}")
             return 0
-        train(recipe, args.out, saving=args.saving, tensorboard=args.tensorboard, ranks=ranks, share=args.share)
+        how = {"ranks": ranks, "share": args.share, "stages": args.pipeline}
+        train(recipe, args.out, saving=args.saving, tensorboard=args.tensorboard, **how)
         if ranks.first:
             print(f"wrote {args.out / 'model.safetensors'}")
     return 0

@@ -203,10 +203,12 @@ def train_batches(
     return _augmented(data.train, data.info, chunks, seed, epoch)
 
 
-def train_labels(data: Data, *, batch_size: int, seed: int, epoch: int, start: int = 0) -> Iterator[Tensor]:
+def train_labels(
+    data: Data, *, batch_size: int, seed: int, epoch: int, start: int = 0, shard: tuple[int, int] = (0, 1)
+) -> Iterator[Tensor]:
     """Yields only the labels or masks of the batches of `train_batches`."""
     for chunk in _train_chunks(data, batch_size, seed, epoch)[start:]:
-        yield _targets(data.train.labels, data.info, chunk, seed, epoch)
+        yield _targets(data.train.labels, data.info, _part(chunk, shard), seed, epoch)
 
 
 def eval_batches(

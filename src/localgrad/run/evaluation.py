@@ -17,7 +17,7 @@ from localgrad.run import data as datasets
 from localgrad.run.build import Machine, task_of
 from localgrad.run.folder import EVAL
 from localgrad.run.recipe import Recipe
-from localgrad.scale.replicas import Ranks
+from localgrad.scale.groups import Ranks
 
 
 @torch.no_grad()

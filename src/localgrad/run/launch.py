@@ -36,7 +36,7 @@ def launch(args: Sequence[str], command: Train) -> int:
         Stopped: A signal ended the ranks.
     """
     _check(command)
-    count = max(command.nproc, command.pipeline)
+    count = command.nproc * command.pipeline
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # It prints tables of the errors.
     # All processes together have as many threads as one process would have.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // count)))
@@ -66,12 +66,10 @@ def _check(command: Train) -> None:
     ):  # fmt: skip
         if value < least:
             raise UserError(f"{name} takes {least} or more, not {value}")
-    if command.nproc > 1 and command.pipeline > 1:
-        raise UserError("processes share either batches (--nproc) or blocks (--pipeline): take one of the two")
-    if command.share == "blocks" and command.recipe.blocks != "auto":
-        check_pipeline(command.recipe)
     if command.share == "weights":
-        check_shards(command.recipe)
+        check_shards(command.recipe, command.nproc)
+    if command.pipeline > 1 and command.recipe.blocks != "auto":
+        check_pipeline(command.recipe)
 
 
 def _failed(args: Sequence[str], count: int) -> tuple[int, ProcessFailure] | None:

@@ -1,8 +1,8 @@
 """How the processes of a run share its work: alone, as replicas, as shards or as a pipeline.
 
 Each replica trains all blocks on a share of every batch, and so does each shard, which holds a part of all parameters.
-Each rank of a pipeline trains a share of the blocks on whole batches. The modes have one interface, so that the loop
-and the step do not ask which one they have.
+Each stage of a pipeline trains a share of the blocks. It is one rank alone, or several as replicas or shards. The modes
+have one interface, so that the loop and the step do not ask which one they have.
 """
 
 from __future__ import annotations
@@ -13,19 +13,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from localgrad.core.engine import BlockResult, block_steps
 from localgrad.core.errors import RunError, UserError, is_out_of_memory
 from localgrad.core.model import LocalModel
+from localgrad.core.sharded import shard_of
 from localgrad.run.build import Machine
 from localgrad.run.recipe import Recipe, Saving
 from localgrad.run.runlog import StepRecord
+from localgrad.scale.groups import Ranks
 from localgrad.scale.held import Held
 from localgrad.scale.pipeline import Stage, least_lag
-from localgrad.scale.replicas import Ranks, Replicas
-from localgrad.scale.shards import gather, gathered, shard, shard_of
+from localgrad.scale.replicas import Replicas
+from localgrad.scale.shards import gather, gathered, shard
 from localgrad.scale.shares import block_seconds, shares_of
 
 # When the ranks of a pipeline synchronise, all of them wait for the slowest one. They do so every SYNC_SECONDS or every
@@ -34,7 +36,7 @@ from localgrad.scale.shares import block_seconds, shares_of
 SYNC_SECONDS = 10.0
 SYNC_STEPS = 20
 MOST_SECONDS = 60.0
-SHARES = ("batches", "weights", "blocks")  # What the ranks share: replicas, shards (and batches), or a pipeline.
+SHARES = {"batches": "replicas", "weights": "shards"}  # What ranks that train the same blocks share, and are called.
 
 
 class Alone:
@@ -177,7 +179,7 @@ class Sharded(_SharedBatches):
         self._travelling: dict[int, tuple[Tensor, Any]] = {}
 
     def start_average(self, k: int, loss: Tensor) -> None:
-        self._travelling[k] = (loss, dist.all_reduce(loss, async_op=True))
+        self._travelling[k] = (loss, self.ranks.start_adding(loss))
 
     def finish_average(self, k: int) -> None:
         loss, work = self._travelling.pop(k)
@@ -199,19 +201,27 @@ class Sharded(_SharedBatches):
 
 
 class Pipeline(Alone):
-    """Each rank trains its share of the blocks on every batch, some steps ahead of the rank with the next blocks."""
+    """Each stage trains its share of the blocks on every batch, some steps ahead of the stage with the next blocks.
+
+    Attributes:
+        stage: The blocks of this rank.
+        row: How this rank shares the work with those that train the same blocks.
+    """
 
     shares_errors = False
 
-    def __init__(self, stage: Stage, ranks: Ranks, saving: Saving) -> None:
+    def __init__(self, stage: Stage, row: Alone, ranks: Ranks, saving: Saving) -> None:
         super().__init__(stage.model, ranks)
-        self.stage, self.saving = stage, saving
-        self.blocks, self.reads_images = stage.blocks, stage.reads_images
+        self.stage, self.row, self.saving = stage, row, saving
+        self.blocks = row.blocks = stage.blocks
+        self.reads_images = stage.reads_images
+        self.shard, self.replicas, self.travelling = row.shard, row.replicas, row.travelling
         self._next_sync, self._last_sync = 1, time.monotonic()
 
     def notes(self, recipe: Recipe) -> list[str]:
         """How many blocks each rank has, and whether a larger lag would keep ranks from waiting."""
-        notes = [f"pipeline: {' + '.join(map(str, self.stage.shares))} blocks"]
+        each = f", each stage on {self.replicas} ranks" if self.replicas > 1 else ""
+        notes = [f"pipeline: {' + '.join(map(str, self.stage.shares))} blocks{each}"]
         lag = least_lag(self.stage.hops)
         if recipe.lag < lag:
             notes.append(f"with --lag {recipe.lag} ranks wait for the EMA's sources; they need not with --lag {lag}")
@@ -224,10 +234,14 @@ class Pipeline(Alone):
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[tuple[Callable[[Any], Any], tuple[int, int]]]:
-        """The function runs the blocks of all ranks, so all of them give it all batches. The last one gets the output,
-        and the others None. If the blocks cannot evaluate the network, each rank has all of it meanwhile."""
+        """The function runs the blocks of all stages, so all of them give it the same batches. The last one gets the
+        output, and the others None. If the blocks cannot evaluate the network, each rank has all of it meanwhile."""
+        if self.model.sharded is not None:  # Ranks with shards run each batch together, and the first of them tells.
+            first = self.stage.row.first
+            yield lambda x: (self.stage.forward(x), None)[not first], (0, 1)
+            return
         if self.model.evaluates:
-            yield self.stage.forward, (0, 1)
+            yield self.stage.forward, self.shard
             return
         with self.stage.gathered(), torch.no_grad():
             yield self.model, (self.ranks.rank, self.ranks.count)
@@ -241,9 +255,25 @@ class Pipeline(Alone):
     def load(self, module: nn.Module, state: Mapping[str, Tensor]) -> None:
         self.stage.load_state_dict(state, module)
 
+    def start_average(self, k: int, loss: Tensor) -> None:
+        self.row.start_average(k, loss)
+
+    def finish_average(self, k: int) -> None:
+        self.row.finish_average(k)
+
+    def total(self, numbers: Sequence[float], device: torch.device) -> list[float]:
+        return self.row.total(numbers, device)
+
+    def share_statistics(self) -> None:
+        self.row.share_statistics()
+
+    def part_of(self, state: Tensor, parameter: Tensor) -> Tensor:
+        return self.row.part_of(state, parameter)
+
     def gather_states(self, states: list[Any]) -> list[Any]:
-        own = [states[k] for k in self.blocks]
-        return [state for part in self.ranks.gather_object(own) for state in part]
+        own = self.row.gather_states([states[k] for k in self.blocks])
+        by_stage = self.stage.ranks.gather_object(own) if self.stage.row.first else []
+        return [state for part in by_stage for state in part]
 
     def other_optimizers(self, count: int) -> set[int]:
         return set(range(count)) - set(self.blocks)
@@ -263,8 +293,8 @@ class Pipeline(Alone):
         own = [(r.losses, [{n: float(v) for n, v in p.items()} for p in r.parts], r.score, r.images) for r in records]
         by_rank = self.ranks.all_gather_object((own, peak, next_sync))
         self._next_sync, self._last_sync = by_rank[0][2], now
-        merged = []
-        for same_step in zip(*(records for records, _, _ in by_rank), strict=True):
+        merged, column = [], by_rank[:: self.replicas]  # Losses and scores of a row are averaged already.
+        for same_step in zip(*(records for records, _, _ in column), strict=True):
             losses = [loss for losses, _, _, _ in same_step for loss in losses]
             parts = [part for _, parts, _, _ in same_step for part in parts]
             _, _, score, images = same_step[-1]
@@ -286,37 +316,46 @@ def mode_for(
     saving: Saving,
     *,
     share: str,
+    stages: int,
     targets: Tensor,
 ) -> Alone:
     """The mode of a run. Every rank calls it.
 
     Args:
         make: Makes the model, the same on all ranks.
-        share: What the ranks share, one of `SHARES`.
-        targets: An example of the targets of a batch.
+        share: What ranks that train the same blocks share, one of `SHARES`.
+        stages: The number of stages of a pipeline.
+        targets: An example of the targets of a rank's part of a batch.
 
     Raises:
         UserError: The ranks cannot share this recipe's blocks.
         RunError: Memory ran out while the blocks were timed.
     """
-    if ranks.count == 1:
-        return Alone(make(), ranks)
-    if share == "blocks":
-        return Pipeline(stage_for(recipe, Held(make), machine, ranks, targets), ranks, saving)
     if share == "weights":
-        check_shards(recipe)
-        return Sharded(make(), ranks)
-    return DataParallel(make(), ranks)
+        check_shards(recipe, ranks.count // stages)
+    if stages == 1 or ranks.count == 1:
+        return _sharing(make(), ranks, share)
+    stage = stage_for(recipe, Held(make), machine, ranks, targets, stages, share)
+    return Pipeline(stage, _sharing(stage.model, stage.row, share), ranks, saving)
 
 
-def check_batch_share(batch: int, ranks: Ranks, share: str) -> None:
-    """Raises UserError if the replicas cannot share a batch of this many images evenly."""
-    if batch % ranks.count and share != "blocks":
-        raise UserError(f"{ranks.count} ranks cannot share a batch of {batch} images: take a multiple of {ranks.count}")
+def _sharing(model: LocalModel, ranks: Ranks, share: str) -> Alone:
+    """The mode of ranks that train the same blocks."""
+    if ranks.count == 1:
+        return Alone(model, ranks)
+    return Sharded(model, ranks) if share == "weights" else DataParallel(model, ranks)
 
 
-def check_shards(recipe: Recipe) -> None:
-    """Raises UserError if no shards can follow the recipe."""
+def check_batch_share(batch: int, count: int) -> None:
+    """Raises UserError if so many replicas cannot share a batch of this many images evenly."""
+    if batch % count:
+        raise UserError(f"{count} ranks cannot share a batch of {batch} images: take a multiple of {count}")
+
+
+def check_shards(recipe: Recipe, count: int) -> None:
+    """Raises UserError if no shards can follow the recipe, or if it would be one alone."""
+    if count == 1:
+        raise UserError("--shard shares the weights among processes: add --nproc with 2 or more")
     if recipe.precision == "fp16":
         raise UserError("shards have no common gradient scaler for fp16: take bf16 or float32")
 
@@ -333,12 +372,16 @@ def check_pipeline(recipe: Recipe) -> None:
             raise UserError(text)
 
 
-def stage_for(recipe: Recipe, held: Held, machine: Machine, ranks: Ranks, targets: Tensor) -> Stage:
+def stage_for(
+    recipe: Recipe, held: Held, machine: Machine, ranks: Ranks, targets: Tensor, stages: int, share: str = "batches"
+) -> Stage:
     """This rank's stage of a pipeline. Each block is timed here, and the blocks are shared out so that the slowest rank
     is as fast as possible. Raises UserError if no pipeline can follow the recipe, and RunError if memory runs out."""
     check_pipeline(recipe)
     model = held.model
-    shares_of([1.0] * len(model.blocks), ranks.count)  # It refuses too few blocks before the timing takes seconds.
+    if share == "weights" and not model.evaluates:
+        raise UserError("the blocks of this network do not evaluate it, which shards of a pipeline need: drop --shard")
+    shares_of([1.0] * len(model.blocks), stages)  # It refuses too few blocks before the timing takes seconds.
     noise = torch.Generator().manual_seed(0)  # It leaves the run's own random generators as they are.
     x = torch.randn(len(targets), *model.image, generator=noise).to(machine.device, memory_format=machine.memory_format)
     try:
@@ -351,4 +394,6 @@ def stage_for(recipe: Recipe, held: Held, machine: Machine, ranks: Ranks, target
         )
         raise RunError(text) from error
     seconds = ranks.all_reduce_sum(own_seconds, machine.device)
-    return Stage(held, shares_of(seconds, ranks.count), timeout=ranks.timeout)
+    shape, names = (stages, ranks.count // stages), ("pipeline", SHARES[share])
+    mesh = None if stages == ranks.count else init_device_mesh(machine.device.type, shape, mesh_dim_names=names)
+    return Stage(held, shares_of(seconds, stages), mesh=mesh, timeout=ranks.timeout)

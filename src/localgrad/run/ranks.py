@@ -18,8 +18,7 @@ import torch.distributed.nn.functional  # It is imported before there is a group
 
 from localgrad.core.errors import RunError, UserError
 from localgrad.run.signals import Stopped, deaf, rank_here
-from localgrad.scale.replicas import Ranks
-from localgrad.scale.shards import leave_meshes
+from localgrad.scale.groups import Ranks, leave_meshes
 
 PATIENCE = 3.0  # Seconds after which each living rank has noticed that another one is lost.
 SAID = "localgrad/said"  # This key is in the store if a rank has ended with a sentence of its own.

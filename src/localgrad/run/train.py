@@ -27,7 +27,7 @@ from localgrad.run.recipe import Recipe, Saving, shown
 from localgrad.run.runlog import NoLog, RunLog, StepRecord
 from localgrad.run.signals import Stopped, StopRequest
 from localgrad.run.step import Batch, Stepper, peak_rss
-from localgrad.scale.replicas import Ranks
+from localgrad.scale.groups import Ranks
 
 
 def train(
@@ -38,6 +38,7 @@ def train(
     tensorboard: bool = False,
     ranks: Ranks | None = None,
     share: str = "batches",
+    stages: int = 1,
 ) -> dict[str, float]:
     """Trains by a recipe into a run folder.
 
@@ -50,7 +51,8 @@ def train(
         saving: When to save besides after each epoch. By default every ten minutes.
         tensorboard: Whether to write TensorBoard events too.
         ranks: The processes that share the run. All of them call this function, and the first one writes.
-        share: What the ranks share: "batches", "weights" (and batches) or "blocks".
+        share: What the ranks that train the same blocks share: "batches", or "weights" (and batches).
+        stages: The number of stages of a pipeline. Each of them has an equal number of ranks.
 
     Returns:
         The last epoch's row of summary.csv.
@@ -60,7 +62,7 @@ def train(
         Stopped: A signal ended the run, after it was saved.
     """
     ranks = ranks or Ranks()
-    run = Run(recipe, folder, saving or Saving(), ranks, share=share)
+    run = Run(recipe, folder, saving or Saving(), ranks, share=share, stages=stages)
     with StopRequest() as stop, locked(folder) if ranks.first else contextlib.nullcontext():
         notes = run.resume()
         with run.open_log(folder, tensorboard=tensorboard) as log:
@@ -87,7 +89,7 @@ class Run:
     """
 
     def __init__(
-        self, recipe: Recipe, folder: Path, saving: Saving, ranks: Ranks | None = None, *, share: str = "batches"
+        self, recipe: Recipe, folder: Path, saving: Saving, ranks: Ranks | None = None, **sharing: Any
     ) -> None:
         self.recipe, self.saving, self.ranks = recipe, saving, ranks or Ranks()
         self.checkpoints = folder / "checkpoints"
@@ -95,7 +97,7 @@ class Run:
         names = ("data_dir", "download", "limit_train", "seed", "image_size")
         self.data = datasets.load(recipe.data, **{name: getattr(recipe, name) for name in names})
         self.build_notes: list[str] = []  # A run that is continued does not repeat them.
-        self.mode = self._build_mode(share)
+        self.mode = self._build_mode(**sharing)
         self.model = self.mode.model
         if self.ranks.rank:  # Each rank draws its own random numbers while it trains, for dropout and the like.
             torch.manual_seed(recipe.seed + self.ranks.rank)
@@ -115,22 +117,22 @@ class Run:
         self._last_checkpoint: Path | None = None
         self._last_save = (0, self._start_time)  # The step and the time of the last attempt to save.
 
-    def _build_mode(self, share: str) -> Alone:
-        """Builds the model, and the mode in which the ranks train it."""
-        recipe, count = self.recipe, self.ranks.count
+    def _build_mode(self, share: str = "batches", stages: int = 1) -> Alone:
+        """Builds the model, and the mode in which the ranks train it. The arguments are those of `train`."""
+        recipe, count = self.recipe, self.ranks.count // stages
         batch = min(recipe.batch_size, len(self.data.train))
-        check_batch_share(batch, self.ranks, share)
+        check_batch_share(batch, count)
 
         def make() -> LocalModel:
             self.build_notes.clear()  # A rank of a pipeline may make the model twice.
             model = build_model(recipe, self.data, self.machine, self.build_notes.append)
-            if batch == (1 if share == "blocks" or recipe.sync_batch_norm else count):
+            if batch == (1 if recipe.sync_batch_norm else count):
                 what = "the training set is" if batch == 1 else "a rank's share of a batch is"
                 check_single(model, self.data.info.targets(1), what)
             return model
 
-        targets = self.data.info.targets(batch)
-        return mode_for(recipe, make, self.machine, self.ranks, self.saving, share=share, targets=targets)
+        how = {"share": share, "stages": stages, "targets": self.data.info.targets(batch // count)}
+        return mode_for(recipe, make, self.machine, self.ranks, self.saving, **how)
 
     def resume(self) -> list[str]:
         """Continues from the newest sound checkpoint, if there is one, and returns sentences about it for the user.
@@ -261,7 +263,7 @@ class Run:
         which = {"batch_size": recipe.batch_size, "seed": recipe.seed, "epoch": epoch, "start": start}
         # When an image is replaced, its label changes too. Then every rank has to read the images.
         if not self.mode.reads_images and on_bad is None:
-            labels = datasets.train_labels(self.data, **which)
+            labels = datasets.train_labels(self.data, **which, shard=self.mode.shard)
             yield self._mixed(((None, y.to(self.machine.device)) for y in labels), epoch, start)
             return
         how = {"shard": self.mode.shard, "workers": recipe.workers, "on_bad": on_bad}

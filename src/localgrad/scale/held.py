@@ -18,8 +18,9 @@ from localgrad.core.auxiliary import Auxiliary
 from localgrad.core.checks import StepChecks
 from localgrad.core.model import LocalModel, localized
 from localgrad.core.rebuild import FrozenReference, TensorReference
+from localgrad.core.sharded import shard_of, whole
 from localgrad.scale.deferred import META, Deferred
-from localgrad.scale.replicas import Ranks
+from localgrad.scale.groups import Grid
 
 
 class Held:
@@ -38,7 +39,6 @@ class Held:
         if not isinstance(model, nn.Module):
             model, self._deferred = _built(model)
         self.model = localized(model, "Stage")
-        self._owners: dict[int, int] = {}
 
     @property
     def device(self) -> torch.device:
@@ -57,62 +57,64 @@ class Held:
             for tensor, without in filled:
                 swap_tensors(tensor, without)
 
-    def keep(self, ranks: Ranks, owners: Sequence[int]) -> None:
+    def keep(self, grid: Grid, owners: Sequence[int]) -> None:
         """Gives this rank what it needs, and frees the rest.
 
         Args:
-            ranks: The ranks.
-            owners: The rank that trains each block.
+            grid: The ranks.
+            owners: For each block, the number in a column of the ranks that train it.
         """
         model = self.model
-        self._ranks = ranks
-        for k, owner in enumerate(owners):  # The last block that changes a statistic has the right one.
-            tensors = [*(p for part in model.parts(k) for p in part.parameters()), *model.statistics(k)]
-            self._owners.update((id(t), owner) for t in tensors)
-        mine = [k for k, owner in enumerate(owners) if owner == ranks.rank]
+        self._ranks, self._row, self._owners = grid.column, grid.row, tuple(owners)
+        mine = [k for k, owner in enumerate(owners) if owner == self._ranks.rank]
         needed = {id(t): t for t in self._needed(mine)}
-        needed |= {id(t): t for t in self._all() if self._owner(t) == ranks.rank}
+        needed |= {id(t): t for t, owner in self._owned() if owner == self._ranks.rank}
         self._fill(needed.values())
         self._deferred = None
-        self._others = [t for t in self._all() if id(t) not in needed]
-        _empty(self._others)
+        _empty(t for t in self._all() if id(t) not in needed)
         model.checks = StepChecks()  # The versions of the tensors have changed.
         model.checks.copies.note(model)
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
         """A context in which each rank has the whole model, as one process would have it."""
+        owned = self._owned()
+        others = [t for t, _ in owned if t.is_meta]
         with torch.no_grad():
-            for tensor in self._others:
-                _swap(
-                    tensor, torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device)
-                )
-            for tensor in self._all():
-                self._ranks.broadcast([tensor], self._owner(tensor))
+            for tensor in others:
+                _swap(tensor, _empty_like(tensor, self.device))
+            for tensor, owner in owned:
+                self._ranks.broadcast([tensor], owner)
         try:
             yield
         finally:
-            _empty(self._others)
+            _empty(others)
 
     def state_dict(self, module: nn.Module) -> dict[str, Any]:
         """The state of a module of the model, on the CPU of the first rank. It travels tensor by tensor."""
         state = module.state_dict(keep_vars=True)
-        ranks = self._ranks
+        ranks, owners = self._ranks, self._owner_by_id()
         for name, tensor in state.items():
-            owner = self._owner(tensor) if isinstance(tensor, Tensor) else 0
+            if not isinstance(tensor, Tensor):
+                continue
+            owner = owners.get(id(tensor), 0)
+            value = whole(tensor).detach() if owner == ranks.rank else tensor  # All ranks of a row call this.
+            if not self._row.first:
+                continue
             if owner == ranks.rank != 0:
-                dist.send(tensor.detach().contiguous(), 0)
+                dist.send(value.contiguous(), group_dst=0, group=ranks.group)
             elif owner != 0 and ranks.first:
-                state[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
-                dist.recv(state[name], owner)
-            if ranks.first and isinstance(tensor, Tensor):
-                state[name] = state[name].detach().cpu()
-        return state if ranks.first else {}
+                value = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
+                dist.recv(value, group_src=owner, group=ranks.group)
+            if ranks.first:
+                state[name] = value.cpu()
+        return state if ranks.first and self._row.first else {}
 
     def load_state_dict(self, module: nn.Module, state: Mapping[str, Any]) -> None:
         """Loads what this rank holds of a whole state, which each rank has."""
-        own = {name: t for name, t in module.state_dict().items() if isinstance(t, Tensor) and t.is_meta}
-        module.load_state_dict({name: own.get(name, value) for name, value in state.items()})
+        own = {name: t for name, t in module.state_dict().items() if isinstance(t, Tensor)}
+        parts = {n: t if t.is_meta else shard_of(state[n], t) for n, t in own.items() if n in state}
+        module.load_state_dict({**state, **parts})
 
     def _all(self) -> list[Tensor]:
         """All tensors of the model, in an order that is the same on all ranks."""
@@ -132,9 +134,18 @@ class Held:
         found += [t for m in modules if isinstance(m, TensorReference) and isinstance(t := m(), Tensor)]
         return list({id(t): t for t in found}.values())
 
-    def _owner(self, tensor: Tensor) -> int:
-        """The rank that has the right values of a tensor. What no block trains is on the first one."""
-        return self._owners.get(id(tensor), 0)
+    def _owned(self) -> list[tuple[Tensor, int]]:
+        """All tensors of the model, each with the number in a column of the ranks that have its right values."""
+        owners = self._owner_by_id()
+        return [(tensor, owners.get(id(tensor), 0)) for tensor in self._all()]
+
+    def _owner_by_id(self) -> dict[int, int]:
+        """The same, by the id of a tensor. What no block trains is not in it, and belongs to the first ranks."""
+        found: dict[int, int] = {}
+        for k, owner in enumerate(self._owners):  # The last block that changes a statistic has the right one.
+            tensors = [*(p for part in self.model.parts(k) for p in part.parameters()), *self.model.statistics(k)]
+            found.update((id(t), owner) for t in tensors)
+        return found
 
     def _fill(self, tensors: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Gives tensors without values theirs, and returns them, each with one that is without values instead."""

@@ -30,7 +30,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -43,10 +43,14 @@ from localgrad.core.inputs import main_input, targets_of
 from localgrad.core.language_model import SharedReadout
 from localgrad.core.model import LocalModel
 from localgrad.core.rebuild import FrozenReference
+from localgrad.scale.groups import Grid, Ranks
 from localgrad.scale.held import Held
 from localgrad.scale.messages import AHEAD, Layouts, Message
-from localgrad.scale.replicas import Ranks, SyncBatchNorm, refuse_unlike
+from localgrad.scale.replicas import SyncBatchNorm, refuse_unlike
 from localgrad.scale.sources import Sources
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def least_lag(hops: int = 1) -> int:
@@ -86,20 +90,38 @@ class Stage:
     coupling is below `least_lag(stage.hops)`, ranks wait for each other. Random numbers that a network draws while it
     trains, as for dropout, are drawn on each rank.
 
+    With a mesh, the ranks of a row train the same blocks, each on its part of every batch, as replicas or shards:
+
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pipeline", "replicas"))
+        stage = lg.Stage(make, shares=(2, 2), mesh=mesh)
+        replicas = lg.Replicas(stage.model)             # or lg.shard(stage.model), and nothing below
+
+        for done in stage.block_steps(x, y):            # part stage.row.rank of each batch
+            replicas.start(done.block, done.loss)
+            replicas.finish(done.block)
+            ...
+
+    Outputs and units travel between the ranks of a column. So units that are sharded travel shard by shard.
+
     Args:
         model: A function that makes the model, as `localize` returns it, the same on all ranks. The weights of other
             ranks' blocks never take memory. It may be such a model, too, which then loses those weights.
         shares: The number of blocks that each rank trains, in order.
-        timeout: The longest time to wait for a unit from another rank. Default: PyTorch's.
+        mesh: A mesh of all ranks with named dimensions. The first one is the pipeline, and ranks along the others, of
+            which there are one or two, train the same blocks. Default: all ranks are the pipeline.
+        timeout: The longest time to wait for a unit from another rank, and with a mesh for any message. Default:
+            PyTorch's.
 
     Attributes:
         model: The model. Tensors that this rank does not need are on the "meta" device.
+        ranks: The ranks of this rank's column, in the order of their blocks. Without a mesh they are all.
+        row: The ranks that train the same blocks. Without a mesh it is this one.
         blocks: The numbers of this rank's blocks.
         reads_images: Whether this rank needs the inputs x.
 
     Raises:
-        UserError: The shares do not fit the model, the models differ, a coupling of form="pull" has its source on
-            another rank, or blocks of two ranks use the same parameters.
+        UserError: The shares do not fit the model, or the mesh the ranks, the models differ, a coupling of form="pull"
+            has its source on another rank, or blocks of two ranks use the same parameters.
     """
 
     def __init__(
@@ -107,15 +129,17 @@ class Stage:
         model: LocalModel | Callable[[], LocalModel] | Held,
         shares: Sequence[int],
         *,
+        mesh: DeviceMesh | None = None,
         timeout: timedelta | None = None,
     ) -> None:
         self._held = model if isinstance(model, Held) else Held(model)
         self.model = model = self._held.model
-        self.ranks = Ranks(dist.get_rank(), dist.get_world_size())
+        grid = Grid.of(mesh, timeout)
+        self.ranks, self.row = grid.column, grid.row
         rank, count = self.ranks.rank, self.ranks.count
         if len(shares) != count or sum(shares) != len(model.blocks) or min(shares) < 1:
             raise UserError(f"shares {list(shares)} do not deal {len(model.blocks)} blocks out to {count} ranks")
-        refuse_unlike(model, self.ranks)
+        refuse_unlike(model, Ranks.everyone())
         self.shares = tuple(shares)
         first = sum(shares[:rank])
         self.blocks = range(first, first + shares[rank])
@@ -124,13 +148,14 @@ class Stage:
         self._refuse_shared()
         for module in model.modules():
             if isinstance(module, SyncBatchNorm):
-                module.alone = True  # Each rank has the whole batch.
+                module.ranks = self.row
+        model.peers = self.row
         self._sent: deque[Message] = deque()  # Sends in the background.
         self._next_input: Message | None = None  # The receive that is posted already.
         self._input_layout: Layouts | None = None
         self._output_layout: Layouts | None = None
-        self._sources = Sources(model, self.owners, timeout)
-        self._held.keep(self.ranks, self.owners)
+        self._sources = Sources(model, self.owners, grid)
+        self._held.keep(grid, self.owners)
         self._device = self._held.device
 
     def block_steps(
@@ -200,10 +225,10 @@ class Stage:
         rank, group = self.ranks.rank, self._sources.group  # The group of training may have a receive on its way.
         if rank:
             box: list[Any] = [None]
-            dist.recv_object_list(box, rank - 1, group=group)
+            dist.recv_object_list(box, group_src=rank - 1, group=group)
             packed = box[0].empty(self._device)
             for tensor in packed:
-                dist.recv(tensor, rank - 1, group=group)
+                dist.recv(tensor, group_src=rank - 1, group=group)
             h = box[0].unpack(packed)
         else:
             h = self.model.inputs.crossing(x)
@@ -212,15 +237,17 @@ class Stage:
         if rank == self.ranks.count - 1:
             return h
         layouts = Layouts.of(h)
-        dist.send_object_list([layouts], rank + 1, group=group)
+        dist.send_object_list([layouts], group_dst=rank + 1, group=group)
         for tensor in layouts.pack(h):
-            dist.send(tensor, rank + 1, group=group)
+            dist.send(tensor, group_dst=rank + 1, group=group)
         return None
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
         """A context in which each rank has the whole model as one process would have it: weights, statistics, averages
         and snapshots. All ranks enter it after the same number of steps. They may take more steps afterwards."""
+        if self.model.sharded is not None:
+            raise UserError("a stage of shards is never whole on a rank: take stage.forward or stage.state_dict")
         self._sources.receive_all()
         with self._held.gathered():
             yield
@@ -287,7 +314,7 @@ class Stage:
         layouts = Layouts.of(crossing)
         if self._output_layout is None:  # The next rank needs the layout once, before the first batch.
             self._output_layout = layouts
-            dist.send_object_list([layouts], self.ranks.rank + 1)
+            dist.send_object_list([layouts], group_dst=self.ranks.rank + 1, group=self.ranks.group)
         elif self._output_layout != layouts:
             raise UserError(f"a pipeline's batches are all alike: {self._output_layout} was handed on, then {layouts}")
         while len(self._sent) >= AHEAD:
@@ -295,12 +322,13 @@ class Stage:
         self._send(layouts.pack(crossing))
 
     def _send(self, packed: list[Tensor]) -> None:
-        self._sent.append(Message([dist.isend(tensor, self.ranks.rank + 1) for tensor in packed], packed))
+        to: Any = {"group_dst": self.ranks.rank + 1, "group": self.ranks.group}
+        self._sent.append(Message([dist.isend(tensor, **to) for tensor in packed], packed))
 
     def _receive_input(self) -> Any:
         if self._input_layout is None:
             box: list[Any] = [None]
-            dist.recv_object_list(box, self.ranks.rank - 1)
+            dist.recv_object_list(box, group_src=self.ranks.rank - 1, group=self.ranks.group)
             self._input_layout = cast(Layouts, box[0])
         message = self._next_input or self._post_receive(self._input_layout)
         message.wait()
@@ -309,4 +337,5 @@ class Stage:
 
     def _post_receive(self, layouts: Layouts) -> Message:
         packed = layouts.empty(self._device)
-        return Message([dist.irecv(tensor, self.ranks.rank - 1) for tensor in packed], packed)
+        source: Any = {"group_src": self.ranks.rank - 1, "group": self.ranks.group}
+        return Message([dist.irecv(tensor, **source) for tensor in packed], packed)

@@ -7,88 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from itertools import zip_longest
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from localgrad.core.auxiliary import Auxiliary, Term
 from localgrad.core.errors import UserError
 from localgrad.core.model import LocalModel, localized
+from localgrad.scale.groups import Ranks
 
 BUCKET = 25 * 2**20  # The bytes of a message, as in DistributedDataParallel.
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """The processes that train together. With only one of them nothing here communicates.
-
-    Attributes:
-        rank: The number of this process, from 0. Default: 0.
-        count: The number of processes. Default: 1.
-        timeout: The longest time that they wait for each other. Default: PyTorch's.
-    """
-
-    rank: int = 0
-    count: int = 1
-    timeout: timedelta | None = None
-
-    @property
-    def first(self) -> bool:
-        """Whether this rank is the one that writes."""
-        return self.rank == 0
-
-    def broadcast_object(self, value: Any) -> Any:
-        """Returns the value of the first rank. Those of other ranks are ignored."""
-        if self.count == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-
-    def all_gather_object(self, value: Any) -> list[Any]:
-        """Returns the values of all ranks in order."""
-        if self.count == 1:
-            return [value]
-        box = [None] * self.count
-        dist.all_gather_object(box, value)
-        return box
-
-    def gather_object(self, value: Any) -> list[Any]:
-        """Returns the values of all ranks in order on the first rank, and an empty list on the others."""
-        if self.count == 1:
-            return [value]
-        box = [None] * self.count if self.first else []
-        dist.gather_object(value, box if self.first else None)
-        return box
-
-    def all_reduce_sum(self, numbers: Sequence[float], device: torch.device | str = "cpu") -> list[float]:
-        """Sums each number over the ranks, in float64. The process group's backend must be able to read `device`."""
-        return self._reduced(numbers, device, dist.ReduceOp.SUM)
-
-    def all_reduce_max(self, numbers: Sequence[float], device: torch.device | str = "cpu") -> list[float]:
-        """Takes the largest value of each number over the ranks."""
-        return self._reduced(numbers, device, dist.ReduceOp.MAX)
-
-    def broadcast(self, tensors: Sequence[Tensor], rank: int = 0) -> None:
-        """Copies the values of one rank into the tensors of all ranks, in place."""
-        if self.count > 1:
-            for tensor in tensors:
-                # Collectives need contiguous memory, and weights in channels_last are not contiguous in that sense.
-                contiguous = tensor.detach().contiguous()
-                dist.broadcast(contiguous, src=rank)
-                tensor.detach().copy_(contiguous)
-
-    def _reduced(self, numbers: Sequence[float], device: torch.device | str, operation: Any) -> list[float]:
-        if self.count == 1:
-            return list(numbers)
-        total = torch.tensor(numbers, dtype=torch.float64, device=device)
-        dist.all_reduce(total, operation)
-        return total.tolist()
 
 
 class Replicas:
@@ -121,15 +52,14 @@ class Replicas:
 
     def __init__(self, model: LocalModel, *, bucket: int = BUCKET) -> None:
         model = localized(model, "Replicas")
-        self.ranks = Ranks(dist.get_rank(), dist.get_world_size())
+        self.ranks = Ranks.of(model)
         self.model = model
         self.bucket = bucket
         refuse_unlike(model, self.ranks)
         self._parameters = [[p for m in model.parts(k) for p in m.parameters()] for k in range(len(model.blocks))]
         self._pending: dict[int, _Pending] = {}
-        self.ranks.broadcast([*model.parameters(), *model.buffers()])
-        for auxiliary in model.auxiliaries:
-            gather_pairs(cast(Auxiliary, auxiliary))
+        share_values(model, self.ranks)
+        gather_pairs(model, self.ranks)
 
     def start(self, k: int, loss: Tensor, *more: Tensor) -> None:
         """Begins to average the gradients of a block in place, on all ranks in the same order.
@@ -160,7 +90,8 @@ class Replicas:
         for block in list(self._pending) if k is None else [k]:
             pending = self._pending.pop(block)
             for tensors, flat, work in pending.buckets:
-                work.wait()
+                if work is not None:
+                    work.wait()
                 flat /= self.ranks.count
                 for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
                     tensor.copy_(part.view_as(tensor))
@@ -171,7 +102,7 @@ class Replicas:
 
     def _send(self, tensors: list[Tensor]) -> tuple[list[Tensor], Tensor, Any]:
         flat = torch.cat([t.detach().reshape(-1) for t in tensors])
-        return tensors, flat, dist.all_reduce(flat, async_op=True)
+        return tensors, flat, self.ranks.start_adding(flat)
 
 
 @dataclass(frozen=True)
@@ -217,28 +148,28 @@ class SyncBatchNorm(_BatchNorm):
     all images, up to rounding.
 
     Attributes:
-        alone: Whether this rank has the whole batch, as in a pipeline, and needs no other rank. Default: False.
+        ranks: The ranks that share a batch, as a `Stage` sets them. Default: None, which is all ranks.
     """
 
-    alone = False
+    ranks: Ranks | None = None
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim < 2:
             raise ValueError(f"expected at least 2 dimensions, got {input.ndim}")
 
     def forward(self, input: Tensor) -> Tensor:
-        alone = self.alone or not dist.is_initialized() or dist.get_world_size() == 1
-        if alone or not self.training:
+        ranks = self.ranks or Ranks.everyone()
+        if ranks.count == 1 or not self.training:
             return super().forward(input)
         if input.device.type == "meta":
             return torch.empty_like(input)  # Elsewhere a single image is an error, but here other ranks have more.
         x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
         dimensions = [d for d in range(x.ndim) if d != 1]
         shape = [1, -1, *[1] * (x.ndim - 2)]
-        count = x.numel() // x.shape[1] * dist.get_world_size()  # Each rank has the same number of images.
-        mean = cast(Tensor, _AllReduceSum.apply(x.sum(dimensions))) / count
+        count = x.numel() // x.shape[1] * ranks.count  # Each rank has the same number of images.
+        mean = cast(Tensor, _AllReduceSum.apply(x.sum(dimensions), ranks)) / count
         centred = x - mean.view(shape)
-        variance = cast(Tensor, _AllReduceSum.apply(centred.square().sum(dimensions))) / count
+        variance = cast(Tensor, _AllReduceSum.apply(centred.square().sum(dimensions), ranks)) / count
         if self.track_running_stats:
             self._update_statistics(mean.detach(), variance.detach() * (count / max(1, count - 1)))
         out = centred * (variance + self.eps).rsqrt().view(shape)
@@ -274,39 +205,45 @@ class _AllReduceSum(torch.autograd.Function):
     """The sum over the ranks. The losses of all ranks depend on it, so its gradient is the sum of theirs."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.clone()
-        dist.all_reduce(total)
+    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks, total = ranks, x.clone()
+        ranks.add(total)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         total = gradients[0].contiguous().clone()
-        dist.all_reduce(total)
-        return total
+        ctx.ranks.add(total)
+        return total, None
 
 
 class _AllGather(torch.autograd.Function):
     """[B, ...] -> [ranks * B, ...], in the order of the ranks. The gradient sums those of all ranks for this part."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
+    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return torch.cat(ranks.gathered(x.contiguous()))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         total = gradients[0].contiguous().clone()
-        dist.all_reduce(total)
-        return total.chunk(dist.get_world_size())[dist.get_rank()]
+        ctx.ranks.add(total)
+        return total.chunk(ctx.ranks.count)[ctx.ranks.rank], None
 
 
-def gather_pairs(auxiliary: Auxiliary) -> None:
+def share_values(model: LocalModel, ranks: Ranks) -> None:
+    """Gives all ranks what the first one has of a model: parameters and buffers. All of them hold the same tensors."""
+    ranks.broadcast([t for t in (*model.parameters(), *model.buffers()) if not t.is_meta])
+
+
+def gather_pairs(model: LocalModel, ranks: Ranks) -> None:
     """Gives the images of all ranks to objectives that compare images with each other."""
-    for name, term in auxiliary.terms.items():
-        if term.pairs:
-            auxiliary.terms[name] = replace(term, objective=_GatheredObjective(term))
+    for auxiliary in model.auxiliaries:
+        terms = cast(Auxiliary, auxiliary).terms
+        for name, term in terms.items():
+            if term.pairs:
+                terms[name] = replace(term, objective=_GatheredObjective(term, ranks))
 
 
 @dataclass(frozen=True)
@@ -318,10 +255,11 @@ class _GatheredObjective:
     """
 
     term: Term
+    ranks: Ranks
 
     def __call__(self, output: Tensor, against: Tensor) -> Tensor:
-        gathered = cast(Tensor, _AllGather.apply(output.contiguous()))
-        return self.term.objective(gathered, cast(Tensor, _AllGather.apply(against)))
+        gathered = cast(Tensor, _AllGather.apply(output.contiguous(), self.ranks))
+        return self.term.objective(gathered, cast(Tensor, _AllGather.apply(against, self.ranks)))
 
 
 def _buckets(tensors: Sequence[Tensor], size: int) -> list[list[Tensor]]:

@@ -8,8 +8,8 @@ is the shard of the average, so that averages move without a message.
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from localgrad.core.auxiliary import Auxiliary
@@ -27,11 +27,11 @@ from localgrad.core.errors import UserError
 from localgrad.core.model import LocalModel, localized
 from localgrad.core.rebuild import FrozenReference
 from localgrad.core.sharded import is_sharded, whole
-from localgrad.scale.replicas import Ranks, gather_pairs, refuse_unlike
+from localgrad.scale.groups import Ranks, keep_until_left
+from localgrad.scale.replicas import gather_pairs, refuse_unlike, share_values
 
 # A module of the network, the name of a parameter in it, and the same for the block that trains the parameter.
 Place = tuple[nn.Module, str, nn.Module, str]
-_meshes: weakref.WeakSet[DeviceMesh] = weakref.WeakSet()
 
 
 def shard(model: LocalModel, mesh: DeviceMesh | None = None) -> LocalModel:
@@ -54,9 +54,10 @@ def shard(model: LocalModel, mesh: DeviceMesh | None = None) -> LocalModel:
     that compare images with each other (`Term.pairs`) get the images of all ranks.
 
     Args:
-        model: The result of `localize`, the same on all ranks. Load weights before.
+        model: The result of `localize`, the same on all ranks. Load weights before. Or the model of a `Stage`, of which
+            the ranks that train the same blocks share those.
         mesh: A mesh of all ranks. If it has two dimensions, which need names, the ranks along the first one are
-            replicas, and those along the second one share. Default: all ranks share.
+            replicas, and those along the second one share. Default: all ranks share. Ranks of a stage have their mesh.
 
     Returns:
         `model` itself.
@@ -67,35 +68,45 @@ def shard(model: LocalModel, mesh: DeviceMesh | None = None) -> LocalModel:
     model = localized(model, "shard")
     if not dist.is_initialized():
         raise UserError("shards need a process group: call torch.distributed.init_process_group first")
-    ranks = Ranks(dist.get_rank(), dist.get_world_size())
-    device = next(model.parameters()).device
-    mesh = init_device_mesh(device.type, (ranks.count,)) if mesh is None else mesh
-    if mesh.size() != ranks.count or mesh.ndim > 2 or (mesh.ndim == 2 and mesh.mesh_dim_names is None):
-        raise UserError(
-            f"mesh takes all {ranks.count} ranks in one dimension, or in two that have names, and not a shape of "
-            f"{mesh.shape}"
-        )
-    _meshes.add(mesh)
+    ranks = Ranks.of(model)
+    mesh = _mesh(model, ranks, ranks.mesh if mesh is None else mesh)
+    keep_until_left(mesh)
     refuse_unlike(model, ranks)
-    ranks.broadcast([*model.parameters(), *model.buffers()])
+    share_values(model, ranks)
     kept = set(_kept_whole(model))
     for parameter in kept:
         if parameter.requires_grad:
-            parameter.register_hook(_averaged)
+            parameter.register_hook(partial(_averaged, ranks))
     held = {id(p): (m, n) for k in range(len(model.blocks)) for part in model.parts(k) for m, n, p in _held(part)}
     places = [(m, n, *held[id(p)]) for m, n, p in _held(model.backbone) if id(p) in held]
     for k in range(len(model.blocks)):
         for part in model.parts(k):
             _shard_part(part, mesh, kept)
+    for source in _elsewhere(model):
+        _contiguous(source)
+        fully_shard(source, mesh=mesh, ignored_params=kept)
     _follow(places)
-    for auxiliary in model.auxiliaries:
-        gather_pairs(cast(Auxiliary, auxiliary))
+    gather_pairs(model, ranks)
     model.backbone.register_forward_pre_hook(_refuse)
     model.watch.renew()
     model.checks = StepChecks()
     model.checks.copies.note(model)
     model.sharded = places
     return model
+
+
+def _mesh(model: LocalModel, ranks: Ranks, mesh: DeviceMesh | None) -> DeviceMesh:
+    """The mesh that shares a model. Raises UserError if it cannot."""
+    if model.peers is not None and ranks.count == 1:
+        raise UserError("a rank of this pipeline shares its blocks with no other: give lg.Stage a mesh with rows")
+    if mesh is None:
+        return init_device_mesh(next(model.parameters()).device.type, (ranks.count,))
+    if mesh.size() != ranks.count or mesh.ndim > 2 or (mesh.ndim == 2 and mesh.mesh_dim_names is None):
+        raise UserError(
+            f"mesh takes all {ranks.count} ranks in one dimension, or in two that have names, and not a shape of "
+            f"{mesh.shape}"
+        )
+    return mesh
 
 
 @contextlib.contextmanager
@@ -108,6 +119,8 @@ def gather(model: LocalModel) -> Iterator[None]:
         model: The model. If it is not sharded, this only disables gradients.
     """
     places: list[Place] = localized(model, "gather", sharded=True).sharded or []
+    if places and model.peers is not None:
+        raise UserError("a stage of a pipeline has some of the blocks: stage.forward evaluates through all of them")
     blocks = [block for block in model.blocks if isinstance(block, FSDPModule)]
     try:
         for block in blocks:
@@ -119,12 +132,6 @@ def gather(model: LocalModel) -> Iterator[None]:
         for block in blocks:
             block.reshard()
         _follow(places)
-
-
-def leave_meshes() -> None:
-    """Lets all meshes go of their process groups. Caches of PyTorch keep the meshes themselves."""
-    for mesh in _meshes:
-        getattr(mesh, "_pg_registry", {}).clear()
 
 
 def gathered(tree: Any, *, keep: bool) -> Any:
@@ -142,19 +149,11 @@ def gathered(tree: Any, *, keep: bool) -> Any:
     return tree_map_only(DTensor, gather, tree)
 
 
-def shard_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """This rank's shard of a whole tensor that all ranks have, sharded like `like`. No message is sent."""
-    if not isinstance(like, DTensor):
-        return tensor
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
-
 def _shard_part(part: nn.Module, mesh: DeviceMesh, kept: set[nn.Parameter]) -> None:
-    """Shards a block or an auxiliary."""
-    if all(p in kept for p in part.parameters()):
+    """Shards a block or an auxiliary, unless another stage of a pipeline trains it."""
+    if all(p in kept for p in part.parameters()) or any(p.is_meta for p in part.parameters()):
         return
-    for parameter in part.parameters():
-        parameter.data = parameter.data.contiguous()  # `fully_shard` takes no other memory format.
+    _contiguous(part)
     for module in list(part.modules()):
         if isinstance(module, Snapshots):  # No forward pass runs them, so they are not gathered with the rest.
             for state in module.states:
@@ -162,6 +161,19 @@ def _shard_part(part: nn.Module, mesh: DeviceMesh, kept: set[nn.Parameter]) -> N
     part.register_forward_hook(_without_views)
     fully_shard(part, mesh=mesh, ignored_params=kept)
     part.register_forward_hook(_reshard)
+
+
+def _contiguous(module: nn.Module) -> None:
+    """`fully_shard` takes parameters in no other memory format."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.contiguous()
+
+
+def _elsewhere(model: LocalModel) -> list[nn.Module]:
+    """The sources of this rank's averages that are not sharded yet, as another stage of a pipeline trains them."""
+    couplings = [cast(Auxiliary, auxiliary).coupling for auxiliary in model.auxiliaries]
+    sources = {id(s.module): s.module for coupling in couplings if coupling for s in coupling.sources}
+    return [m for m in sources.values() if not any(p.is_meta or is_sharded(p) for p in m.parameters())]
 
 
 class Same(torch.autograd.Function):
@@ -208,10 +220,10 @@ def _held(part: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
         yield from ((module, name, p) for name, p in module._parameters.items() if p is not None)
 
 
-def _averaged(gradient: Tensor) -> Tensor:
+def _averaged(ranks: Ranks, gradient: Tensor) -> Tensor:
     """The mean of a gradient over the ranks."""
-    mean = gradient.contiguous() / dist.get_world_size()
-    dist.all_reduce(mean)
+    mean = gradient.contiguous() / ranks.count
+    ranks.add(mean)
     return mean
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any, cast
 
 import torch
@@ -15,6 +14,8 @@ from torch import Tensor, nn
 from localgrad.core.couplings import Momentum, Snapshots, update_ema
 from localgrad.core.errors import UserError
 from localgrad.core.model import LocalModel
+from localgrad.core.sharded import local
+from localgrad.scale.groups import Grid
 from localgrad.scale.messages import AHEAD
 
 
@@ -80,10 +81,9 @@ class Sources:
         steps: The number of steps that this rank has finished.
     """
 
-    def __init__(self, model: LocalModel, owners: Sequence[int], timeout: timedelta | None) -> None:
-        self.rank = dist.get_rank()
+    def __init__(self, model: LocalModel, owners: Sequence[int], grid: Grid) -> None:
         # These messages have a process group of their own, because they go against the direction of the outputs.
-        self.group: Any = dist.new_group(list(range(max(owners) + 1)), timeout=timeout)
+        self.rank, self.group, self._presently = grid.back.rank, grid.back.group, grid.column.group
         self.routes: dict[tuple[int, str], Route] = {}
         self.steps = 0
         self._posted = 0  # The number of steps whose receives this rank has posted.
@@ -128,7 +128,7 @@ class Sources:
                 tensors = _tensors(route.module)
                 size = sum(t.nbytes for t in tensors)
                 packed = torch.empty(size, dtype=torch.uint8, device=tensors[0].device)
-                work = dist.irecv(packed, route.owner, group=self.group, tag=route.number)
+                work = dist.irecv(packed, group_src=route.owner, group=self.group, tag=route.number)
                 route.messages.append((work, packed))
             route.store_states(self.steps)
 
@@ -140,7 +140,7 @@ class Sources:
                 while len(route.messages) > AHEAD:
                     route.messages.popleft()[0].wait()
                 packed = route.pack()
-                work = dist.isend(packed, route.user, group=self.group, tag=route.number)
+                work = dist.isend(packed, group_dst=route.user, group=self.group, tag=route.number)
                 route.messages.append((work, packed))
 
     def receive_all(self) -> None:
@@ -153,10 +153,10 @@ class Sources:
         self.receive_all()
         for route in self.routes.values():
             if route.owner == self.rank:
-                dist.send(route.pack(), route.user)
+                dist.send(route.pack(), group_dst=route.user, group=self._presently)
             elif route.user == self.rank:
                 packed = route.pack()
-                dist.recv(packed, route.owner)
+                dist.recv(packed, group_src=route.owner, group=self._presently)
                 route.unpack(packed, route.module)
 
     def resume(self, step: int) -> None:
@@ -178,4 +178,5 @@ class Sources:
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
-    return [t.detach() for t in (*module.parameters(), *module.buffers())]
+    """What this rank holds of a unit. If it is sharded, its copies on other ranks are sharded alike."""
+    return [local(t).detach() for t in (*module.parameters(), *module.buffers())]
