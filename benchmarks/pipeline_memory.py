@@ -29,7 +29,7 @@ from gpt import GPT
 
 import localgrad as lg
 from localgrad.run.folder import environment
-from localgrad.scale.costs import trace_costs
+from localgrad.scale.costs import Cost, trace_costs
 from localgrad.scale.held import Held
 
 ADAM = partial(torch.optim.AdamW, lr=1e-4, fused=True)  # A step that is not fused needs as much again as the weights.
@@ -68,10 +68,11 @@ def cuts(settings: Settings, method: str, ranks: int) -> list[str]:
         return lg.localize(backbone, blocks=lg.units(backbone, x)[:-1], **how)
 
     costs = trace_costs(Held(make).model, settings.batch_size, targets=example(settings))
-    units, ends = (
-        [float(c.state + 3 * c.gradients + c.kept) for c in kind[0]] for kind in (costs.units, costs.auxiliaries)
-    )
-    shares = lg.shares_of(units, ranks, ends)
+
+    def needed(pieces: list[Cost]) -> list[float]:
+        return [float(cost.state + 3 * cost.gradients + cost.kept) for cost in pieces]
+
+    shares = lg.shares_of(needed(costs.units[0]), ranks, needed(costs.auxiliaries[0]))
     return [costs.names[sum(shares[: i + 1]) - 1] for i in range(ranks - 1)]
 
 
