@@ -36,7 +36,7 @@ class Held:
 
     def __init__(self, model: LocalModel | Callable[[], LocalModel]) -> None:
         self._deferred = None
-        if callable(model) and not isinstance(model, nn.Module):
+        if callable(model) and not isinstance(model, nn.Module | type):
             model, self._deferred = _built(model)
         self.model = localized(model, "Stage")
 
