@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 from collections.abc import Callable
 from functools import partial
@@ -76,9 +77,16 @@ def loaded() -> nn.Module:
     return network
 
 
+def warmed() -> nn.Module:
+    network = lg.CifarResNet(8)
+    network(torch.ones(2, 3, 32, 32))  # Batch norm changes its statistics.
+    return network
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "drawn": Drawn,
     "loaded": loaded,
+    "warmed": warmed,
     "resnet, deep man": partial(cut, partial(lg.CifarResNet, 8), method=lg.infopro(), coupling=lg.DeepMAN(lag=2)),
     "resnet, channels last": channels_last,
     "vit, man++": lambda: lg.localize(
@@ -161,6 +169,38 @@ def test_a_network_that_cannot_be_built_without_values_is_built_with_them() -> N
     with pytest.warns(UserWarning, match="cannot be built without values .* each rank builds all of it"):
         found, later = seeded(lambda: Held(make).model)
     assert later == then
+    assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), found.parameters(), strict=True))
+
+
+def _written_by_numpy(network: nn.Module) -> None:
+    for parameter in network.parameters():
+        parameter.detach().numpy()[...] = 7
+
+
+def _saved(network: nn.Module) -> None:
+    file = io.BytesIO()
+    torch.save(network.state_dict(), file)
+    file.seek(0)
+    assert not any(t.is_meta for t in torch.load(file).values())
+
+
+def _changed_later(network: nn.Module) -> None:
+    source = torch.arange(16 * 16 * 9.0).view(16, 16, 3, 3)
+    with torch.no_grad():
+        network.get_parameter("layer1.0.conv1.weight").copy_(source)
+        source += 1
+
+
+@pytest.mark.parametrize("change", [_written_by_numpy, _saved, _changed_later])
+def test_what_goes_past_pytorch_is_noticed(change: Callable[[nn.Module], None]) -> None:
+    def make() -> lg.LocalModel:
+        network = lg.CifarResNet(8)
+        change(network)
+        return lg.localize(network, blocks=4, method=lg.dgl(), example=IMAGE)
+
+    expected, _ = seeded(make)
+    with pytest.warns(UserWarning, match="cannot be built without values"):
+        found, _ = seeded(lambda: Held(make).model)
     assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), found.parameters(), strict=True))
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -29,6 +30,8 @@ FACTORIES = EMPTY | {ATEN.zeros.default, ATEN.ones.default, ATEN.full.default, A
 FACTORIES |= {ATEN.rand.generator, ATEN.randn.generator, ATEN.normal.float_float}
 IS_META, DEVICE = (vars(torch._C.TensorBase)[name].__get__ for name in ("is_meta", "device"))
 GIVE_VALUES = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.new_tensor}
+# Their schemas do not tell that they write into their arguments 3 and 4, the statistics.
+NORMS = {ATEN.native_batch_norm.default, ATEN.cudnn_batch_norm.default, ATEN.miopen_batch_norm.default}
 # These fill a tensor without reading what was there.
 FILLS = {"uniform_", "normal_", "exponential_", "random_", "bernoulli_", "fill_", "zero_", "copy_"}
 
@@ -51,7 +54,7 @@ class Place:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Place:
-        whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+        whole = tensor.numel() * tensor.element_size() == _storage(tensor).nbytes()
         offset = int(tensor.storage_offset())
         return cls(_key(tensor), tuple(tensor.shape), tensor.stride(), offset, tensor.dtype, whole)
 
@@ -150,6 +153,13 @@ class Deferred(TorchDispatchMode):
             storages = self._repeated({place.key for place in places})
             return [place.on(storages[place.key]) for place in places]
 
+    def check(self) -> None:
+        """Raises RuntimeError if a real tensor that an operation has read is no longer as it was."""
+        for call in self.calls:
+            for value in tree_leaves((call.args, call.kwargs)):
+                if isinstance(value, Constant):
+                    value.value()
+
     def knows(self, tensor: Any) -> bool:
         """Whether it was made in this context, and has no values."""
         with torch._C.DisableTorchFunction():
@@ -172,7 +182,7 @@ class Deferred(TorchDispatchMode):
         out = func(*shapes[0], **shapes[1] | _on_meta(func, kwargs))
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor) and _key(t) not in self._storages]
         for tensor in made:
-            self._storages[_key(tensor)] = tensor.untyped_storage()
+            self._storages[_key(tensor)] = _storage(tensor)
             self._devices[_key(tensor)] = device
         if made or written:  # Else it gives a view, which shows its storage itself.
             new, changed = (tuple(map(Place.of, tensors)) for tensors in (made, written))
@@ -262,9 +272,14 @@ class _Asked(TorchFunctionMode):
                 return False
             if func == DEVICE:
                 return self.deferred.device(args[0])
+            if func == Tensor.untyped_storage:  # To be saved or pickled, for instance.
+                raise RuntimeError("the memory of a tensor is asked for")
             if func in GIVE_VALUES:
                 with _disable_current_modes():
-                    return func(*self.deferred.real(args), **(kwargs or {}))
+                    values = func(*self.deferred.real(args), **(kwargs or {}))
+                if isinstance(values, np.ndarray):
+                    values.setflags(write=False)  # What is written into this copy would be lost.
+                return values
             if func is Tensor.__setitem__ and isinstance(args[2], int | float):
                 args = (*args[:2], torch.tensor(args[2], dtype=args[0].dtype))  # PyTorch's own would be on "meta".
         return func(*args, **(kwargs or {}))
@@ -291,14 +306,21 @@ def _written(func: Any, args: tuple, kwargs: dict) -> Iterator[Tensor]:
         if argument.alias_info is not None and argument.alias_info.is_write:
             given = args[i] if i < len(args) else kwargs.get(argument.name)
             yield from (t for t in tree_leaves(given) if isinstance(t, Tensor))
+    if func in NORMS:
+        yield from (t for t in args[3:5] if isinstance(t, Tensor))
 
 
 def _shape(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=META)
 
 
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    with torch._C.DisableTorchFunction():
+        return tensor.untyped_storage()
+
+
 def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return _storage(tensor)._cdata
 
 
 def _default_state(device: torch.device) -> Tensor:

@@ -13,14 +13,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import swap_tensors
+from torch.utils._pytree import tree_leaves
 
 from localgrad.core.auxiliary import Auxiliary
 from localgrad.core.checks import StepChecks
+from localgrad.core.errors import UserError
 from localgrad.core.model import LocalModel, localized
 from localgrad.core.rebuild import FrozenReference, TensorReference
 from localgrad.core.sharded import shard_of, whole
 from localgrad.scale.deferred import META, Deferred
 from localgrad.scale.groups import Grid
+
+IN_USE = (
+    "weights that this rank does not train cannot be freed, because a tensor that was computed from them has a graph "
+    "for backward: compute it within torch.no_grad(), and for weight norm take that of torch.nn.utils.parametrizations"
+)
 
 
 class Held:
@@ -39,6 +46,11 @@ class Held:
         if callable(model) and not isinstance(model, nn.Module | type):
             model, self._deferred = _built(model)
         self.model = localized(model, "Stage")
+        for module in self.model.modules():
+            if isinstance(module, nn.RNNBase):
+                module._flat_weight_refs = [None] * len(
+                    module._flat_weight_refs
+                )  # Weights with weak references cannot be swapped.
 
     @property
     def device(self) -> torch.device:
@@ -74,6 +86,10 @@ class Held:
         _empty(t for t in self._all() if id(t) not in needed)
         model.checks = StepChecks()  # The versions of the tensors have changed.
         model.checks.copies.note(model)
+        for module in (model, model.backbone):
+            module.register_forward_pre_hook(_refuse_to_run)
+            module.register_state_dict_post_hook(_warn_of_state)
+        model.watch.renew()
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
@@ -87,8 +103,10 @@ class Held:
                 self._ranks.broadcast([tensor], owner)
         try:
             yield
-        finally:
-            _empty(others)
+        except BaseException:  # Its traceback may keep a graph. What stays whole only takes memory.
+            _empty(others, strict=False)
+            raise
+        _empty(others)
 
     def state_dict(self, module: nn.Module) -> dict[str, Any]:
         """The state of a module of the model, on the CPU of the first rank. It travels tensor by tensor."""
@@ -112,7 +130,7 @@ class Held:
 
     def load_state_dict(self, module: nn.Module, state: Mapping[str, Any]) -> None:
         """Loads what this rank holds of a whole state, which each rank has."""
-        own = {name: t for name, t in module.state_dict().items() if isinstance(t, Tensor)}
+        own = {name: t for name, t in module.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
         parts = {n: t if t.is_meta else shard_of(state[n], t) for n, t in own.items() if n in state}
         module.load_state_dict({**state, **parts})
 
@@ -160,7 +178,9 @@ def _built(make: Callable[[], LocalModel]) -> tuple[LocalModel, Deferred | None]
     deferred = Deferred()
     try:
         with deferred:
-            return make(), deferred
+            model = make()
+        deferred.check()
+        return model, deferred
     except Exception as error:  # If it is the user's own, it is raised again below.
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     torch.set_rng_state(states[0])
@@ -175,18 +195,51 @@ def _built(make: Callable[[], LocalModel]) -> tuple[LocalModel, Deferred | None]
     return model, None
 
 
+def _lacks(module: nn.Module) -> bool:
+    return any(p.is_meta for p in module.parameters())
+
+
+def _refuse_to_run(module: nn.Module, args: tuple) -> None:
+    """Raises UserError before a network without some of its weights runs."""
+    given = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
+    if _lacks(module) and not any(t.is_meta for t in given):
+        raise UserError(
+            "this rank holds the weights of its own blocks alone: train with stage.block_steps, and evaluate with "
+            "stage.forward or within `with stage.gathered():`"
+        )
+
+
+def _warn_of_state(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Warns a user of the state of a network without some of its weights. What asks with `keep_vars` knows."""
+    if not prefix and _lacks(module) and not any(isinstance(t, nn.Parameter) for t in state.values()):
+        warnings.warn(
+            "this state lacks the weights that other ranks train: take stage.state_dict(module), or "
+            "module.state_dict() within `with stage.gathered():`",
+            stacklevel=3,
+        )
+
+
 def _swap(tensor: Tensor, value: Tensor) -> Tensor:
     """Gives a tensor other values, or none, on any device. Returns a tensor that is as this one was."""
     if isinstance(tensor, nn.Parameter):
         value = nn.Parameter(value, tensor.requires_grad)
-    swap_tensors(tensor, value)
+    try:
+        swap_tensors(tensor, value)
+    except RuntimeError as error:
+        raise UserError(IN_USE) from error
     return value
 
 
-def _empty(tensors: Iterable[Tensor]) -> None:
-    """Frees the memory of tensors."""
+def _empty(tensors: Iterable[Tensor], *, strict: bool = True) -> None:
+    """Frees the memory of tensors. If autograd needs some, it frees the others, and raises UserError if strict."""
+    left = 0
     for t in tensors:
-        _swap(t, _empty_like(t, META))
+        try:
+            _swap(t, _empty_like(t, META))
+        except UserError:
+            left += 1
+    if left and strict:
+        raise UserError(IN_USE)
 
 
 def _empty_like(tensor: Tensor, device: torch.device) -> Tensor:
