@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from spawned import on_ranks
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -294,9 +295,12 @@ def refused() -> list[str]:
     x, said = torch.zeros(2, 3, 8, 8), []
     pull = lg.localize(network("man++"), blocks=4, method=GREEDY(), coupling=lg.MAN(form="pull"), example=x)
     shared = lg.localize(Shares(), blocks=4, method=GREEDY(), example=torch.zeros(2, 12))
-    plain, models = model_of("follows"), [(pull, (2, 1, 1)), (shared, (2, 1, 1))]
+    models: list[tuple[Any, tuple[int, ...]]] = [(pull, (2, 1, 1)), (shared, (2, 1, 1))]
+    plain = model_of("follows")
     if LANGUAGE:
         models.append((language_model(tied=True), (2, 1, 1)))
+    torch.manual_seed(dist.get_rank())
+    models.append((lambda: lg.localize(Follows(), blocks=4, method=GREEDY(), example=torch.zeros(2, 12)), (2, 1, 1)))
     for model, shares in ((plain, (2, 1)), (plain, (2, 2, 0)), *models):
         with pytest.raises(UserError) as told:
             lg.Stage(model, shares)
@@ -388,5 +392,9 @@ def test_what_cannot_be_a_pipeline_is_refused(trained: list[dict[str, Any]]) -> 
     ]
     if LANGUAGE:
         said.append(said[-1].replace("blocks 0 and 2", "blocks 0 and 3"))
+    said.append(
+        "ranks must make the same model, but have drawn other random numbers: call torch.manual_seed with the same "
+        "seed on each rank before"
+    )
     assert [rank["refused"] for rank in trained] == [said] * 3
     assert (lg.least_lag(), lg.least_lag(0), lg.least_lag(3)) == (2, 0, 6)

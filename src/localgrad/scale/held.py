@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -39,18 +40,19 @@ class Held:
 
     Attributes:
         model: The model.
+        drawn: A hash of PyTorch's random generator after the function was called, "" if there was none.
     """
 
     def __init__(self, model: LocalModel | Callable[[], LocalModel]) -> None:
-        self._deferred = None
+        self._deferred, self.drawn = None, ""
         if callable(model) and not isinstance(model, nn.Module | type):
             model, self._deferred = _built(model)
+            self.drawn = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
         self.model = localized(model, "Stage")
         for module in self.model.modules():
             if isinstance(module, nn.RNNBase):
-                module._flat_weight_refs = [None] * len(
-                    module._flat_weight_refs
-                )  # Weights with weak references cannot be swapped.
+                # Weights that have weak references cannot be swapped.
+                module._flat_weight_refs = [None] * len(module._flat_weight_refs)
 
     @property
     def device(self) -> torch.device:

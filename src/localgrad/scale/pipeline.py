@@ -139,7 +139,13 @@ class Stage:
         rank, count = self.ranks.rank, self.ranks.count
         if len(shares) != count or sum(shares) != len(model.blocks) or min(shares) < 1:
             raise UserError(f"shares {list(shares)} do not deal {len(model.blocks)} blocks out to {count} ranks")
-        refuse_unlike(model, Ranks.everyone())
+        everyone = Ranks.everyone()
+        refuse_unlike(model, everyone)
+        if len(set(everyone.all_gather_object(self._held.drawn))) > 1:
+            raise UserError(
+                "ranks must make the same model, but have drawn other random numbers: call torch.manual_seed with the "
+                "same seed on each rank before"
+            )
         self.shares = tuple(shares)
         first = sum(shares[:rank])
         self.blocks = range(first, first + shares[rank])
