@@ -39,6 +39,9 @@ def misused() -> list[str]:
             assert done.loss.isfinite()
         stage.finish()
         stage.state_dict()
+    for wrong in (lg.local_backward, lg.as_loss, lambda *given: list(lg.block_steps(*given))):
+        with pytest.raises(UserError, match="trains all blocks, and the model of a stage has the weights of its own"):
+            wrong(stage.model, x, y)
     for module in (stage.model, stage.model.backbone):
         with pytest.raises(UserError, match="this rank holds the weights of its own blocks alone") as error:
             module(x)

@@ -146,7 +146,7 @@ def _in_training(model: Any) -> LocalModel:
             "DistributedDataParallel must wrap the call of as_loss: give it a module whose forward returns "
             "lg.as_loss(model, x, y).loss"
         )
-    model = localized(model, "as_loss")
+    model = localized(model, "as_loss", whole=True)
     if not (model.training and model.backbone.training):
         raise UserError(
             "as_loss trains, and this model is in evaluation mode: call model.train() first, or evaluate "

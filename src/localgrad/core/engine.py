@@ -113,7 +113,7 @@ def block_steps(
     Raises:
         UserError: An argument is wrong or does not fit the model. It is raised at once, before any block runs.
     """
-    model = localized(model, "block_steps", sharded=True)
+    model = localized(model, "block_steps", sharded=True, whole=True)
     blocks = range(len(model.blocks))
     h, y = model.inputs.crossing(x), targets_of(x, y)
     check_step(model, blocks, h, y, images=images, scale=scale, autocast=autocast, backward=backward)
@@ -157,7 +157,7 @@ def local_backward(
     Raises:
         UserError: An argument is wrong or does not fit the model.
     """
-    model = localized(model, "local_backward", sharded=True)
+    model = localized(model, "local_backward", sharded=True, whole=True)
     y = targets_of(x, y)
     check_call(x, y, scale, autocast, backward)
     if not isinstance(move_averages, bool):

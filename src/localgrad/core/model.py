@@ -351,20 +351,25 @@ def to_training(backbone: nn.Module) -> None:
         module.training = False
 
 
-def localized(model: Any, what: str, *, sharded: bool = False) -> LocalModel:
+def localized(model: Any, what: str, *, sharded: bool = False, whole: bool = False) -> LocalModel:
     """Unwraps a model from torch.compile.
 
     Args:
         model: What a user gave.
         what: The function that it was given to.
         sharded: Whether the function takes a sharded model. Default: False.
+        whole: Whether it takes no model of a `Stage`, which has the weights of some blocks. Default: False.
 
     Raises:
-        UserError: It is no LocalModel, or is sharded.
+        UserError: It is no LocalModel, is sharded, or is that of a stage.
     """
     unwrapped = model if isinstance(model, LocalModel) else getattr(model, "_orig_mod", None)
     if not isinstance(unwrapped, LocalModel):
         raise no_local_model(model, what, LocalModel)
     if unwrapped.sharded is not None and not sharded:
         raise UserError(f"{what} takes no sharded model, of which each rank has only a part: leave lg.shard out")
+    if whole and unwrapped.peers is not None:
+        raise UserError(
+            f"{what} trains all blocks, and the model of a stage has the weights of its own: take stage.block_steps"
+        )
     return unwrapped
