@@ -261,7 +261,8 @@ class Stage:
     def ema_distances(self) -> list[float | None]:
         """`LocalModel.ema_distances` of all blocks. All ranks call it after the same number of steps."""
         self._sources.bring()
-        own = [auxiliary.coupling and auxiliary.coupling.distance() for auxiliary in self._own_auxiliaries()]
+        mine = self.model.auxiliaries[self.blocks.start : self.blocks.stop]
+        own = [a.coupling and a.coupling.distance() for a in cast(list[Auxiliary], list(mine))]
         return [distance for part in self.ranks.all_gather_object(own) for distance in part]
 
     def state_dict(self, module: nn.Module | None = None) -> dict[str, Any]:
@@ -295,9 +296,6 @@ class Stage:
         if self._next_input is not None:
             self._next_input.wait()
             self._next_input = None
-
-    def _own_auxiliaries(self) -> list[Auxiliary]:
-        return [cast(Auxiliary, self.model.auxiliaries[k]) for k in self.blocks if k < len(self.model.auxiliaries)]
 
     def _refuse_shared(self) -> None:
         """Raises UserError if a block reads parameters of another rank, because they would be out of date."""
