@@ -254,10 +254,13 @@ def pipeline_memory() -> str:
     def told(row: dict[str, str]) -> list[str]:
         cuts = row["cuts"].replace(" ", ", ")
         rss = f"{int(row['rss_bytes']) / 2**20:.0f} MiB"
-        return [name_of(row["method"]), row["blocks"], cuts, row["ranks"], peak_of(row), rss, row["times_one_process"]]
+        processes = row["ranks"] + (f" x {row['shards']}" if row["shards"] != "1" else "")
+        cells = [row["blocks"], row["batch_size"], cuts, processes, peak_of(row), rss, row["times_one_process"]]
+        return [name_of(row["method"]), *cells]
 
     body = [told(row) for row in read_results("pipeline_memory.csv")]
-    return table(["method", "blocks", "cut after", "processes", "peak", "taken from the system", "times one"], body)
+    head = ["method", "blocks", "batch", "cut after", "processes", "peak", "taken from the system", "times one"]
+    return table(head, body)
 
 
 def scaling() -> str:

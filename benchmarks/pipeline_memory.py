@@ -4,11 +4,13 @@
 
 12 layers, 768 wide, 12 heads, 50,257 tokens (124 million parameters and the readout's own), contexts of 512, float32 by
 fused AdamW, each block stepping as it goes, with one block for each rank. Units are shared out so that each rank needs
-about as many bytes. One process trains the same blocks, and BP the whole.
+about as many bytes. One process trains the same blocks, and BP the whole. In a mesh of 2 x 2 processes each stage has
+two, which share the weights of their block, and each trains on one of two contexts.
 
 Writes results/pipeline_memory.csv, one row for each way, with the bytes of the rank that needs most: `peak_bytes` is
 what is live in the third step, everything counted, and `rss_bytes` is what the process took from the system in its
-life, the building included, after the libraries were loaded. Neither depends on the machine's load.
+life, the building included, after the libraries were loaded. Neither depends on the machine's load. What has a row is
+not measured again.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import torch.multiprocessing as mp
 import tyro
 from common import Table
 from gpt import GPT
+from torch.distributed.device_mesh import init_device_mesh
 
 import localgrad as lg
 from localgrad.run.folder import environment
@@ -33,19 +36,20 @@ from localgrad.scale.costs import Cost, trace_costs
 from localgrad.scale.held import Held
 
 ADAM = partial(torch.optim.AdamW, lr=1e-4, fused=True)  # A step that is not fused needs as much again as the weights.
+KEY = ("method", "blocks", "ranks", "shards", "batch_size")
 COUPLINGS: dict[str, lg.MAN | None] = {"dgl": None, "dgl+man": lg.MAN(lag=lg.least_lag())}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Measure one process and pipelines."""
+    """Measure one process, pipelines and a mesh."""
 
-    ranks: tuple[int, ...] = (2, 3)
+    ranks: tuple[tuple[int, int], ...] = ((2, 1), (3, 1), (2, 2))
+    """The ranks of the pipeline, and those that share the weights of a stage."""
     layers: int = 12
     width: int = 768
     vocabulary: int = 50257
     context: int = 512
-    batch_size: int = 1
     results: Path = Path("results")
 
 
@@ -53,8 +57,8 @@ def network(settings: Settings) -> GPT:
     return GPT(settings.vocabulary, settings.context, settings.width, settings.layers, heads=12)
 
 
-def example(settings: Settings) -> torch.Tensor:
-    return torch.randint(settings.vocabulary, (settings.batch_size, settings.context))
+def example(settings: Settings, batch_size: int = 1) -> torch.Tensor:
+    return torch.randint(settings.vocabulary, (batch_size, settings.context))
 
 
 def cuts(settings: Settings, method: str, ranks: int) -> list[str]:
@@ -67,7 +71,7 @@ def cuts(settings: Settings, method: str, ranks: int) -> list[str]:
         how: dict[str, Any] = {"method": lg.dgl(), "coupling": COUPLINGS[method], "example": x, "task": task}
         return lg.localize(backbone, blocks=lg.units(backbone, x)[:-1], **how)
 
-    costs = trace_costs(Held(make).model, settings.batch_size, targets=example(settings))
+    costs = trace_costs(Held(make).model, 1, targets=example(settings))
 
     def needed(pieces: list[Cost]) -> list[float]:
         return [float(cost.state + 3 * cost.gradients + cost.kept) for cost in pieces]
@@ -100,20 +104,26 @@ def third_step(model: lg.LocalModel, blocks: Iterable[int], block_steps: Callabl
     return lg.measure_peak(step, model=model, optimizers=list(optimizers.values())).total
 
 
-def work(rank: int, folder: str, settings: Settings, method: str, ranks: int, last: list[str]) -> None:
-    """Runs as one rank, and writes what it needed."""
+def work(
+    rank: int, folder: str, settings: Settings, method: str, last: list[str], ranks: int, shards: int, x: int
+) -> None:
+    """Runs as one rank of a pipeline whose stages have `shards` ranks, on `x` contexts, and writes what it needed."""
     torch.set_num_threads(1)
     before = resident()
     torch.manual_seed(0)
-    x = example(settings)
+    batch = example(settings, x)
     make = partial(model_of, settings, method, last)
     if ranks == 1:
         model = make()
-        peak = third_step(model, range(len(model.blocks)), lambda: lg.block_steps(model, x, x))
+        peak = third_step(model, range(len(model.blocks)), lambda: lg.block_steps(model, batch, batch))
     else:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=ranks)
-        stage = lg.Stage(make, [1] * ranks)
-        peak = third_step(stage.model, stage.blocks, lambda: stage.block_steps(x, x))
+        dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=ranks * shards)
+        mesh = init_device_mesh("cpu", (ranks, shards), mesh_dim_names=("pipeline", "shards")) if shards > 1 else None
+        stage = lg.Stage(make, [1] * ranks, mesh=mesh)
+        if shards > 1:
+            lg.shard(stage.model)
+        mine = batch.chunk(shards)[stage.row.rank]
+        peak = third_step(stage.model, stage.blocks, lambda: stage.block_steps(mine, mine))
         stage.finish()
         dist.destroy_process_group()
     torch.save((peak, resident() - before), f"{folder}/{rank}.pt")
@@ -126,31 +136,36 @@ def resident() -> int:
     return 1024 * int(line.split()[1])
 
 
-def measured(settings: Settings, method: str, ranks: int, last: list[str]) -> tuple[int, int]:
-    """Peak and resident bytes of the rank that needs most."""
+def measured(settings: Settings, method: str, last: list[str], ranks: int, shards: int, x: int) -> dict[str, Any]:
+    """The row of a way, with peak and resident bytes of the rank that needs most."""
+    count = ranks * shards
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(work, (folder, settings, method, ranks, last), nprocs=ranks, start_method="spawn")  # pyright: ignore[reportPrivateImportUsage]
-        found = [torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in range(ranks)]
-    return max(peak for peak, _ in found), max(rss for _, rss in found)
+        mp.start_processes(work, (folder, settings, method, last, ranks, shards, x), nprocs=count, start_method="spawn")  # pyright: ignore[reportPrivateImportUsage]
+        found = [torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in range(count)]
+    peak, rss = (max(each) for each in zip(*found, strict=True))
+    return {
+        "method": method, "blocks": len(last) + 1, "ranks": ranks, "shards": shards, "batch_size": x,
+        "cuts": " ".join(last), "peak_bytes": peak, "rss_bytes": rss,
+    }  # fmt: skip
 
 
 def main(settings: Settings) -> None:
-    shape = {name: getattr(settings, name) for name in ("layers", "width", "vocabulary", "context", "batch_size")}
-    table = Table(settings.results / "pipeline_memory.csv", same={**shape, "precision": "float32", **environment()})
-    table.add(row("bp", 1, 1, [], measured(settings, "bp", 1, [])))
+    shape = {name: getattr(settings, name) for name in ("layers", "width", "vocabulary", "context")}
+    same = {**shape, "precision": "float32", **environment()}
+    table = Table(settings.results / "pipeline_memory.csv", (*shape, *KEY), same)
+    sizes = tuple(shape.values())
+    if (*sizes, "bp", 1, 1, 1, 1) not in table:
+        table.add(measured(settings, "bp", [], 1, 1, 1) | {"times_one_process": ""})
     for method in COUPLINGS:
-        for ranks in settings.ranks:
+        for ranks, shards in settings.ranks:
+            if (*sizes, method, ranks, ranks, shards, shards) in table:
+                continue
             last = cuts(settings, method, ranks)
-            alone = measured(settings, method, 1, last)
-            table.add(row(method, ranks, 1, last, alone))
-            piped = measured(settings, method, ranks, last)
-            table.add(row(method, ranks, ranks, last, piped) | {"times_one_process": f"{piped[0] / alone[0]:.3f}"})
+            alone = measured(settings, method, last, 1, 1, shards)
+            piped = measured(settings, method, last, ranks, shards, shards)
+            share = piped["peak_bytes"] / alone["peak_bytes"]
+            table.add(alone | {"times_one_process": ""}, piped | {"times_one_process": f"{share:.3f}"})
             print(table.rows[-2:], flush=True)
-
-
-def row(method: str, blocks: int, ranks: int, last: list[str], found: tuple[int, int]) -> dict[str, object]:
-    told = {"method": method, "blocks": blocks, "ranks": ranks, "cuts": " ".join(last)}
-    return told | {"peak_bytes": found[0], "rss_bytes": found[1], "times_one_process": ""}
 
 
 if __name__ == "__main__":

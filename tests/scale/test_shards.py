@@ -212,6 +212,15 @@ def memory() -> dict[str, int]:
     return held_bytes(sharded=True)
 
 
+def one_block() -> float:
+    """The peak of a step of a block with eight units, times the bytes of its parameters."""
+    model = lg.localize(Wide(), blocks=1, method=lg.bp(), example=torch.zeros(2, 256))
+    whole = sum(p.nbytes for p in model.parameters())
+    lg.shard(model)
+    x, y = torch.randn(4, 256), torch.randint(10, (4,))
+    return lg.measure_peak(lambda: lg.local_backward(model, x, y), model=model).total / whole
+
+
 def norms() -> list[float]:
     """Of PyTorch's and of ours, the norm of all gradients and what clipping to it leaves."""
     model = lg.shard(model_of("dgl"))
@@ -262,7 +271,10 @@ def as_replicas_and_shards() -> dict[str, Any]:
 
 
 def all_of_it() -> dict[str, Any]:
-    return {call.__name__: call() for call in (together, memory, norms, with_pytorch, refusals, as_replicas_and_shards)}
+    return {
+        call.__name__: call()
+        for call in (together, memory, one_block, norms, with_pytorch, refusals, as_replicas_and_shards)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -300,6 +312,12 @@ def test_each_of_two_ranks_holds_half_of_everything(ranks: list[dict[str, Any]])
         assert held <= found["before"] <= held + 2**14
         assert abs(found["after"] - found["before"]) < 2**12
         assert found["peak"] < one["peak"]
+
+
+def test_the_gradients_of_a_block_are_whole_unit_by_unit(ranks: list[dict[str, Any]]) -> None:
+    # Half of the parameters, all parameters of the block, and what a unit or two need.
+    for rank in ranks:
+        assert 1.5 < rank["one_block"] < 2
 
 
 def test_norms_are_those_of_pytorch_with_one_message(ranks: list[dict[str, Any]]) -> None:

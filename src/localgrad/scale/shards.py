@@ -1,13 +1,14 @@
 """Shards: each rank holds a part of all parameters, gradients, optimizer states and averages.
 
-PyTorch's `fully_shard` (FSDP2) does the work. What isolated blocks add is that the parameters of one block and of its
-auxiliary are whole at a time, from its forward pass to the end of its backward pass, and that the average of a shard
-is the shard of the average, so that averages move without a message.
+PyTorch's `fully_shard` (FSDP2) does the work, unit by unit. What isolated blocks add is that the parameters of one
+block and of its auxiliary are whole at a time, from its forward pass to its backward pass, so that they are gathered
+once a step, and that the average of a shard is the shard of the average, so that averages move without a message.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, cast
@@ -21,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from localgrad.core.auxiliary import Auxiliary
+from localgrad.core.blocks import Block
 from localgrad.core.checks import StepChecks
 from localgrad.core.couplings import Snapshots
 from localgrad.core.errors import UserError
@@ -81,7 +83,7 @@ def shard(model: LocalModel, mesh: DeviceMesh | None = None) -> LocalModel:
     places = [(m, n, *held[id(p)]) for m, n, p in _held(model.backbone) if id(p) in held]
     for k in range(len(model.blocks)):
         for part in model.parts(k):
-            _shard_part(part, mesh, kept)
+            _shard_part(model, part, mesh, kept)
     for source in _elsewhere(model):
         _contiguous(source)
         fully_shard(source, mesh=mesh, ignored_params=kept)
@@ -121,16 +123,16 @@ def gather(model: LocalModel) -> Iterator[None]:
     places: list[Place] = localized(model, "gather", sharded=True).sharded or []
     if places and model.peers is not None:
         raise UserError("a stage of a pipeline has some of the blocks: stage.forward evaluates through all of them")
-    blocks = [block for block in model.blocks if isinstance(block, FSDPModule)]
+    sharded = [module for block in model.blocks for module in block.modules() if isinstance(module, FSDPModule)]
     try:
-        for block in blocks:
-            block.unshard()
+        for module in sharded:
+            module.unshard()
         _follow(places)
         with torch.no_grad():
             yield
     finally:
-        for block in blocks:
-            block.reshard()
+        for module in sharded:
+            module.reshard()
         _follow(places)
 
 
@@ -149,7 +151,7 @@ def gathered(tree: Any, *, keep: bool) -> Any:
     return tree_map_only(DTensor, gather, tree)
 
 
-def _shard_part(part: nn.Module, mesh: DeviceMesh, kept: set[nn.Parameter]) -> None:
+def _shard_part(model: LocalModel, part: nn.Module, mesh: DeviceMesh, kept: set[nn.Parameter]) -> None:
     """Shards a block or an auxiliary, unless another stage of a pipeline trains it."""
     if all(p in kept for p in part.parameters()) or any(p.is_meta for p in part.parameters()):
         return
@@ -158,9 +160,21 @@ def _shard_part(part: nn.Module, mesh: DeviceMesh, kept: set[nn.Parameter]) -> N
         if isinstance(module, Snapshots):  # No forward pass runs them, so they are not gathered with the rest.
             for state in module.states:
                 fully_shard(state, mesh=mesh, ignored_params=kept)
-    part.register_forward_hook(_without_views)
-    fully_shard(part, mesh=mesh, ignored_params=kept)
-    part.register_forward_hook(_reshard)
+    for module in (*_units(model, part, kept), part):
+        module.register_forward_hook(_without_views)
+        fully_shard(module, mesh=mesh, reshard_after_forward=False, ignored_params=kept)
+        module.register_forward_hook(_reshard)
+
+
+def _units(model: LocalModel, part: nn.Module, kept: set[nn.Parameter]) -> list[nn.Module]:
+    """The units of a block that are sharded by themselves. The rest of the block is sharded together: parameters that
+    several units use, and a first unit whose output is rebuilt, because it runs before its block, too."""
+    if not isinstance(part, Block):
+        return []
+    uses = Counter(p for unit in part for p in set(unit.parameters()))
+    rebuilt = part is model.blocks[0] and any(cast(Auxiliary, a).needs("features") for a in model.auxiliaries[:1])
+    alone = [unit for unit in list(part)[rebuilt:] if all(uses[p] == 1 for p in unit.parameters())]
+    return [unit for unit in alone if not kept.issuperset(unit.parameters())]
 
 
 def _contiguous(module: nn.Module) -> None:
