@@ -9,9 +9,9 @@ and the wall time of an epoch is its number of steps times the seconds of a step
 - `steps` times a step of all ways in turn, on two processes, once their pipelines are full. It needs an idle machine,
   and times all ways of a link anew if one of them has no row. It writes results/race_steps.csv.
 - `curves` trains each way in one process, and tests it after each epoch: first all ways for 6 epochs, seed by seed, and
-  then each way for as many epochs as it has time for, up to 12, while the slowest way of a link takes its 6. Pipelines
-  of BP are trained with the micro-batches that are best at some link, and as long as there are no times with all
-  numbers of them. It writes results/race_curves.csv, one row for each run as soon as it is finished.
+  then each way for the 9 or 12 epochs that it has time for while the slowest way of a link takes its 6. Pipelines of
+  BP are trained with the micro-batches that are best at some link, and as long as there are no times with all numbers
+  of them. It writes results/race_curves.csv, one row for each run as soon as it is finished.
 
 A run that has a row is not trained again, so the same command goes on where it stopped. Writes results/race.csv, what
 follows from both, after each row: the mean and the deviation of the error over the seeds, for each link, way and epoch.

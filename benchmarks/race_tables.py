@@ -15,7 +15,8 @@ from common import ROOT, read_results
 
 Row = dict[str, str]
 RACE = "race.csv"
-EPOCHS, MOST = 6, 12  # The epochs of the slowest way, and the most that another way gets in the same time.
+LENGTHS = (6, 9, 12)  # The epochs of the schedules. A way has those for which there is time.
+EPOCHS = LENGTHS[0]  # Those of the slowest way.
 AS_FAST = 1.05  # Among steps that take less than this times the fastest, the one with fewer micro-batches is better.
 LEVELS = (2.0, 0.5)  # Points above the error of BP on one process after all of its epochs.
 FLUSHED = ("gpipe", "1f1b")  # These pipelines of BP give what BP gives that accumulates over their micro-batches.
@@ -53,14 +54,14 @@ def slowest(row: Row, best: Sequence[Row]) -> float:
 
 
 def epochs_in_time(row: Row, best: Sequence[Row]) -> int:
-    """How many epochs a way has time for while the slowest way at its link takes its `EPOCHS`."""
+    """The longest schedule that a way has time for while the slowest way at its link takes its `EPOCHS`."""
     times = slowest(row, best) / float(row["step_seconds"])
-    return min(MOST, int(EPOCHS * times + 1e-9))
+    return max(length for length in LENGTHS if length <= EPOCHS * times + 1e-9)
 
 
 def joined(curves: Sequence[Row], steps: Sequence[Row]) -> list[dict[str, Any]]:
     """The rows of results/race.csv: the error of each way after each epoch, over its seeds, and when that is. A way has
-    several curves, one for each number of epochs that was trained and for which there is time."""
+    several curves, one for each schedule that was trained and for which there is time."""
     best, found = chosen(steps), list[dict[str, Any]]()
     for row in best:
         what = (learned_as(row["way"]), row["blocks"], row["micro_batches"])
@@ -147,10 +148,9 @@ wall time, for ResNet-32 in the setting of `fashion_small` ([experiments.md](exp
 thread each. What is learned does not depend on the link. So each way is trained in one process, which gives the same
 result, and its wall time is the number of steps times the measured seconds of a step on two processes with full
 pipelines. Reading images and testing are not counted. All ways have the time that the slowest one at a link takes for
-{EPOCHS} epochs. Each of them has several schedules: one of {EPOCHS} epochs and one of as many as it has time for, at
-most {MOST}. The picture and the error in the end are those of the longest schedule. An error at a moment, or the time
-to an error, are those of whichever schedule is best. Networks are tested after each epoch, and the figures are means
-over the seeds.
+{EPOCHS} epochs, and each has the schedules of {LENGTHS[0]}, {LENGTHS[1]} and {LENGTHS[2]} epochs for which there is
+time. The picture and the error in the end are those of the longest one. An error at a moment, or the time to an error,
+are those of whichever schedule is best. Networks are tested after each epoch, and the figures are means over the seeds.
 
 Pipelines of BP have their best number of micro-batches at each link, and batch norm sees one of them at a time. With
 one micro-batch, processes take turns. PipeDream-2BW (written for this benchmark) does not flush: its gradients are
