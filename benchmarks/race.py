@@ -3,8 +3,8 @@
     python benchmarks/race.py
 
 Two processes of one thread each train ResNet-32 in the setting of `fashion_small`, over links on which each message is
-0, 10 or 100 ms late. What is learned does not depend on the link (see `race_ways.py`). So this benchmark has two parts,
-and the wall time of an epoch is its number of steps times the seconds of a step:
+0, 10 or 100 ms late. What is learned does not depend on the link (see `race_ways.py`). So this benchmark has three
+parts, and the wall time of an epoch is its number of steps times the seconds of a step:
 
 - `steps` times a step of all ways in turn, on two processes, once their pipelines are full. It needs an idle machine,
   and times all ways of a link anew if one of them has no row. It writes results/race_steps.csv.
@@ -12,6 +12,9 @@ and the wall time of an epoch is its number of steps times the seconds of a step
   then each way for the 9 or 12 epochs that it has time for while the slowest way of a link takes its 6. Pipelines of
   BP are trained with the micro-batches that are best at some link, and as long as there are no times with all numbers
   of them. It writes results/race_curves.csv, one row for each run as soon as it is finished.
+
+- `rates` trains PipeDream-2BW's rule with several rates and warm-ups, with the first seed, because the recipe's own are
+  too quick for gradients of older weights. It writes results/race_rates.csv. All other ways have those of the recipe.
 
 A run that has a row is not trained again, so the same command goes on where it stopped. Writes results/race.csv, what
 follows from both, after each row: the mean and the deviation of the error over the seeds, for each link, way and epoch.
@@ -35,7 +38,7 @@ from localgrad.run.folder import environment
 from localgrad.run.recipes import named_recipe
 from localgrad.run.tables import read_csv, write_csv
 
-STEPS, CURVES = "race_steps.csv", "race_curves.csv"
+STEPS, CURVES, RATES = "race_steps.csv", "race_curves.csv", "race_rates.csv"
 WAY = ("way", "blocks", "micro_batches")
 
 
@@ -43,9 +46,11 @@ WAY = ("way", "blocks", "micro_batches")
 class Settings:
     """Time and train what the tables lack. Ctrl-C stops it, and the same command continues it."""
 
-    parts: str = "steps,curves"
+    parts: str = "steps,rates,curves"
     recipe: str = "fashion_small"
     seeds: tuple[int, ...] = (0, 1, 2)
+    rates: tuple[float, ...] = (0.1, 0.05, 0.025)
+    warmups: tuple[float, ...] = (0.05, 0.2)
     links: tuple[int, ...] = (0, 10, 100)
     """Milliseconds by which messages are late."""
     micro_batches: tuple[int, ...] = (1, 2, 4, 8)
@@ -107,13 +112,21 @@ def summed_up(settings: Settings) -> None:
 def main(settings: Settings) -> None:
     parts = settings.parts.split(",")
     for part in parts:
-        if part not in ("steps", "curves"):
-            raise SystemExit(f"the race has no part '{part}': take steps, curves")
+        if part not in ("steps", "rates", "curves"):
+            raise SystemExit(f"the race has no part '{part}': take steps, rates, curves")
+    base = replace(named_recipe(settings.recipe), epochs=EPOCHS)
     if "steps" in parts and (links := missing_links(settings)):
         on_two_processes(time_steps, replace(settings, links=links))
+    if "rates" in parts:
+        seed = settings.seeds[0]
+        tried: dict[tuple[object, ...], Any] = {
+            ("2bw", lr, warmup, seed): partial(learn, replace(base, seed=seed), "2bw", 1, 1, lr=lr, warmup=warmup)
+            for lr in settings.rates
+            for warmup in settings.warmups
+        }
+        run_missing(settings.results / RATES, ("way", "lr", "warmup", "seed"), tried, settings.jobs)
     if "curves" in parts:
-        base = replace(named_recipe(settings.recipe), epochs=EPOCHS)
-        runs = {
+        runs: dict[tuple[object, ...], Any] = {
             run: partial(learn, replace(base, epochs=run[-2], seed=run[-1]), *run[:-2]) for run in runs_of(settings)
         }
         out = settings.results / CURVES

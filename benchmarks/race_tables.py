@@ -154,8 +154,9 @@ are those of whichever schedule is best. Networks are tested after each epoch, a
 
 Pipelines of BP have their best number of micro-batches at each link, and batch norm sees one of them at a time. With
 one micro-batch, processes take turns. PipeDream-2BW (written for this benchmark) does not flush: its gradients are
-exact, of weights that are one step old, and two batches may be underway. In data parallel, batch norm sees half of the
-batch, and an all-reduce of two processes takes two messages. DGL's head `1c1f@4` is that of the recipes
+exact, of weights that are one step old, and two batches may be underway. It has half of the recipe's rate and a longer
+warm-up, with which it learns best of what was tried (`results/race_rates.csv`). In data parallel, batch norm sees half
+of the batch, and an all-reduce of two processes takes two messages. DGL's head `1c1f@4` is that of the recipes
 `fashion_small_k2` and `fashion_small_k4`.
 
 ![Test error against wall seconds, at each link](race.svg)
