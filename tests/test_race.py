@@ -172,7 +172,7 @@ def test_a_link_is_timed_anew_if_a_way_has_no_row(tmp_path: Path) -> None:
 
 
 def test_an_unknown_part_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="no part 'step': take steps, curves"):
+    with pytest.raises(SystemExit, match="no part 'step': take steps, rates, curves"):
         race.main(race.Settings(results=tmp_path, parts="step"))
 
 

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from starts import Start, children, group_is_gone, tiny, wait_for
 
 from localgrad.cli import main
 from localgrad.core.errors import RunError
+from localgrad.run import ranks as run_ranks
 from localgrad.run.folder import read_environment, summary_rows
 from localgrad.run.ranks import joined
 from localgrad.run.runlog import scores
@@ -31,6 +33,7 @@ from localgrad.run.signals import Stopped
 EPOCHS = 6  # long enough for what befalls the run
 TWO = ("--nproc", "2", "--save-every", "5")
 PIPELINE = ("--pipeline", "2", "--step-as-you-go", "--lag", "2")
+LONG = ("--pipeline", "3", *PIPELINE[2:])
 DIVERGES = ("--step-as-you-go", "--coupling", "none", "--block-lr")
 STATISTICS = ("num_batches_tracked", "running_mean", "running_var")
 SINGLE = (
@@ -199,17 +202,28 @@ def test_torchrun_itself_starts_and_restarts_the_ranks(tmp_path: Path, undisturb
 
 
 @pytest.mark.slow  # a rank that does not hear its SIGTERM is given a minute and a half
-@pytest.mark.parametrize("share", [("--nproc", "2"), PIPELINE])
-def test_a_rank_that_hangs_is_named(tmp_path: Path, share: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("share", "count", "hung"), [(("--nproc", "2"), 2, 1), (PIPELINE, 2, 1), (LONG, 3, 2)])
+def test_a_rank_that_hangs_is_named(tmp_path: Path, share: tuple[str, ...], count: int, hung: int) -> None:
     start = Start(tmp_path / "run", *tiny(40, "--save-every", "5", *share, "--rank-timeout", "5"), forked=False)
     until_step(tmp_path / "run", 10)
     began = time.monotonic()
-    os.kill(children(start.pid)[1], signal.SIGSTOP)
+    os.kill(children(start.pid)[hung], signal.SIGSTOP)
     assert start.end() == 3
     assert time.monotonic() - began < 120
-    sentence = "localgrad: rank 1 of 2 died or did not answer for 5 s: the same command goes on from the last save"
-    assert sentence in start.err
+    said = f"rank {hung} of {count} died or did not answer for 5 s: the same command goes on from the last save"
+    assert {line for line in start.err if "did not answer" in line} == {f"localgrad: {said}"}
     assert is_gone(start)
+
+
+def test_a_rank_that_waits_a_little_later_is_not_laid_the_hang_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    monkeypatch.setattr(run_ranks, "_store", lambda: store)
+    monkeypatch.setattr(run_ranks, "PATIENCE", 0.01)
+    assert "rank 1 and rank 2 of 3 died" in run_ranks._lost(0, 3, 5.0, 0.01)
+    later = threading.Timer(0.5, store.set, ("localgrad/here/1", "1"))
+    later.start()
+    assert run_ranks._lost(0, 3, 5.0, 60.0).startswith("rank 2 of 3 died or did not answer for 5 s")
+    later.join()
 
 
 @pytest.mark.slow  # the pipeline's own test above is not

@@ -20,7 +20,9 @@ from localgrad.core.errors import RunError, UserError
 from localgrad.run.signals import Stopped, deaf, rank_here
 from localgrad.scale.groups import Ranks, leave_meshes
 
-PATIENCE = 3.0  # Seconds after which each living rank has noticed that another one is lost.
+PATIENCE = 3.0  # Seconds after which each living rank has noticed that another one has died.
+# If one does not answer, the ranks that wait for it notice that one after the other, as they began to wait.
+LATER = 30.0
 SAID = "localgrad/said"  # This key is in the store if a rank has ended with a sentence of its own.
 
 
@@ -54,7 +56,8 @@ def joined(device: str, timeout: float) -> Iterator[Ranks]:
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        raise RunError(_lost(rank, count, timeout)) from error
+        late = min(timeout, LATER) if "timed out" in str(error).lower() else 0.0
+        raise RunError(_lost(rank, count, timeout, PATIENCE + late)) from error
     finally:
         _leave()
 
@@ -102,15 +105,27 @@ def _leave() -> None:
             dist.destroy_process_group()
 
 
-def _lost(rank: int, count: int, timeout: float) -> str:
-    """A sentence about the ranks that do not answer. Those that live leave a key in the store, which outlives them."""
+def _lost(rank: int, count: int, timeout: float, most: float) -> str:
+    """A sentence about the ranks that do not answer. Those that live leave a key in the store, which outlives them.
+
+    Args:
+        rank: The number of this rank.
+        count: The number of ranks.
+        timeout: The seconds that ranks wait for each other, which the sentence names.
+        most: The most seconds to wait for these keys. With one rank left that has none, it is that one.
+    """
+    until = time.monotonic() + most
     try:
         store = _store()
         store.set(f"localgrad/here/{rank}", "1")
         time.sleep(PATIENCE)
-        if store.check([SAID]):
-            raise Stopped(signal.SIGTERM)  # The process that started the ranks would send the same signal.
-        silent = [r for r in range(count) if not store.check([f"localgrad/here/{r}"])]
+        while True:
+            if store.check([SAID]):
+                raise Stopped(signal.SIGTERM)  # The process that started the ranks would send the same signal.
+            silent = [r for r in range(count) if not store.check([f"localgrad/here/{r}"])]
+            if len(silent) < 2 or time.monotonic() >= until:
+                break
+            time.sleep(0.2)
     except RuntimeError:
         silent = []
     lost = " and ".join(f"rank {r}" for r in silent) if silent else "another rank"
