@@ -221,6 +221,18 @@ def one_block() -> float:
     return lg.measure_peak(lambda: lg.local_backward(model, x, y), model=model).total / whole
 
 
+def evaluated() -> dict[str, Any]:
+    """What the network gives, before the first step and after it. Rank 0 calls it once, rank 1 twice."""
+    model = lg.shard(model_of("man"))
+    found = {}
+    for x, y in batches(model)[:2]:
+        with lg.gather(model):
+            for _ in range(1 + dist.get_rank()):
+                found["output"] = model.backbone.eval()(x)
+        found["losses"] = lg.local_backward(model.train(), x, y).losses
+    return found
+
+
 def norms() -> list[float]:
     """Of PyTorch's and of ours, the norm of all gradients and what clipping to it leaves."""
     model = lg.shard(model_of("dgl"))
@@ -273,7 +285,7 @@ def as_replicas_and_shards() -> dict[str, Any]:
 def all_of_it() -> dict[str, Any]:
     return {
         call.__name__: call()
-        for call in (together, memory, one_block, norms, with_pytorch, refusals, as_replicas_and_shards)
+        for call in (together, memory, one_block, evaluated, norms, with_pytorch, refusals, as_replicas_and_shards)
     }
 
 
@@ -312,6 +324,17 @@ def test_each_of_two_ranks_holds_half_of_everything(ranks: list[dict[str, Any]])
         assert held <= found["before"] <= held + 2**14
         assert abs(found["after"] - found["before"]) < 2**12
         assert found["peak"] < one["peak"]
+
+
+def test_each_rank_calls_a_gathered_network_as_often_as_it_likes(ranks: list[dict[str, Any]]) -> None:
+    model = model_of("man")
+    (x, y), (other, _) = batches(model)[:2]
+    lg.local_backward(model, x, y)
+    with torch.no_grad():
+        expected = model.backbone.eval()(other)
+    for rank in ranks:
+        torch.testing.assert_close(rank["evaluated"]["output"], expected, rtol=1e-9, atol=1e-9)
+        assert len(rank["evaluated"]["losses"]) == 4
 
 
 def test_the_gradients_of_a_block_are_whole_unit_by_unit(ranks: list[dict[str, Any]]) -> None:

@@ -83,7 +83,7 @@ def shard(model: LocalModel, mesh: DeviceMesh | None = None) -> LocalModel:
     places = [(m, n, *held[id(p)]) for m, n, p in _held(model.backbone) if id(p) in held]
     for k in range(len(model.blocks)):
         for part in model.parts(k):
-            _shard_part(model, part, mesh, kept)
+            _shard_part(part, mesh, kept)
     for source in _elsewhere(model):
         _contiguous(source)
         fully_shard(source, mesh=mesh, ignored_params=kept)
@@ -123,7 +123,7 @@ def gather(model: LocalModel) -> Iterator[None]:
     places: list[Place] = localized(model, "gather", sharded=True).sharded or []
     if places and model.peers is not None:
         raise UserError("a stage of a pipeline has some of the blocks: stage.forward evaluates through all of them")
-    sharded = [module for block in model.blocks for module in block.modules() if isinstance(module, FSDPModule)]
+    sharded = [module for block in model.blocks for module in _sharded(block)]
     try:
         for module in sharded:
             module.unshard()
@@ -151,7 +151,7 @@ def gathered(tree: Any, *, keep: bool) -> Any:
     return tree_map_only(DTensor, gather, tree)
 
 
-def _shard_part(model: LocalModel, part: nn.Module, mesh: DeviceMesh, kept: set[nn.Parameter]) -> None:
+def _shard_part(part: nn.Module, mesh: DeviceMesh, kept: set[nn.Parameter]) -> None:
     """Shards a block or an auxiliary, unless another stage of a pipeline trains it."""
     if all(p in kept for p in part.parameters()) or any(p.is_meta for p in part.parameters()):
         return
@@ -160,20 +160,21 @@ def _shard_part(model: LocalModel, part: nn.Module, mesh: DeviceMesh, kept: set[
         if isinstance(module, Snapshots):  # No forward pass runs them, so they are not gathered with the rest.
             for state in module.states:
                 fully_shard(state, mesh=mesh, ignored_params=kept)
-    for module in (*_units(model, part, kept), part):
+    for module in (*_alone(part, kept), part):
         module.register_forward_hook(_without_views)
         fully_shard(module, mesh=mesh, reshard_after_forward=False, ignored_params=kept)
-        module.register_forward_hook(_reshard)
+    part.register_forward_hook(_reshard)
+    # It learns now which units it has. Otherwise a unit that the network runs itself, within `gather`, is its own root.
+    cast(Any, fully_shard.state(part))._lazy_init()
 
 
-def _units(model: LocalModel, part: nn.Module, kept: set[nn.Parameter]) -> list[nn.Module]:
-    """The units of a block that are sharded by themselves. The rest of the block is sharded together: parameters that
-    several units use, and a first unit whose output is rebuilt, because it runs before its block, too."""
+def _alone(part: nn.Module, kept: set[nn.Parameter]) -> list[nn.Module]:
+    """The units of a block that are sharded one by one. The rest of the block is sharded together, which is what
+    several of its units use, and so is an auxiliary."""
     if not isinstance(part, Block):
         return []
     uses = Counter(p for unit in part for p in set(unit.parameters()))
-    rebuilt = part is model.blocks[0] and any(cast(Auxiliary, a).needs("features") for a in model.auxiliaries[:1])
-    alone = [unit for unit in list(part)[rebuilt:] if all(uses[p] == 1 for p in unit.parameters())]
+    alone = [unit for unit in part if all(uses[p] == 1 for p in unit.parameters())]
     return [unit for unit in alone if not kept.issuperset(unit.parameters())]
 
 
@@ -210,7 +211,13 @@ def _without_views(part: nn.Module, entered: Any, output: Any) -> Any:
 def _reshard(part: nn.Module, *_: Any) -> None:
     """Frees the whole parameters of a part if no backward pass will do so."""
     if not torch.is_grad_enabled():
-        cast(FSDPModule, part).reshard()
+        for module in _sharded(part):
+            module.reshard()
+
+
+def _sharded(part: nn.Module) -> list[FSDPModule]:
+    """The modules of a part whose parameters are sharded."""
+    return [module for module in part.modules() if isinstance(module, FSDPModule)]
 
 
 def _kept_whole(model: LocalModel) -> Iterator[nn.Parameter]:
