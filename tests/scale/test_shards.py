@@ -213,7 +213,7 @@ def memory() -> dict[str, int]:
 
 
 def one_block() -> float:
-    """The peak of a step of a block with eight units, times the bytes of its parameters."""
+    """The peak of a step of a block with eight units, divided by the bytes of its parameters."""
     model = lg.localize(Wide(), blocks=1, method=lg.bp(), example=torch.zeros(2, 256))
     whole = sum(p.nbytes for p in model.parameters())
     lg.shard(model)
