@@ -269,16 +269,17 @@ def check(measured: list[dict[str, str]]) -> list[dict[str, Any]]:
     """Compares each measured pipeline on two devices with the images per second that the formulas expect."""
     found = []
     batch = int(measured[0]["batch_size"])
-    # A device computes half of each batch. The rows "twice" time a whole batch on each of two devices at the same time,
-    # so c is half of their seconds.
-    c = {row["blocks"]: batch / float(row["images_per_second"]) for row in measured if row["way"].endswith("twice")}
+    # The rows "twice" time a whole batch on each of two devices at the same time. A device takes its share of these
+    # seconds: in the local pipeline the measured one of the slower device, and half of them in BP's pipelines.
+    twice = (row for row in measured if row["way"].endswith("twice"))
+    whole = {row["blocks"]: 2 * batch / float(row["images_per_second"]) for row in twice}
     for row in measured:
         way, micro, delay = row["way"], int(row["micro_batches"]), float(row["delay_ms"]) / 1000
         if way == "local pipeline":
-            seconds = local_pipeline(c[row["blocks"]], delay)
+            seconds = local_pipeline(whole[row["blocks"]] * float(row["slowest_share"]), delay)
         elif way in ("1f1b", "gpipe"):
             formula = one_f_one_b if way == "1f1b" else gpipe
-            seconds = formula(2, micro, c["1"], delay)
+            seconds = formula(2, micro, whole["1"] / 2, delay)
         else:
             continue
         expected, speed = batch / seconds, float(row["images_per_second"])

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import tyro
@@ -90,6 +90,16 @@ def feedback(model: LocalModel, x: Tensor, y: Tensor, autocast: torch.dtype | No
             ).backward()
 
 
+def leap(model: LocalModel, x: Tensor, y: Tensor, autocast: torch.dtype | None, weight: float) -> None:
+    """A window whose auxiliaries have deep MAN's path, in which the first unit alone has an average: MLAAN's leap
+    auxiliaries (arXiv 2406.16633). In its code the average moves in the last auxiliary alone; here it moves in all."""
+    for auxiliary in model.auxiliaries:
+        for link in cast(Any, auxiliary).coupling.links[1:]:
+            link.ema = None
+    model.move_averages()
+    window(model, x, y, autocast, weight)
+
+
 def sgr(model: LocalModel, x: Tensor, y: Tensor, autocast: torch.dtype | None, weight: float) -> None:
     """Successive Gradient Reconciliation (Yang et al., ICML 2024): a block's input gradient follows the gradient that
     the block before got from its own loss.
@@ -112,7 +122,7 @@ def sgr(model: LocalModel, x: Tensor, y: Tensor, autocast: torch.dtype | None, w
         before = following
 
 
-IDEAS: dict[str, Callable[..., None]] = {"window": window, "feedback": feedback, "sgr": sgr}
+IDEAS: dict[str, Callable[..., None]] = {"window": window, "leap": leap, "feedback": feedback, "sgr": sgr}
 
 
 @dataclass(frozen=True)
@@ -123,9 +133,9 @@ class Settings:
     jobs: int = 2
 
 
-def _runs(idea: str, weight: float, blocks: str, head: str, seeds: str = "0") -> Iterator[tuple[Any, Any]]:
-    """The name of each run of DGL with this idea, and the function that trains it."""
-    compare = Compare(methods="dgl", blocks=blocks, seeds=seeds, recipe="fashion_small", vary=(f"head={head}",))
+def _runs(idea: str, weight: float, blocks: str, head: str, method: str = "dgl") -> Iterator[tuple[Any, Any]]:
+    """The name of each run with this idea, and the function that trains it."""
+    compare = Compare(methods=method, blocks=blocks, seeds="0", recipe="fashion_small", vary=(f"head={head}",))
     for cell in grid(compare):
         name = (idea, weight, cell.method, cell.blocks, cell.setting, cell.recipe.seed)
         yield name, partial(trained, idea, weight, cell.recipe)
@@ -142,6 +152,7 @@ def main(settings: Settings) -> None:
         *_runs("window", 1, "4,16", "1c1f@4"),
         *_runs("feedback", 1, "4,16", "1c1f@4"),
         *_runs("sgr", 1, "4", "1c1f@4"),
+        *_runs("leap", 1, "4", "1c1f@4", "dgl+deep-man"),
     ]
     run_missing(settings.out, KEY, dict(runs), settings.jobs)
 

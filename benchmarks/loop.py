@@ -114,25 +114,27 @@ def tested(network: nn.Module, data: data_room.Data, recipe: Recipe, machine: Ma
 def run_missing(
     out: Path,
     key: Sequence[str],
-    runs: Mapping[tuple[object, ...], Callable[[], dict[str, Any]]],
+    runs: Mapping[tuple[object, ...], Callable[[], dict[str, Any] | list[dict[str, Any]]]],
     jobs: int,
     *,
     done: Callable[[], object] = lambda: None,
 ) -> None:
-    """Runs what a table lacks, `jobs` at a time, and adds a row as soon as each is finished.
+    """Runs what a table lacks, `jobs` at a time, and adds the row or rows of each as soon as it is finished.
 
     Args:
         out: The CSV file.
         key: The columns that name a run.
-        runs: For the values of these columns, a function that can be pickled and returns the other columns.
+        runs: For the values of these columns, a function that can be pickled and returns the other columns: of its row,
+            or a list of those of its rows.
         jobs: The number of processes.
-        done: Called after each new row.
+        done: Called after the rows of each run.
     """
     table = Table(out, key, same=environment() | {"threads": 1})
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         names = {pool.submit(run): name for name, run in runs.items() if name not in table}
         for finished in as_completed(names):
-            row = dict(zip(key, names[finished], strict=True)) | finished.result()
-            table.add(row)
-            print(row, flush=True)
+            name, found = dict(zip(key, names[finished], strict=True)), finished.result()
+            rows = [name | row for row in (found if isinstance(found, list) else [found])]
+            table.add(*rows)
+            print(*rows, sep="\n", flush=True)
             done()

@@ -129,8 +129,7 @@ class Bench(Maker):
             return self.rival(name, self.halves, micro)
         if name == "2bw":
             return self.two_versions(self.halves, micro)
-        model = self.model(LEARNED[name, blocks])
-        return self.pipeline(name, model, lg.shares_of(self.seconds(model), 2))
+        return self.pipeline(name, self.model(LEARNED[name, blocks]))
 
     @property
     def halves(self) -> LocalModel:

@@ -71,7 +71,7 @@ class Bench(Maker):
         middle = lg.shares_of(seconds, 2)[0] - 1
         trial: dict[str, float] = {}  # The seconds of a step for each cut.
         for name in names[middle - 1 : middle + 3]:
-            way = self.pipeline("local pipeline", self.model([name], lg.MAN(lag=lg.least_lag())), (1, 1))
+            way = self.pipeline("local pipeline", self.model([name], lg.MAN(lag=lg.least_lag())))
             trial[name] = min(slowest([timed(way, self.rank, self.settings.steps) for _ in range(3)]))
         cut = min(trial, key=lambda name: trial[name])
         found = [*self.alone("bp", self.model(1, bp=True)), self.fsdp()]
@@ -79,8 +79,7 @@ class Bench(Maker):
             found += self.alone("local", self.model(blocks, lg.MAN()))
             found.append(self.replicas("local data parallel", self.model(blocks, lg.MAN())))
             found.append(self.shards(self.model(blocks, lg.MAN())))
-            piped = self.model(blocks, lg.MAN(lag=lg.least_lag()))
-            found.append(self.pipeline("local pipeline", piped, lg.shares_of(self.seconds(piped), 2)))
+            found.append(self.pipeline("local pipeline", self.model(blocks, lg.MAN(lag=lg.least_lag()))))
         splits = {cut: "local", names[middle]: "bp"} if cut != names[middle] else {cut: "local"}
         for at, split in splits.items():
             for name in (name for name in SCHEDULES if parts_of(name) == 2):
@@ -131,7 +130,8 @@ def work(rank: int, settings: Settings) -> None:
             local = f"{speed / speeds[f'local {max(way.blocks, 2)}']:.3f}" if way.name[:2] != "bp" else ""
             row = {
                 "way": way.name, "processes": way.processes, "blocks": way.blocks, "split": way.split, "cut": way.cut,
-                "micro_batches": way.micro_batches, "delay_ms": delay, "images_per_second": f"{speed:.2f}",
+                "micro_batches": way.micro_batches, "slowest_share": f"{way.slowest:.3f}" if way.slowest else "",
+                "delay_ms": delay, "images_per_second": f"{speed:.2f}",
                 "times_bp": f"{speed / speeds['bp 1']:.3f}", "times_local": local, "peak_bytes": int(peaks[i]),
             }  # fmt: skip
             if rank == 0:

@@ -59,6 +59,7 @@ class Way:
         micro_batches: The parts of a batch that follow each other through a pipeline.
         batches: How many batches a step of all processes trains on.
         split: Who chose the cut: "local" or "bp".
+        slowest: For a local pipeline, the share of the seconds of all blocks that the slower process takes.
         delayable: Whether `delayed` reaches all messages.
         close: To be called after the last of several steps.
     """
@@ -71,6 +72,7 @@ class Way:
     micro_batches: int = 1
     batches: int = 1
     split: str = "local"
+    slowest: float | None = None
     delayable: bool = True
     close: Callable[[], None] = lambda: None
 
@@ -160,12 +162,15 @@ class Maker:
         """This process's half of the batch."""
         return [t.chunk(2)[self.rank] for t in (self.x, self.y)]
 
-    def pipeline(self, name: str, model: lg.LocalModel, shares: tuple[int, ...]) -> Way:
-        """The local pipeline. `shares` has the number of blocks of each process."""
+    def pipeline(self, name: str, model: lg.LocalModel) -> Way:
+        """The local pipeline. The blocks are divided so that the slower process is as fast as possible."""
+        seconds = self.seconds(model)
+        shares = lg.shares_of(seconds, 2)
+        first = sum(seconds[: shares[0]]) / sum(seconds)
         stage = lg.Stage(model, shares)
         cut = model.blocks[shares[0] - 1].names[-1]
         step = partial(Updates(model).step, partial(stage.block_steps, self.x, self.y, autocast=self.autocast))
-        return Way(name, 2, len(model.blocks), cut, step, close=stage.finish)
+        return Way(name, 2, len(model.blocks), cut, step, slowest=max(first, 1 - first), close=stage.finish)
 
     def rival(self, name: str, parts: lg.LocalModel, micro: int, split: str = "local") -> Way:
         """BP in one of PyTorch's pipelines, on the parts of a network, as many as `parts_of(name)`."""
