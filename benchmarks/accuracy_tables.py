@@ -7,15 +7,8 @@ from collections.abc import Callable
 from functools import partial
 from statistics import mean
 
-from cells import NAMES, added_of, error_of, mean_of, name_of, peak_of, table
+from cells import NAMES, added_of, mean_of, name_of, peak_of, table
 from common import read_results
-
-
-def time_of(row: dict[str, str]) -> str:
-    """The time of a step of this method, number of blocks and setting, in times of BP's; "" if it was not timed."""
-    times = {(r["method"], r["blocks"], r["setting"]): r["times_bp"] for r in read_results("time_fashion_small.csv")}
-    return times.get((row["method"], row["blocks"], row["setting"]), "")
-
 
 RECIPES = {  # The keys are the number of blocks and the setting of a row of DGL.
     ("2", "head=1c1f@4 blocks=layer1.3"): "fashion_small_k2",
@@ -29,17 +22,49 @@ def recipe_of(row: dict[str, str]) -> str:
     return RECIPES.get((row["blocks"], row["setting"]), "") if row["method"] == "dgl" else ""
 
 
+SEEDS = 3  # The seeds that all rows have: 0 to 2.
+
+
+def runs_by_way() -> dict[tuple[str, str, str], list[dict[str, str]]]:
+    """The runs of the common seeds, by method, number of blocks and setting."""
+    groups: dict[tuple[str, str, str], list[dict[str, str]]] = {}
+    for row in read_results("accuracy_fashion_small_runs.csv"):
+        if int(row["seed"]) < SEEDS:
+            groups.setdefault((row["method"], row["blocks"], row["setting"]), []).append(row)
+    return groups
+
+
+def above_bp(runs: list[dict[str, str]]) -> str:
+    """How far the errors of these runs are above those of BP with the same seeds."""
+    bp = {row["seed"]: float(row["error"]) for row in runs_by_way()["bp", "1", ""]}
+    return mean_of([float(row["error"]) - bp[row["seed"]] for row in runs])
+
+
+def _name_in_readme(row: dict[str, str]) -> str:
+    """How the table of README.md calls a row of the times, "" if it is not there."""
+    name, setting = name_of(row["method"]), row["setting"]
+    if recipe := recipe_of(row):
+        return f"{name} (`{recipe}`)"
+    if setting.startswith("recompute="):
+        return f"{name}, {16 if setting.endswith('=all') else setting.count(',') + 1} of 16 units recomputed"
+    if "accumulate=" in setting:
+        return f"{name}, each batch in {setting.rpartition('=')[2]} parts"
+    return "" if setting else name
+
+
 def accuracy() -> str:
-    """Error, memory and time of a step, for the main part of the study and for the recipes that follow from it."""
-    order = ["bp", "dgl", "dgl+man", "dgl+man++", "dgl+deep-man"]
-    every = read_results("accuracy_fashion_small.csv")
-    main = [r for r in every if (r["method"] in order and not r["setting"]) or recipe_of(r)]
-    body = []
-    for row in sorted(main, key=lambda r: (int(r["blocks"]), order.index(r["method"]), r["setting"])):
-        name = name_of(row["method"]) + (f" (`{recipe_of(row)}`)" if row["setting"] else "")
-        body.append([name, row["blocks"], error_of(row), row["n"], peak_of(row), time_of(row), added_of(row)])
-    head = ["method", "blocks", "test error, %", "n", "peak memory", "time of a step", "parameters added"]
-    return table(head, body)
+    """Error, memory and time of a step: of BP, also where it saves memory, of the study's main part and of the recipes
+    that follow from it."""
+    order, ways, body = ["bp", "dgl", "dgl+man", "dgl+man++", "dgl+deep-man"], runs_by_way(), []
+    timed = read_results("time_fashion_small.csv")
+    for row in sorted(timed, key=lambda r: (int(r["blocks"]), order.index(r["method"]))):
+        name, recomputed = _name_in_readme(row), row["setting"].startswith("recompute=")
+        runs = ways.get((row["method"], row["blocks"], "" if recomputed else row["setting"]))
+        if name and runs:
+            above = "0, exact" if recomputed or name == "BP" else above_bp(runs)
+            error = mean_of([float(run["error"]) for run in runs])
+            body.append([name, row["blocks"], error, above, peak_of(row), row["times_bp"]])
+    return table(["method", "blocks", "test error, %", "above BP, points", "peak memory", "time of a step"], body)
 
 
 def pairs() -> str:
@@ -112,40 +137,29 @@ def _cut_and_head(row: dict[str, str]) -> tuple[str, str, str] | None:
 
 def heads() -> str:
     """Each cut of the study of heads, with each head: the error, and how far it is from BP's of the same seeds."""
-    runs = read_results("accuracy_fashion_small_runs.csv")
-    bp = {row["seed"]: float(row["error"]) for row in runs if row["method"] == "bp" and not row["setting"]}
-    groups: dict[tuple[str, str, str], list[dict[str, str]]] = {}
-    for row in runs:
-        key = _cut_and_head(row)
-        if key is not None and int(row["seed"]) < 3:
-            groups.setdefault(key, []).append(row)
+    keyed = ((_cut_and_head(runs[0]), runs) for runs in runs_by_way().values())
+    groups = {key: runs for key, runs in keyed if key is not None}
     shown = {key[:2] for key in groups if "@" in key[2]}
     order = [*dict.fromkeys(CUTS.values())]
     body = []
     for key in sorted(groups, key=lambda k: (order.index(k[0]), len(k[1]), k[1], k[2])):
         if key[:2] in shown:
             mine = groups[key]
-            less = mean_of([float(row["error"]) - bp[row["seed"]] for row in mine])
             error = mean_of([float(row["error"]) for row in mine])
-            body.append([*key, error, str(len(mine)), less, peak_of(mine[0]), added_of(mine[0])])
+            body.append([*key, error, str(len(mine)), above_bp(mine), peak_of(mine[0]), added_of(mine[0])])
     head = ["blocks", "method", "head", "test error, %", "n", "above BP, points", "peak memory", "parameters added"]
     return table(head, body)
 
 
 def accumulation() -> str:
     """BP with 128 images a step, in parts, and how far it is from BP with the whole batch of the same seeds."""
-    groups: dict[str, list[dict[str, str]]] = {}
-    for row in read_results("accuracy_fashion_small_runs.csv"):
-        parts = re.fullmatch(r"(?:batch_size=\d+ accumulate=(\d+))?", row["setting"])
-        if row["method"] == "bp" and parts and int(row["seed"]) < 3:
-            groups.setdefault(parts[1] or "1", []).append(row)
-    whole = {row["seed"]: float(row["error"]) for row in groups["1"]}
     body = []
-    for parts, mine in sorted(groups.items()):
-        errors = [float(row["error"]) for row in mine]
-        more = [float(row["error"]) - whole[row["seed"]] for row in mine]
-        above = "" if parts == "1" else mean_of(more)
-        body.append([parts, mean_of(errors), str(len(mine)), above, peak_of(mine[0])])
+    for (method, _, setting), runs in sorted(runs_by_way().items(), key=lambda item: item[0][2].rpartition("=")[2]):
+        parts = re.fullmatch(r"(?:batch_size=\d+ accumulate=(\d+))?", setting)
+        if method == "bp" and parts:
+            error = mean_of([float(row["error"]) for row in runs])
+            above = above_bp(runs) if parts[1] else ""
+            body.append([parts[1] or "1", error, str(len(runs)), above, peak_of(runs[0])])
     return table(["parts", "test error, %", "n", "above one part, points", "peak memory"], body)
 
 

@@ -45,6 +45,7 @@ ROWS = (
             vary=("branches=learnable", f"recompute={FIRST}"), recipe=SMALL),
     # The local methods have to beat BP that recomputes.
     Compare("bp", vary=(f"recompute={FIRST},{FIRST}/{SECOND},all",), recipe=SMALL),
+    *(Compare("bp", vary=(f"batch_size={128 // n}", f"accumulate={n}"), recipe=SMALL) for n in (2, 4)),
 )  # fmt: skip
 
 
@@ -67,8 +68,9 @@ def timer(stepper: Stepper, data: data_room.Data, batches: Iterable[tuple[Tensor
     left = iter(batches)
 
     def run() -> float:
-        ready = to_device(next(left), data.info, stepper.machine)
-        return seconds_of(lambda: stepper(iter([ready])))
+        x, y = to_device(next(left), data.info, stepper.machine)
+        parts = stepper.recipe.accumulate
+        return seconds_of(lambda: stepper(zip(x.chunk(parts), y.chunk(parts), strict=True)))
 
     return run
 
