@@ -169,3 +169,19 @@ def test_both_ways_to_decode_a_row_agree() -> None:
     quick = decoder.quickly(h)
     decoder.fast = False
     torch.testing.assert_close(decoder(h), quick)
+
+
+@pytest.mark.parametrize("length", [36, 48, 50, 53, 65])
+@pytest.mark.parametrize("head", ["0c1f", "1c1f@4"])
+def test_heads_read_all_tokens_of_a_text(length: int, head: str) -> None:
+    """A text has no class tokens, also where its length is that of an image with some."""
+    torch.manual_seed(0)
+    layers = [nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True) for _ in range(3)]
+    network = nn.Sequential(nn.Embedding(20, 16), *layers, nn.Flatten(), nn.Linear(16 * length, 4))
+    x = torch.randint(20, (3, length))
+    model = lg.localize(network, blocks=2, method=lg.dgl(head), example=x)
+    h = torch.randn(3, length, 16, requires_grad=True)
+    auxiliary: Any = model.auxiliaries[0]
+    auxiliary.total(auxiliary.losses(auxiliary(h), torch.tensor([0, 1, 2]), None)).backward()
+    assert h.grad is not None
+    assert (h.grad.abs().sum(2) > 0).all()

@@ -254,7 +254,7 @@ def trace_units(
     stage = 0
     rest = [*cut.units[1:], cut.head]
     entering = tuple(main_input(example).shape[1:])
-    image = (entering[-2], entering[-1]) if len(entering) in (3, 4) else (1, 1)
+    image = (entering[-2], entering[-1]) if len(entering) in (3, 4) else None
     kinds = {2: reads_row(entering, cut.units[0]) or "NLC", 3: "NCHW", 4: "NCDHW"}
     before = Boundary(
         entering, kinds.get(len(entering), "NC"), stage, dtype=cut.units[0].entered, passengers=cut.inputs

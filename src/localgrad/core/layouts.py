@@ -77,7 +77,7 @@ def _channels(layer: nn.Module) -> tuple[bool, int] | None:
 
 
 def boundary_behind(
-    segment: Segment, before: Boundary, following: Segment | None, stage: int, image: tuple[int, int]
+    segment: Segment, before: Boundary, following: Segment | None, stage: int, image: tuple[int, int] | None
 ) -> Boundary:
     """The boundary behind a segment.
 
@@ -89,7 +89,7 @@ def boundary_behind(
         before: The boundary before it.
         following: The next segment, or None.
         stage: The stage of the boundary, counted by changes of shape.
-        image: Height and width of the network's input.
+        image: Height and width of the network's input, or None where it has none, as text and series.
 
     Raises:
         UserError: One sample has more than four dimensions.
@@ -110,8 +110,11 @@ def boundary_behind(
     return Boundary(shape, _read_as(shape, following) or _read_as(shape, itself) or "NCHW", stage)
 
 
-def _grid(tokens: int, image: tuple[int, int]) -> tuple[int, tuple[int, int]]:
-    """Divides tokens into those before the image's and a grid (rows, columns) of the image's proportions."""
+def _grid(tokens: int, image: tuple[int, int] | None) -> tuple[int, tuple[int, int]]:
+    """Divides tokens into those before the image's and a grid (rows, columns) of the image's proportions. Tokens of no
+    image are one column, and none of them comes before the others."""
+    if image is None:
+        return 0, (tokens, 1)
     for prefix in range(min(tokens, MOST_PREFIX + 1)):
         height = round(((tokens - prefix) * image[0] / image[1]) ** 0.5)
         if height and (tokens - prefix) % height == 0 and (tokens - prefix) // height * image[0] == height * image[1]:
