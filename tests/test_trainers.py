@@ -157,6 +157,20 @@ def test_accumulation_moves_averages_once_a_step(trainer: str, seen: list[tuple[
     assert_close(model, wanted)
 
 
+@pytest.mark.parametrize("way", ["ByLoss", "ByBlocks"])
+def test_the_trainer_of_hugging_face_averages_what_it_accumulates(way: str) -> None:
+    names, found = example_of("hf_trainer"), []
+    how = {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0}
+    for parts in (1, 2):
+        torch.manual_seed(0)  # No batch norm, which would see the parts.
+        network = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(6272, 10))
+        model = lg.localize(network, blocks=2, method=lg.dgl("0c1f"), example=torch.zeros(2, 1, 32, 32))
+        size = {"per_device_train_batch_size": 8 // parts, "gradient_accumulation_steps": parts}
+        names["train"](names[way], model, 1, **how, **size)
+        found.append(dict(model.named_parameters()))
+    torch.testing.assert_close(*found)
+
+
 def test_the_obvious_override_of_training_step_is_warned_of() -> None:
     """The Trainer clears and steps what its own model holds. Auxiliaries beside it keep their gradients and weights.
 

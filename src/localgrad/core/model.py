@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -44,7 +44,11 @@ class LocalModel(nn.Module):
         evaluates: Whether the blocks compute in evaluation mode what the backbone computes there.
         sharded: Where the network has its parameters, if `shard` has given each rank a part of them. Else None.
         peers: The ranks that train the same blocks, if the model is that of a `Stage`. Else None.
+        accepts_loss_kwargs: Tells the Trainer of transformers that losses are means over a batch, which it divides by
+            the number of batches whose gradients it adds up.
     """
+
+    accepts_loss_kwargs: ClassVar[bool] = False
 
     def __init__(
         self,
