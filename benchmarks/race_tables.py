@@ -200,7 +200,7 @@ def told(rows: Sequence[Row], link: str) -> str:
     )
     share = lead(ours, theirs, limit)
     if share is not None:
-        text.append(f"The best local pipeline has a smaller error than the best pipeline of BP {share:.0%} of the time.")
+        text.append(f"The best local pipeline errs less than the best pipeline of BP {share:.0%} of the time.")
     return " ".join(text)
 
 

@@ -28,7 +28,7 @@ COMMANDS: dict[str, type] = {
 }  # fmt: skip
 USAGE = """usage: localgrad COMMAND [flags]    (localgrad COMMAND --help shows the flags)
 
-Train a network as gradient-isolated blocks with momentum auxiliary networks.
+Train a network in less memory: exactly, or as gradient-isolated blocks with momentum auxiliary networks.
 
 """
 

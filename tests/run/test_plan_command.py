@@ -35,10 +35,10 @@ def test_a_run_follows_the_plan_and_takes_what_was_predicted(
 ) -> None:
     rows = {row["name"]: row for row in ways}
     parts = [f"BP in {n} parts" for n in (2, 4, 8)]
-    assert list(rows) == ["BP", *parts, "checkpointing", "exact", "exact, fits 1GiB", "local", "local, fits 1GiB"]
+    assert list(rows) == ["BP", *parts, "checkpointing", "exact", "exact, fits 1GiB", "dgl+man", "dgl+man, fits 1GiB"]
     bp, chosen = rows["BP"], rows["exact, fits 1GiB"]
     assert chosen["blocks"] == bp["blocks"] == ["layer3.2"]  # nothing is faster than backpropagation, if it fits
-    assert len(rows["local, fits 1GiB"]["blocks"]) > 1
+    assert len(rows["dgl+man, fits 1GiB"]["blocks"]) > 1
     budget, plan = int(share * bp["peak"]), tmp_path / "plan.yaml"
     assert main(["plan", *FLAGS, "--budget", str(budget), "--out", str(plan)]) == 0
     command = ["train", *FLAGS[:-2], "--limit-train", "256", "--epochs", "1", "--plan", str(plan)]

@@ -93,7 +93,7 @@ def planned_rows(
     rows.append(("checkpointing", planner.checkpointing))
     fitting: list[plans.Plan] = []
     kinds: list[tuple[str, dict[str, Any]]] = [("exact", {"blocks": 1})]
-    kinds += [("local", {"several": True})] if recipe.method != "bp" else []
+    kinds += [(recipe.label, {"several": True})] if recipe.method != "bp" else []
     for kind, how in kinds:
         frontier = planner.frontier(**how, as_you_go=go)
         rows += [(kind, plan) for plan in frontier[:: max(1, len(frontier) // SHOWN)]]

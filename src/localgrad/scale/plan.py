@@ -201,7 +201,7 @@ class Planner:
             return least
         advice = "a smaller batch needs less"
         if self._accumulate != "any" and self._batch > 1:
-            advice += ", and so does the same batch in parts (accumulate='any')"
+            advice += ", and so does the same batch in parts (accumulate='any', or --accumulate in a command)"
         raise UserError(
             f"no plan fits {budget // 2**20} MiB: the least is {-(-least.peak // 2**20)} MiB, of which parameters, "
             f"averages and the optimizer's state hold {least.lasting / 2**20:.0f}; {advice}"
