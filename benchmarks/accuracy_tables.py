@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from statistics import mean
 
@@ -40,30 +41,58 @@ def above_bp(runs: list[dict[str, str]]) -> str:
     return mean_of([float(row["error"]) - bp[row["seed"]] for row in runs])
 
 
-def _name_in_readme(row: dict[str, str]) -> str:
-    """How the table of README.md calls a row of the times, "" if it is not there."""
-    name, setting = name_of(row["method"]), row["setting"]
-    if recipe := recipe_of(row):
-        return f"{name} (`{recipe}`)"
-    if setting.startswith("recompute="):
-        return f"{name}, {16 if setting.endswith('=all') else setting.count(',') + 1} of 16 units recomputed"
-    if "accumulate=" in setting:
-        return f"{name}, each batch in {setting.rpartition('=')[2]} parts"
-    return "" if setting else name
+@dataclass(frozen=True)
+class Shown:
+    """A row of README.md's table and a point of its picture.
+
+    Attributes:
+        kind: What it has in common with other points: a method, or a way of BP to save memory.
+        name: How the table calls it.
+        timed: Its row of the times, which has the peak memory.
+        runs: The runs that have its error, one for each of the common seeds.
+    """
+
+    kind: str
+    name: str
+    timed: dict[str, str]
+    runs: list[dict[str, str]]
+
+    @property
+    def exact(self) -> bool:
+        """Whether it has BP's gradients."""
+        return self.kind in ("BP", "BP, recomputing")
+
+
+def shown() -> list[Shown]:
+    """BP, also where it saves memory, the study's main part and the recipes that follow from it, with fewer blocks
+    first."""
+    order, ways, found = ["bp", "dgl", "dgl+man", "dgl+man++", "dgl+deep-man"], runs_by_way(), []
+    timed = read_results("time_fashion_small.csv")
+    for row in sorted(timed, key=lambda r: (int(r["blocks"]), order.index(r["method"]))):
+        method, setting = name_of(row["method"]), row["setting"]
+        way = row["method"], row["blocks"], "" if setting.startswith("recompute=") else setting
+        if recipe := recipe_of(row):
+            kind, name = "recipes", f"{method} (`{recipe}`)"
+        elif not way[2] and setting:
+            units = 16 if setting.endswith("=all") else setting.count(",") + 1
+            kind, name = f"{method}, recomputing", f"{method}, {units} of 16 units recomputed"
+        elif "accumulate=" in setting:
+            kind, name = f"{method}, in parts", f"{method}, each batch in {setting.rpartition('=')[2]} parts"
+        else:
+            kind = name = method
+        if way in ways and (kind != method or not setting):
+            found.append(Shown(kind, name, row, ways[way]))
+    return found
 
 
 def accuracy() -> str:
-    """Error, memory and time of a step: of BP, also where it saves memory, of the study's main part and of the recipes
-    that follow from it."""
-    order, ways, body = ["bp", "dgl", "dgl+man", "dgl+man++", "dgl+deep-man"], runs_by_way(), []
-    timed = read_results("time_fashion_small.csv")
-    for row in sorted(timed, key=lambda r: (int(r["blocks"]), order.index(r["method"]))):
-        name, recomputed = _name_in_readme(row), row["setting"].startswith("recompute=")
-        runs = ways.get((row["method"], row["blocks"], "" if recomputed else row["setting"]))
-        if name and runs:
-            above = "0, exact" if recomputed or name == "BP" else above_bp(runs)
-            error = mean_of([float(run["error"]) for run in runs])
-            body.append([name, row["blocks"], error, above, peak_of(row), row["times_bp"]])
+    """Error, memory and time of a step."""
+    body = []
+    for point in shown():
+        error = mean_of([float(run["error"]) for run in point.runs])
+        above = "0, exact" if point.exact else above_bp(point.runs)
+        row = point.timed
+        body.append([point.name, row["blocks"], error, above, peak_of(row), row["times_bp"]])
     return table(["method", "blocks", "test error, %", "above BP, points", "peak memory", "time of a step"], body)
 
 

@@ -10,10 +10,10 @@ whose files are not there yet is left out.
 from __future__ import annotations
 
 from hashlib import sha256
-from statistics import mean
+from statistics import mean, stdev
 
 import matplotlib as mpl
-from accuracy_tables import recipe_of
+from accuracy_tables import Shown, shown
 from common import ROOT, read_results
 from matplotlib.figure import Figure
 from race_tables import LOCAL, curves_of, links_of, ways_of
@@ -22,9 +22,9 @@ MIB = 2**20
 METHODS = {
     "bp": "BP", "dgl": "DGL", "dgl+man": "DGL + MAN", "dgl+man++": "DGL + MAN++", "dgl+deep-man": "DGL + deep MAN",
 }  # fmt: skip
-MARKERS = "ovs^DP*"
+MARKERS = "ovs^DP*X"
 SOURCES = {
-    "accuracy": ["accuracy_fashion_small.csv", "time_fashion_small.csv"],
+    "accuracy": ["accuracy_fashion_small_runs.csv", "time_fashion_small.csv"],
     "probes": ["probes_fashion_small.csv"],
     "frontier": ["frontier_resnet110_float32.csv", "frontier_resnet110_bf16.csv"],
     "depth": ["depth.csv"],
@@ -57,25 +57,20 @@ def stamp(picture: str) -> str:
 
 
 def accuracy() -> Figure:
-    """Test error against memory, for the study's main part, for its recipes and for BP that recomputes."""
+    """Test error against memory: the rows of README.md's table."""
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes, every = figure.subplots(), read_results("accuracy_fashion_small.csv")
-    main = [r for r in every if not r["setting"]]
-    curves = {label: [r for r in main if r["method"] == method] for method, label in METHODS.items()}
-    (bp,) = curves["BP"]
-    timed = [r for r in read_results("time_fashion_small.csv") if r["method"] == "bp" and r["setting"]]
-    # BP that recomputes has the same gradients and so the same error.
-    recomputing = [bp | {"peak_bytes": r["peak_bytes"], "error_std": ""} for r in timed]
-    curves |= {"BP, recomputing": recomputing, "recipes": [r for r in every if recipe_of(r)]}
-    for (label, rows), marker in zip(curves.items(), MARKERS, strict=True):
-        rows.sort(key=lambda r: int(r["blocks"]))
-        places = [int(r["peak_bytes"]) / MIB for r in rows], [float(r["error_mean"]) for r in rows]
-        spread = [float(r["error_std"] or 0) for r in rows]
+    axes, curves = figure.subplots(), dict[str, list[Shown]]()
+    for point in shown():
+        curves.setdefault(point.kind, []).append(point)
+    for (label, points), marker in zip(curves.items(), MARKERS, strict=True):
+        errors = [[float(run["error"]) for run in point.runs] for point in points]
+        places = [int(point.timed["peak_bytes"]) / MIB for point in points], [mean(values) for values in errors]
+        spread = [0 if label == "BP, recomputing" else stdev(values) for values in errors]  # As for BP, shown once.
         axes.errorbar(*places, yerr=spread, marker=marker, capsize=3, label=label, linestyle=":")
-        for x, y, row in zip(*places, rows, strict=True):
-            if row["blocks"] != "1":
+        for x, y, point in zip(*places, points, strict=True):
+            if point.timed["blocks"] != "1":
                 beside = (5, -11) if label == METHODS["dgl+man++"] else (5, 5)  # MAN++ and MAN have the same position.
-                axes.annotate(f"K={row['blocks']}", (x, y), beside, textcoords="offset points", fontsize=8)
+                axes.annotate(f"K={point.timed['blocks']}", (x, y), beside, textcoords="offset points", fontsize=8)
     axes.set(xlabel="peak memory of a step, MiB", ylabel="test error, %, mean and deviation over seeds", xlim=(0, None))
     axes.legend()
     axes.grid(alpha=0.3)
