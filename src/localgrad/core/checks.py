@@ -23,7 +23,7 @@ from localgrad.core.boundary import main_of, with_main
 from localgrad.core.copies import duplicate, undisturbed, without_values
 from localgrad.core.errors import UserError, callers_level
 from localgrad.core.hooks import without_hooks
-from localgrad.core.inputs import arguments, check_inputs, main_input, rows, tensors_of
+from localgrad.core.inputs import arguments, check_batched, check_inputs, main_input, rows, tensors_of
 from localgrad.core.stale import StaleCopies
 from localgrad.core.task import Classification
 from localgrad.core.trace import input_dtype
@@ -98,6 +98,7 @@ def check_example_targets(model: LocalModel, targets: object, count: int, device
     """
     if device.type != "meta":
         targets = tree_map_only(Tensor, lambda t: t.to(device), targets)
+    check_batched(targets, count)
     model.task.check_targets(targets)
     tensors = [leaf for leaf in tree_leaves(targets) if isinstance(leaf, Tensor)]
     for tensor in tensors:
@@ -119,6 +120,7 @@ def check_call(x: Any, y: object, scale: object, autocast: object, backward: obj
     if not torch.is_grad_enabled():
         raise UserError(f"gradients are switched off, so nothing can be trained: {OUTSIDE}")
     check_inputs("x", x)
+    check_batched(y, main_input(x).shape[:1].numel())
     for name, value in [*(("x", t) for t in tensors_of(x).values()), *(("y", leaf) for leaf in tree_leaves(y))]:
         if isinstance(value, Tensor) and value.is_inference():
             raise UserError(f"{name} was made under torch.inference_mode(): train on {name}.clone()")
