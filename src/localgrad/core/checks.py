@@ -172,6 +172,7 @@ class StepChecks:
         _left: How many steps in a row have changed the block but not its auxiliary.
         _warned: Whether the warning about that was given.
         _told: Whether the warning about a block that was frozen after the cut was given.
+        _seen: Whether inputs were looked at as images.
         copies: Watches whether the copies in auxiliaries are those of the present weights.
     """
 
@@ -183,7 +184,7 @@ class StepChecks:
         self._probes: dict[int, tuple[nn.Parameter, nn.Parameter] | None] = {}
         self._versions: dict[int, tuple[int, int]] = {}
         self._left: dict[int, int] = {}
-        self._warned = self._told = False
+        self._warned = self._told = self._seen = False
         self.copies = StaleCopies()
 
     def __deepcopy__(self, memo: dict) -> StepChecks:
@@ -234,6 +235,13 @@ class StepChecks:
         self._warn_of_frozen(model, blocks, x)
         self._watch(model, blocks)
         self.copies.check(model, blocks)
+
+    def images(self, model: LocalModel, x: Tensor) -> Tensor:
+        """The images that decoders reconstruct of inputs x. The first ones are looked at."""
+        if not self._seen:
+            self._seen = True
+            model.method.warn_of_values(x)
+        return model.method.images(x)
 
     def check_size(self, model: LocalModel, batch_size: int) -> None:
         """Raises UserError for a batch of one sample if a batch norm would see one value a channel."""
