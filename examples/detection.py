@@ -71,8 +71,8 @@ class Detection:
         self.anchors = {sum(map(len, read)): torch.cat(read) for read in (maps, maps[:1], maps[1:2], maps[2:])}
 
     def criterion(self, output: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
-        objects, anchors = self.objects(targets), self.anchors[output["cls_logits"].shape[1]]
-        return torch.stack([*self.network.compute_loss(objects, output, [anchors] * len(objects)).values()]).sum()
+        objects, grid = self.objects(targets), self.anchors[output["cls_logits"].shape[1]].to(targets["boxes"].device)
+        return torch.stack([*self.network.compute_loss(objects, output, [grid] * len(objects)).values()]).sum()
 
     def metrics(self, output: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
         """How many objects one of the ten best boxes shows: its class is right, and at least half of both overlaps."""
@@ -94,9 +94,9 @@ class Detection:
 
     def detections(self, output: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         """The boxes, labels and scores that the network finds in each image, the best first."""
-        count, parts = len(output["cls_logits"]), [len(anchors) for anchors in self.maps]
-        split = {name: list(tensor.split(parts, 1)) for name, tensor in output.items()}
-        return self.network.postprocess_detections(split, [self.maps] * count, [(SIZE, SIZE)] * count)
+        maps, count = [anchors.to(output["cls_logits"].device) for anchors in self.maps], len(output["cls_logits"])
+        split = {name: list(tensor.split([*map(len, maps)], 1)) for name, tensor in output.items()}
+        return self.network.postprocess_detections(split, [maps] * count, [(SIZE, SIZE)] * count)
 
 
 def main(steps: int = 250) -> None:

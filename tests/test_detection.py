@@ -38,6 +38,19 @@ def task() -> Any:
     return Detection(bench.EXAMPLE["Detector"]())
 
 
+def test_anchors_follow_what_is_compared_with_them_to_its_device(task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device takes the place of another one. It has no values, so what reads values is left out."""
+    seen: list[Any] = []
+    meta = {"cls_logits": torch.empty(1, sum(map(len, task.maps)), 11, device="meta")}
+    monkeypatch.setattr(task, "objects", lambda targets: [targets])
+    loss = lambda objects, output, anchors: seen.extend(anchors) or {"loss": torch.zeros(())}  # noqa: E731
+    monkeypatch.setattr(task.network, "compute_loss", loss)
+    monkeypatch.setattr(task.network, "postprocess_detections", lambda split, maps, sizes: seen.extend(maps[0]))
+    task.criterion(meta, {"boxes": torch.empty(1, 1, 4, device="meta")})
+    task.detections(meta)
+    assert [anchors.device.type for anchors in seen] == ["meta"] * 6
+
+
 def test_the_example_trains_both_ways(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     data = Data(DATASETS["fashion-scenes"], scenes(20), scenes(3, seed=1))
     monkeypatch.setattr(datasets, "load", lambda name: data)

@@ -8,8 +8,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+import localgrad as lg
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -36,6 +40,21 @@ def test_own_loop_learns_both_ways(run: Callable[..., str]) -> None:
     assert "dgl, blocks: 4" in out
     assert number(r"Backpropagation reached ([\d.]+)%", out) > 40  # 10 would be chance
     assert number(r"between them ([\d.]+)%", out) > 40
+
+
+def test_own_loop_begins_each_epoch_without_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = runpy.run_path(str(EXAMPLES / "own_loop.py"))
+    monkeypatch.setitem(names["train"].__globals__, "BATCH", 1437 // 3)  # An odd number of batches.
+    backbone, steps, there = lg.build("resnet20", classes=10, in_channels=1), lg.block_steps, []
+
+    def noting(model: lg.LocalModel, *batch: Any, **how: Any) -> Any:
+        there.append(any(p.grad is not None for p in model.parameters()))
+        return steps(model, *batch, **how)
+
+    monkeypatch.setattr(lg, "block_steps", noting)
+    model = lg.localize(backbone, method=lg.bp(), example=torch.zeros(2, 1, 8, 8))
+    names["train"](model, 2, tmp_path / "best.safetensors")
+    assert there == [False, True, False] * 2
 
 
 @pytest.mark.parametrize(

@@ -171,3 +171,15 @@ def test_one_row_may_stand_for_all_samples() -> None:
     model = model_of((IDS, MASK.long()))
     result = lg.local_backward(model, (IDS, MASK[:1].long()), IDS)
     assert torch.equal(result.logits["logits"], model.backbone(IDS, MASK[:1].long())["logits"])
+
+
+@pytest.mark.parametrize("counts", [(1, 0, 3, 2), (B,) * B], ids=["some boxes", "as many boxes as samples"])
+def test_a_dictionary_for_each_sample_is_refused(counts: tuple[int, ...]) -> None:
+    """Torchvision's form of boxes. In the second case each tensor has as many rows as there are samples."""
+    x, targets = torch.rand(B, 3), [{"boxes": torch.rand(n, 4), "labels": torch.ones(n)} for n in counts]
+    how = {"blocks": 2, "method": lg.dgl("0c1f"), "example": x, "criterion": lambda output, y: output.mean()}
+    network = nn.Sequential(*(nn.Linear(3, 3) for _ in range(3)))
+    model = lg.localize(network, **how)
+    for call in (lambda: lg.local_backward(model, x, targets), lambda: lg.localize(network, **how, targets=targets)):
+        assert said(call).startswith("targets are a list of dictionaries, and each tensor in targets has the batch as")
+    lg.local_backward(model, x, [{"weight": torch.ones(B)} for _ in range(B)])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from small import auxiliaries
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -142,6 +143,19 @@ def test_every_method_and_coupling_trains_on_rows(make: Any, method: lg.Method, 
     model = lg.localize(make(), blocks=2, method=method, coupling=coupling, example=x)
     out = lg.local_backward(model, x, y)
     assert all(torch.isfinite(loss) for loss in out.losses)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("method", [lg.dgl(), lg.infopro(), lg.auglocal()])
+@pytest.mark.parametrize("coupling", [None, lg.MAN()])
+def test_each_position_of_a_row_is_classified(method: lg.Method, coupling: lg.MAN | None) -> None:
+    units = [nn.Sequential(nn.Conv1d(a, 6, 3, padding=1), nn.ReLU()) for a in (2, 6, 6)]
+    x, y = torch.rand(4, 2, 16), torch.randint(5, (4, 16))
+    network = nn.Sequential(*units, nn.Conv1d(6, 5, 1))
+    how = {"method": method, "coupling": coupling, "example": x, "criterion": nn.CrossEntropyLoss(), "targets": y}
+    model = lg.localize(network, blocks=2, **how)
+    assert auxiliaries(model)[0](torch.rand(4, 6, 16))["classifier"].shape == (4, 5, 16)
+    lg.local_backward(model, x, y)
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 

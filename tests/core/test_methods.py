@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from small import ALL_COUPLINGS, auxiliaries, batch, chain, coupling_of, gradients, resnet, said, vgg
+from small import ALL_COUPLINGS, auxiliaries, batch, chain, coupling_of, gradients, resnet, said, sgd, vgg
 from torch import Tensor, nn
 
 import localgrad as lg
@@ -212,6 +213,27 @@ def test_infopro_recovers_images_from_the_normalisation() -> None:
     assert float(found.parts[0]["decoder"]) == pytest.approx(float(given.parts[0]["decoder"]), rel=1e-5)
     other = lg.local_backward(twin, x, y, images=1 - images)
     assert float(other.parts[0]["decoder"]) != pytest.approx(float(given.parts[0]["decoder"]), rel=1e-3)
+
+
+def test_normalised_inputs_of_infopro_without_mean_and_std_are_warned_of_once() -> None:
+    x, y = batch()
+    for method, inputs, warned in (
+        (lg.infopro("1c1f"), x, True),
+        (lg.infopro("1c1f"), x.clamp(-0.01, 1.01), False),
+        (lg.infopro("1c1f", mean=(0.5,) * 3, std=(0.25,) * 3), x, False),
+        (lg.dgl("1c1f"), x, False),
+    ):
+        model = lg.localize(resnet(), blocks=3, method=method, example=x)
+        lg.predict_peak(model, 4, lambda own: sgd(lg.param_groups(own)))
+        for count in (int(warned), 0):  # The second step says nothing.
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                lg.local_backward(model, inputs.clone().requires_grad_(), y)
+            assert ["give infopro the mean=... and std=..." in str(w.message) for w in said] == [True] * count
+    images = lg.localize(resnet(), blocks=3, method=lg.infopro("1c1f"), example=x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lg.local_backward(images, x, y, images=x.sigmoid())
 
 
 def test_infopro_on_large_images_has_the_imagenet_auxiliaries() -> None:

@@ -177,6 +177,29 @@ def test_a_head_for_pixels_is_one_convolution() -> None:
     assert [type(m) for m in model.auxiliaries.modules() if not list(m.children())] == [nn.Conv2d]
 
 
+class TwoOutputs(Pixels):
+    """Pixels, with a second classifier on the logits of the first, as torchvision's pretrained networks have one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.auxiliary = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        out = super().forward(x)["out"]
+        return {"out": out, "aux": self.auxiliary(out)}
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_an_output_that_the_loss_does_not_read_is_warned_of(blocks: int) -> None:
+    how = {"method": lg.dgl() if blocks > 1 else lg.bp(), "example": torch.rand(2, 3, 8, 8), "task": Segmentation(3)}
+    backbone = TwoOutputs()
+    with pytest.warns(UserWarning, match=r"so what only 'aux' needs is not trained: leave it out") as said:
+        lg.localize(backbone, blocks=blocks, **how)
+    assert len(said) == 1
+    backbone.auxiliary.requires_grad_(False)
+    lg.localize(backbone, blocks=blocks, **how)  # Nothing is lost, so nothing is said.
+
+
 def test_what_does_not_fit_masks_is_refused() -> None:
     x, masks = torch.rand(2, 3, 8, 8), torch.randint(0, 3, (2, 8, 8))
     for backbone, task, method, message in (

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from tiny import noise, write_masks
 
 from localgrad.core.errors import RunError
@@ -47,6 +47,10 @@ def spoil(folder: Path, what: str) -> None:
             Image.fromarray(np.full((24, 24), 3, np.uint8)).save(mask)
         case "colours":
             Image.fromarray(noise(24, 24, 3)).save(mask)
+        case "turned":
+            exif = Image.Exif()
+            exif[ExifTags.Base.Orientation] = 3
+            Image.open(image).save(image, exif=exif)
         case "missing":
             mask.unlink()
         case "empty":
@@ -73,6 +77,7 @@ def spoil(folder: Path, what: str) -> None:
             "colours",
             "masks/train/0.png has pixels of mode RGB, but one byte a pixel is wanted",
         ),
+        ("turned", "images/train/0.png is turned or mirrored by its EXIF data, and its mask is not: turn the pixels"),
         ("missing", "images/train/0.png has no mask: "),
         ("empty", "images/val holds no image: what is read ends in .jpg"),
         ("one", "must name 2 to 255 classes, one a line and no two alike, and has 1 names"),

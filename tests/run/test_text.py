@@ -69,6 +69,16 @@ def test_a_file_is_cut_after_nine_tenths(tmp_path: Path) -> None:
     assert test.tokens.tolist() == list(range(180, 200))
 
 
+def test_a_few_files_are_cut_after_nine_tenths_where_a_part_would_be_too_short(tmp_path: Path) -> None:
+    names = ("a", "b", "d")  # By their hashes, all three are to train on.
+    for name in names:
+        (tmp_path / f"{name}.txt").write_text(name * 66)
+    whole = "\n".join(name * 66 for name in names).encode()
+    train, test = lg.read_text(tmp_path, context=8)
+    assert train.tokens.tolist() == list(whole[:180])
+    assert test.tokens.tolist() == list(whole[180:])
+
+
 def refused(source: str | Path, context: int) -> str:
     with pytest.raises(lg.UserError) as caught:
         lg.read_text(source, context=context)
@@ -82,5 +92,8 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path: Path) -> None:
     )
     assert "a context has 1 token or more, not 0" in refused(tmp_path / "a.txt", 0)
     assert "there is no text 'sdtlib': give the path" in refused("sdtlib", 4)
+    (tmp_path / "few").mkdir()
+    (tmp_path / "few/a.txt").write_bytes(bytes(200))
+    assert "the text has 20 bytes, and a context of 20 takes 21 or more" in refused(tmp_path / "few", 20)
     (tmp_path / "empty").mkdir()
     assert "there is no file of text in" in refused(tmp_path / "empty", 4)

@@ -68,6 +68,16 @@ def bytes_of(tensors: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
+def test_a_function_may_make_one_optimizer_or_one_for_each_block() -> None:
+    model = lg.localize(nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))), blocks=2, method=lg.dgl("0c1f"),
+                        example=torch.zeros(2, 4))  # fmt: skip
+    alone = lg.predict_peak(model, 4, lambda own: adamw(own)[0])
+    assert alone.total == lg.predict_peak(model, 4, adamw).total
+    for makes, as_you_go in ((lambda own: adamw(own)[0], True), (sgd_of_each_block, False)):
+        with pytest.raises(UserError, match=r"optimizers makes [12], not [21]: one, or with"):
+            lg.predict_peak(model, 4, makes, step_as_you_go=as_you_go)
+
+
 def test_the_split_adds_up_and_knows_whose_bytes_they_are() -> None:
     model = local("resnet20", 4, lg.MAN())
     found = measured(model, sgd)

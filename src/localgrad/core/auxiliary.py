@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +14,12 @@ from torch.utils._pytree import tree_map_only
 from localgrad.core.blocks import Origin, Unit
 from localgrad.core.boundary import MAIN, Boundary, main_of
 from localgrad.core.couplings import Momentum
-from localgrad.core.errors import UserError
+from localgrad.core.errors import UserError, callers_level
 from localgrad.core.language_model import SharedReadout
 from localgrad.core.sharded import local
 from localgrad.core.task import Task
 
+BEYOND = 0.02  # By so much an image may go beyond [0, 1]: it may be rounded.
 FAR = 0.5  # The relative distance of averages from their sources that only other weights explain.
 
 
@@ -115,6 +117,21 @@ class Method:
         like = [-1, *[1] * (x.ndim - 2)]
         mean, std = (torch.tensor(v, dtype=x.dtype, device=x.device).view(like) for v in (self.mean, self.std))
         return (x * std + mean).clamp(0, 1)
+
+    def warn_of_values(self, x: Tensor) -> None:
+        """Warns if inputs without `mean` and `std` are no images in [0, 1].
+
+        Values are compared on the CPU only, because reading them from another device would make it wait.
+        """
+        if self.mean is not None or type(x) is not Tensor or x.device.type != "cpu" or not x.numel():
+            return
+        low, high = (float(value) for value in x.detach().aminmax())
+        if low < -BEYOND or high > 1 + BEYOND:
+            warnings.warn(
+                f"{self.name} rebuilds images in [0, 1] and cuts off what lies outside, and x runs from {low:.3g} to "
+                f"{high:.3g}: give {self.name} the mean=... and std=... of its normalisation, or the step images=...",
+                stacklevel=callers_level(),
+            )
 
 
 class Auxiliary(nn.Module):

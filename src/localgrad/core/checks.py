@@ -23,7 +23,7 @@ from localgrad.core.boundary import main_of, with_main
 from localgrad.core.copies import duplicate, undisturbed, without_values
 from localgrad.core.errors import UserError, callers_level
 from localgrad.core.hooks import without_hooks
-from localgrad.core.inputs import arguments, check_inputs, main_input, rows, tensors_of
+from localgrad.core.inputs import arguments, check_batched, check_inputs, main_input, rows, tensors_of
 from localgrad.core.stale import StaleCopies
 from localgrad.core.task import Classification
 from localgrad.core.trace import input_dtype
@@ -98,6 +98,7 @@ def check_example_targets(model: LocalModel, targets: object, count: int, device
     """
     if device.type != "meta":
         targets = tree_map_only(Tensor, lambda t: t.to(device), targets)
+    check_batched(targets, count)
     model.task.check_targets(targets)
     tensors = [leaf for leaf in tree_leaves(targets) if isinstance(leaf, Tensor)]
     for tensor in tensors:
@@ -119,6 +120,7 @@ def check_call(x: Any, y: object, scale: object, autocast: object, backward: obj
     if not torch.is_grad_enabled():
         raise UserError(f"gradients are switched off, so nothing can be trained: {OUTSIDE}")
     check_inputs("x", x)
+    check_batched(y, main_input(x).shape[:1].numel())
     for name, value in [*(("x", t) for t in tensors_of(x).values()), *(("y", leaf) for leaf in tree_leaves(y))]:
         if isinstance(value, Tensor) and value.is_inference():
             raise UserError(f"{name} was made under torch.inference_mode(): train on {name}.clone()")
@@ -170,6 +172,7 @@ class StepChecks:
         _left: How many steps in a row have changed the block but not its auxiliary.
         _warned: Whether the warning about that was given.
         _told: Whether the warning about a block that was frozen after the cut was given.
+        _seen: Whether inputs were looked at as images.
         copies: Watches whether the copies in auxiliaries are those of the present weights.
     """
 
@@ -181,7 +184,7 @@ class StepChecks:
         self._probes: dict[int, tuple[nn.Parameter, nn.Parameter] | None] = {}
         self._versions: dict[int, tuple[int, int]] = {}
         self._left: dict[int, int] = {}
-        self._warned = self._told = False
+        self._warned = self._told = self._seen = False
         self.copies = StaleCopies()
 
     def __deepcopy__(self, memo: dict) -> StepChecks:
@@ -232,6 +235,13 @@ class StepChecks:
         self._warn_of_frozen(model, blocks, x)
         self._watch(model, blocks)
         self.copies.check(model, blocks)
+
+    def images(self, model: LocalModel, x: Tensor) -> Tensor:
+        """The images that decoders reconstruct of inputs x. The first ones are looked at."""
+        if not self._seen:
+            self._seen = True
+            model.method.warn_of_values(x)
+        return model.method.images(x)
 
     def check_size(self, model: LocalModel, batch_size: int) -> None:
         """Raises UserError for a batch of one sample if a batch norm would see one value a channel."""

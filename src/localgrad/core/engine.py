@@ -118,7 +118,7 @@ def block_steps(
     h, y = model.inputs.crossing(x), targets_of(x, y)
     check_step(model, blocks, h, y, images=images, scale=scale, autocast=autocast, backward=backward)
     if images is None and model.needs_images(blocks):
-        images = model.method.images(main_of(h))
+        images = model.checks.images(model, main_of(h))
     return run_blocks(model, blocks, h, y, images=images, scale=scale, autocast=autocast, backward=backward)
 
 

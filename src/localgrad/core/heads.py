@@ -91,12 +91,12 @@ def convolutional(
 def dense(boundary: Boundary, shape: tuple[int, ...]) -> nn.Sequential:
     """One layer for each position: [B, *boundary.shape] -> [B, *shape].
 
-    For a map it is a 1x1 convolution, whose output is resized, as in InfoPro's segmentation (ICLR 2021). For tokens it
-    is a layer norm and a linear layer.
+    For a map it is a 1x1 convolution, whose output is resized, as in InfoPro's segmentation (ICLR 2021). For a map of
+    one row it is such a convolution, too, which keeps the length. For tokens it is a layer norm and a linear layer.
 
     Args:
         boundary: The input of the head.
-        shape: [C, H, W] or [C, D, H, W] for a map, or [L, C] for tokens.
+        shape: [C, H, W] or [C, D, H, W] for a map, [C, L] for one row, or [L, C] for tokens.
 
     Raises:
         UserError: The boundary has no such positions.
@@ -104,6 +104,8 @@ def dense(boundary: Boundary, shape: tuple[int, ...]) -> nn.Sequential:
     if len(shape) == 2:
         if boundary.layout == "NLC" and boundary.shape[0] == shape[0]:
             return nn.Sequential(nn.LayerNorm(boundary.channels), nn.Linear(boundary.channels, shape[1]))
+        if boundary.layout == "NCL" and boundary.shape[1] == shape[1]:
+            return nn.Sequential(nn.Conv1d(boundary.channels, shape[0], 1))
     elif boundary.layout == "NCDHW" and len(shape) == 4:
         return nn.Sequential(nn.Conv3d(boundary.channels, shape[0], 1), nn.Upsample(shape[1:], mode="trilinear"))
     elif boundary.layout != "NCDHW" and len(shape) == 3:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from localgrad.core.boundary import MAIN, Passenger
 from localgrad.core.errors import UserError
@@ -181,3 +182,20 @@ def targets_of(batch: Any, targets: Any) -> Any:
     if targets is None and isinstance(batch, Mapping) and LABELS in batch:
         return batch[LABELS]
     return targets
+
+
+def check_batched(targets: Any, count: int) -> None:
+    """Raises UserError for a dictionary for each of `count` samples, as torchvision's detection takes targets.
+
+    A dictionary whose tensors have a row for each sample is taken, unless it has "boxes": an image may have as many.
+    """
+    if not (isinstance(targets, list | tuple) and targets and all(isinstance(t, Mapping) for t in targets)):
+        return
+    lengths = {len(leaf) for leaf in tree_leaves(targets) if isinstance(leaf, Tensor) and leaf.ndim}
+    each = len(targets) == count and (lengths != {count} or all("boxes" in t for t in targets))
+    if each or len(lengths) > 1:
+        raise UserError(
+            "targets are a list of dictionaries, and each tensor in targets has the batch as its first dimension: pad "
+            'the samples to as many rows and stack them, as "boxes" [B, N, 4] and "labels" [B, N] in '
+            "examples/detection.py"
+        )

@@ -22,7 +22,7 @@ from localgrad.core.rebuild import TensorReference
 from localgrad.core.table import table
 from localgrad.core.task import AnyLoss, Classification, Segmentation, Task
 from localgrad.core.trace import Trace
-from localgrad.core.unreached import passengers_with_heads
+from localgrad.core.unreached import passengers_with_heads, warn_of_unread
 from localgrad.core.watch import Watch
 
 
@@ -200,10 +200,13 @@ def localize(
     Raises:
         UserError: An argument is wrong, the network cannot be cut there, or its output does not fit the task.
     """
-    return localize_traced(
+    model = localize_traced(
         backbone, None, blocks=blocks, method=method, coupling=coupling, example=example, criterion=criterion,
         targets=targets, task=task,
     )  # fmt: skip
+    if type(task) is Segmentation:
+        warn_of_unread(model.blocks[-1], "out")
+    return model
 
 
 def localize_traced(

@@ -77,8 +77,8 @@ class AnyLoss:
 
     @property
     def dense(self) -> tuple[int, ...] | None:
-        """The shape of one sample if the network gives a vector for each position: [C, H, W], [C, D, H, W] or [L, C].
-        Else None."""
+        """The shape of one sample if the network gives a vector for each position: [C, H, W], [C, D, H, W], [C, L]
+        or [L, C]. Else None."""
         shape = self._shape
         numbers = isinstance(shape, tuple) and all(isinstance(size, int) for size in shape)
         return shape if numbers and 2 <= len(shape) <= 4 else None

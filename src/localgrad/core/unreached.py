@@ -1,20 +1,22 @@
-"""Which passengers need a head, because parameters of their block reach no loss through the main tensor.
+"""Which parameters of a block reach no loss through its main tensor, or through what the task reads of its output.
 
-An example is the convolution of a feature pyramid: what it makes of an early map is read only by a later block.
+An example is the convolution of a feature pyramid: what it makes of an early map is read only by a later block. Such a
+passenger gets a head.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from localgrad.core.blocks import Unit
+from localgrad.core.blocks import Block, Unit
 from localgrad.core.boundary import MAIN, Boundary, Passenger
 from localgrad.core.copies import undisturbed, without_values
-from localgrad.core.errors import UserError
-from localgrad.core.trace import as_compiled
+from localgrad.core.errors import UserError, callers_level
+from localgrad.core.trace import as_compiled, input_dtype
 
 BATCH = 2  # A batch norm takes at least two samples.
 LAYOUTS = {1: "NC", 2: "NLC", 3: "NCHW", 4: "NCDHW"}
@@ -58,6 +60,33 @@ def passengers_with_heads(group: Sequence[Unit]) -> list[Boundary]:
                 found.append(_boundary(passenger, end.stage))
                 reached |= more
     return found
+
+
+def warn_of_unread(block: Block, read: str) -> None:
+    """Warns of trainable parameters that follow only to outputs which the task does not read.
+
+    Args:
+        block: The last block, whose output is that of the network.
+        read: The name of the output that the task reads, if the network returns a dictionary.
+    """
+    run, meta = without_values(block, "meta"), torch.device("meta")
+    parameters = [p for p in run.parameters() if p.requires_grad]
+    lost: list[str] = []
+    try:
+        with undisturbed(torch.device("cpu")), torch.enable_grad(), as_compiled(), meta:
+            outputs = run(block.entering.random(BATCH, meta, input_dtype(run, block.entering.dtype)))
+            if isinstance(outputs, dict) and len(outputs) > 1:
+                reached = _reached(outputs.pop(read), parameters)
+                lost = [name for name, output in outputs.items() if _reached(output, parameters) - reached]
+    except Exception:  # A network may fail without values in many ways, and return something else than tensors.
+        return
+    if lost:
+        warnings.warn(
+            f"segmentation reads '{read}' of what the network returns, so what only {' and '.join(map(repr, lost))} "
+            "needs is not trained: leave it out (network.aux_classifier = None, for torchvision's networks) or freeze "
+            "it, before localize",
+            stacklevel=callers_level(),
+        )
 
 
 def _is_readable(passenger: Passenger) -> bool:

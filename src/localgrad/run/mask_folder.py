@@ -52,7 +52,8 @@ def read_split(folder: Path, split: str, size: int, classes: int) -> Split:
         classes: The number of classes.
 
     Raises:
-        UserError: There is no image, one has no mask, or a mask has another size or a value that is no class.
+        UserError: There is no image, one has no mask or is turned by its EXIF data, or a mask has another size or a
+            value that is no class.
         RunError: A file is no readable image.
     """
     top = folder / "images" / split
@@ -76,6 +77,11 @@ def _pair(path: Path, mask_path: Path, size: int, classes: int) -> tuple[Tensor,
     if not mask_path.is_file():
         raise UserError(f"{printable(str(path))} has no mask: {printable(str(mask_path))} is wanted")
     image, mask = _readable(path, decode), _readable(mask_path, _decode_mask)
+    if _is_turned(path):
+        raise UserError(
+            f"{printable(str(path))} is turned or mirrored by its EXIF data, and its mask is not: turn the pixels "
+            "themselves or remove the orientation from the EXIF data, whichever fits the mask"
+        )
     if image.size != mask.size:
         raise UserError(
             f"the mask {printable(str(mask_path))} is {mask.width}x{mask.height} pixels, but its image is "
@@ -90,6 +96,18 @@ def _pair(path: Path, mask_path: Path, size: int, classes: int) -> tuple[Tensor,
     crop = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
     pixels, cut = crop(tv_tensors.Image(v2.functional.pil_to_tensor(image)), tv_tensors.Mask(values))
     return pixels, cut
+
+
+def _is_turned(path: Path) -> bool:
+    """Whether the EXIF data of an image say that it is shown in another position than its pixels have."""
+    from PIL import ExifTags, Image
+
+    with warnings.catch_warnings(), Image.open(path) as image:
+        warnings.simplefilter("ignore")
+        try:
+            return image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+        except Exception:  # Damaged EXIF data raise various kinds of errors, and `decode` ignores them.
+            return False
 
 
 def _decode_mask(path: Path) -> Any:

@@ -74,7 +74,8 @@ def read_text(source: str | Path, *, context: int) -> tuple[Text, Text]:
     """Reads a text, and divides it into a part to train on and a part to test on.
 
     Whole files go to one part or the other, one of ten to the second, by the hash of their path in the folder. So a new
-    file moves no other one. A single file is cut after nine tenths.
+    file moves no other one. A single file is cut after nine tenths, and so are a few files, one behind the other, if
+    a part would be shorter than a context.
 
     Args:
         source: "stdlib" for the source of Python's standard library, 12 MB that every machine has, or the path of a
@@ -86,11 +87,12 @@ def read_text(source: str | Path, *, context: int) -> tuple[Text, Text]:
     """
     root = Path(sysconfig.get_path("stdlib")) if source == STDLIB else Path(source)
     if root.is_file():
-        whole = root.read_bytes()
-        cut = len(whole) * (TENTH - 1) // TENTH
-        parts = [whole[:cut], whole[cut:]]
+        parts = _cut(root.read_bytes())
     elif root.is_dir():
-        parts = _divided(root, _python(root) if source == STDLIB else _visible(root, set()))
+        files = _python(root) if source == STDLIB else _visible(root, set())
+        parts = _divided(root, files)
+        if min(map(len, parts)) <= context:
+            parts = _cut(b"\n".join(path.read_bytes() for path in files))
     else:
         raise UserError(f"there is no text '{source}': give the path of a file or a folder, or '{STDLIB}'")
     train, test = (Text(torch.from_numpy(np.frombuffer(part, np.uint8).copy()), context) for part in parts)
@@ -113,6 +115,12 @@ def _visible(root: Path, left_out: set[str]) -> list[Path]:
 
 def _names(root: Path, path: Path) -> tuple[str, ...]:
     return path.relative_to(root).parts
+
+
+def _cut(whole: bytes) -> list[bytes]:
+    """The first nine tenths of a text, and the rest."""
+    cut = len(whole) * (TENTH - 1) // TENTH
+    return [whole[:cut], whole[cut:]]
 
 
 def _divided(root: Path, files: Sequence[Path]) -> list[bytes]:

@@ -231,7 +231,7 @@ def measure_peak(
 def predict_peak(
     model: LocalModel,
     batch_size: int,
-    optimizers: Callable[[LocalModel], Optimizers],
+    optimizers: Callable[[LocalModel], Optimizers | torch.optim.Optimizer],
     *,
     targets: Any = None,
     step_as_you_go: bool = False,
@@ -245,13 +245,14 @@ def predict_peak(
     Args:
         model: The result of `localize`.
         batch_size: The number of images in a batch.
-        optimizers: Makes the optimizers of the copy: one, or with `step_as_you_go` one for each block.
+        optimizers: Makes the optimizer of the copy, or with `step_as_you_go` a list of one for each block.
         targets: An example of the targets, with any number of samples. Default: an int64 class a sample.
         step_as_you_go: Whether each block's optimizer steps before the next block runs. Default: False.
         autocast: The dtype of each block's forward pass. Default: the model's own.
 
     Raises:
-        UserError: The memory depends on values, so it must be measured, or the criterion does not take the targets.
+        UserError: The memory depends on values, so it must be measured, the criterion does not take the targets, or
+            there are not as many optimizers.
     """
     model = localized(model, "predict_peak")
     model.checks.check_size(model, batch_size)
@@ -262,7 +263,7 @@ def predict_peak(
 def predicted(
     model: LocalModel,
     batch_size: int,
-    optimizers: Callable[[LocalModel], Optimizers],
+    optimizers: Callable[[LocalModel], Optimizers | torch.optim.Optimizer],
     targets: Any,
     *,
     step_as_you_go: bool,
@@ -270,7 +271,10 @@ def predicted(
 ) -> PeakBytes:
     """What `predict_peak` returns, for arguments that were checked."""
     with on_fake_tensors(model, batch_size, targets) as (copied, x, y):
-        own = optimizers(copied)
+        made, count = optimizers(copied), len(copied.blocks) if step_as_you_go else 1
+        own = [made] if isinstance(made, torch.optim.Optimizer) else made
+        if len(own) != count:
+            raise UserError(f"optimizers makes {len(own)}, not {count}: one, or with step_as_you_go one for each block")
 
         def step() -> None:
             training_step(copied, own, copied.inputs.batch(x), y, step_as_you_go=step_as_you_go, autocast=autocast)

@@ -193,7 +193,7 @@ class Stage:
             UserError: The batch has another size than the first one, or an argument is wrong.
         """
         if x is not None and images is None and self.model.needs_images(self.blocks):
-            images = self.model.method.images(main_input(x))
+            images = self.model.checks.images(self.model, main_input(x))
         y = targets_of(x, y)
         h = self._receive_input() if self.ranks.rank else self.model.inputs.crossing(x)
         check_step(self.model, self.blocks, h, y, images=images, scale=scale, autocast=autocast)
