@@ -64,6 +64,24 @@ def test_the_loss_in_chunks_is_the_plain_one(count: int, biased: bool) -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("counted", [0, 1, 9, 23])
+def test_targets_of_the_ignored_value_do_not_count_in_chunks(counted: int) -> None:
+    h = torch.randn(23, WIDTH, dtype=torch.float64)
+    weight = torch.randn(VOCABULARY, WIDTH, dtype=torch.float64)
+    bias = torch.randn(VOCABULARY, dtype=torch.float64)
+    targets = torch.randint(VOCABULARY, (23,))
+    targets[torch.randperm(23)[counted:]] = -100
+    leaves = [t.requires_grad_() for t in (h, weight, bias)]
+    loss = next_token_loss(h, weight, bias, targets)
+    wanted = F.cross_entropy(F.linear(h, weight, bias), targets, ignore_index=-100, reduction="sum")
+    for a, b in zip(
+        (loss, *torch.autograd.grad(loss, leaves)), (wanted, *torch.autograd.grad(wanted, leaves)), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    of_h = torch.autograd.grad(next_token_loss(h, weight, bias, targets), h)[0]
+    assert not bool(of_h[targets == -100].any())
+
+
 def test_a_readout_that_is_not_trained_gets_no_gradient_and_large_logits_stay_finite() -> None:
     h = torch.full((4, WIDTH), 200.0, requires_grad=True)
     weight = torch.randn(VOCABULARY, WIDTH)
@@ -244,6 +262,37 @@ def test_a_network_with_plain_logits_trains_alike_and_accumulates() -> None:
         torch.testing.assert_close(gradient, found[1][1][name], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_padding_does_not_count(plain: bool) -> None:
+    network, (x, y) = gpt().double(), batch()
+    if plain:
+        network.readout = nn.Linear(WIDTH, VOCABULARY, dtype=torch.float64)  # pyright: ignore[reportAttributeAccessIssue]
+    padded = y.clone()
+    padded[:, 4:] = -100
+    model = cut(network, lg.dgl())
+    out = lg.local_backward(model, x, padded)
+    found = gradients(model)
+    logits = (out.logits if plain else out.logits.logits()).detach()
+    wanted = F.cross_entropy(logits.flatten(0, 1), padded.flatten())
+    assert out.losses[-1].item() == pytest.approx(wanted.item(), rel=1e-12)
+    scores = TASK.scores(TASK.metrics(logits, padded))
+    assert scores == pytest.approx(TASK.scores(TASK.metrics(logits[:, :4], y[:, :4])))
+    assert scores["loss"] == pytest.approx(wanted.item())
+    other = torch.full_like(y, VOCABULARY + 5)
+    other[:, :4] = y[:, :4]
+    model.zero_grad()
+    with_other = cut(network, lg.dgl(), lg.LanguageModel(VOCABULARY, ignore_index=VOCABULARY + 5))
+    with_other.auxiliaries.load_state_dict(model.auxiliaries.state_dict())
+    lg.local_backward(with_other, x, other)
+    assert_same(found, gradients(with_other))
+    model = cut(network, lg.dgl())
+    network.zero_grad()
+    nothing = lg.local_backward(model, x, torch.full_like(y, -100))
+    assert not any(bool(loss) for loss in nothing.losses)
+    assert not any(bool(p.grad.any()) for p in model.parameters() if p.grad is not None)
+    assert TASK.scores(TASK.metrics(logits, torch.full_like(y, -100)))["loss"] == 0
+
+
 def test_metrics_add_up_to_bits_and_perplexity() -> None:
     logits, (_, y) = torch.randn(3, CONTEXT, VOCABULARY), batch()
     sums = TASK.metrics(logits, y)
@@ -366,11 +415,17 @@ def test_what_does_not_fit_is_said_in_one_sentence() -> None:
     assert said(lg.local_backward, model, beyond, y) == (
         "inputs have tokens from 30 to 30, and the vocabulary has those from 0 to 29"
     )
-    assert "targets have tokens from 30 to 30" in said(lg.local_backward, model, x, beyond)
+    assert said(lg.local_backward, model, x, beyond) == (
+        "targets have tokens from 30 to 30, and the vocabulary has those from 0 to 29; -100 is a target that does not "
+        "count"
+    )
+    assert "targets have tokens from -1 to -1" in said(lg.local_backward, model, x, torch.full_like(y, -1))
+    assert "inputs have tokens from -100 to -100" in said(lg.local_backward, model, torch.full_like(x, -100), y)
     assert "targets must be the token behind each token" in said(lg.local_backward, model, x, y[:, 0])
     assert "targets must be the token behind each token" in said(lg.local_backward, model, x, y.float())
     assert "2 tokens or more" in said(lg.LanguageModel, 1)
     assert "every 1 step or more" in said(lg.LanguageModel, 5, None, 0)
+    assert "a value that is no token, and 29 is one of 30" in said(lg.LanguageModel, VOCABULARY, ignore_index=29)
     assert "a module with one matrix" in said(lg.LanguageModel, VOCABULARY, network.norm)
     assert "shared has 30 tokens, and the vocabulary 31" in said(lg.LanguageModel, 31, network.readout)
     other = lg.LanguageModel(VOCABULARY, nn.Embedding(VOCABULARY, WIDTH + 1))
