@@ -423,6 +423,10 @@ def test_what_does_not_fit_is_said_in_one_sentence() -> None:
     assert "inputs have tokens from -100 to -100" in said(lg.local_backward, model, torch.full_like(x, -100), y)
     assert "targets must be the token behind each token" in said(lg.local_backward, model, x, y[:, 0])
     assert "targets must be the token behind each token" in said(lg.local_backward, model, x, y.float())
+    for wrong in (y[:, 1:], y[:, :1], torch.cat((y, y), 1)):
+        expected = f"targets of shape {tuple(wrong.shape)} do not belong to an output for tokens of shape (3, 6): give"
+        assert expected in said(lg.local_backward, model, x, wrong)
+        assert expected in said(TASK.metrics, torch.zeros(3, CONTEXT, VOCABULARY), wrong)
     assert "2 tokens or more" in said(lg.LanguageModel, 1)
     assert "every 1 step or more" in said(lg.LanguageModel, 5, None, 0)
     assert "a value that is no token, and 29 is one of 30" in said(lg.LanguageModel, VOCABULARY, ignore_index=29)

@@ -230,7 +230,16 @@ class LanguageModel:
         return (targets != self.ignore_index).sum()
 
     def _loss(self, output: Any, targets: Tensor) -> Tensor:
-        """The sum over all tokens that count of their cross-entropy, in nats."""
+        """The sum over all tokens that count of their cross-entropy, in nats.
+
+        Raises UserError unless there is one target for each token of the output.
+        """
+        tokens = tuple((output[0] if isinstance(output, tuple) else output).shape[:-1])
+        if tuple(targets.shape) != tokens:
+            raise UserError(
+                f"targets of shape {tuple(targets.shape)} do not belong to an output for tokens of shape {tokens}: "
+                "give the token behind each token of the inputs"
+            )
         if not isinstance(output, tuple):
             rows = output.flatten(0, -2)
             return F.cross_entropy(rows, targets.flatten(), reduction="sum", ignore_index=self.ignore_index)
