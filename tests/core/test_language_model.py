@@ -307,6 +307,18 @@ def test_metrics_add_up_to_bits_and_perplexity() -> None:
     assert scores["perplexity"] == pytest.approx(math.exp(float(nats)))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_metrics_of_half_precision_are_summed_in_float32(dtype: torch.dtype) -> None:
+    task, y = lg.LanguageModel(256), torch.randint(256, (8, 512))
+    logits = (torch.randn(8, 512, 256) / 2).to(dtype)
+    wanted = task.scores(task.metrics(logits.double(), y))["bits"]
+    assert task.scores(task.metrics(logits, y))["bits"] == pytest.approx(wanted, rel=1e-6)
+    unread = lg.Readout(WIDTH, 256, dtype=dtype)(torch.randn(8, 512, WIDTH).to(dtype))
+    exact = Unread(*(t.double() for t in unread))
+    wanted = task.scores(task.metrics(exact, y))["bits"]
+    assert task.scores(task.metrics(unread, y))["bits"] == pytest.approx(wanted, rel=1e-6)
+
+
 def test_peaks_and_plans_take_tokens() -> None:
     network, (x, y) = gpt(2), batch(64)
     model = cut(network, lg.dgl(), coupling=lg.MAN())

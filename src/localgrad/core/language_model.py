@@ -230,7 +230,7 @@ class LanguageModel:
         return (targets != self.ignore_index).sum()
 
     def _loss(self, output: Any, targets: Tensor) -> Tensor:
-        """The sum over all tokens that count of their cross-entropy, in nats.
+        """The sum over all tokens that count of their cross-entropy, in nats, in float32 or wider.
 
         Raises UserError unless there is one target for each token of the output.
         """
@@ -241,10 +241,16 @@ class LanguageModel:
                 "give the token behind each token of the inputs"
             )
         if not isinstance(output, tuple):
-            rows = output.flatten(0, -2)
+            rows = _wide(output.flatten(0, -2))
             return F.cross_entropy(rows, targets.flatten(), reduction="sum", ignore_index=self.ignore_index)
         features, weight, bias = output
-        return next_token_loss(features.flatten(0, -2), weight, bias, targets.flatten(), self.ignore_index)
+        rows = _wide(features.flatten(0, -2))
+        return next_token_loss(rows, weight, bias, targets.flatten(), self.ignore_index)
+
+
+def _wide(t: Tensor) -> Tensor:
+    """Half precision becomes float32, in which a sum over thousands of tokens keeps its digits."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def next_token_loss(
@@ -263,7 +269,8 @@ def next_token_loss(
         targets: int64 [N].
         ignored: The value of targets that do not count.
     """
-    return cast(Tensor, _Chunks.apply(features, weight.to(features.dtype), bias, targets, ignored))
+    weight, bias = weight.to(features.dtype), None if bias is None else bias.to(features.dtype)
+    return cast(Tensor, _Chunks.apply(features, weight, bias, targets, ignored))
 
 
 def plain_next_token_loss(
