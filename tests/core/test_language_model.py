@@ -181,6 +181,37 @@ def test_large_embeddings_begin_with_small_logits() -> None:
 # The task
 
 
+class Logits(nn.Module):
+    """A network that gives plain logits in a dictionary, as those of transformers do."""
+
+    def __init__(self, network: GPT) -> None:
+        super().__init__()
+        self.network, self.readout = network, nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.readout.weight = network.readout.weight
+
+    def forward(self, tokens: Tensor) -> dict[str, Tensor]:
+        h = self.network.embedding(tokens)
+        for layer in self.network.layers:
+            h = layer(h)
+        return {"logits": self.readout(self.network.norm(h))}
+
+
+def test_the_logits_of_a_dictionary_are_taken() -> None:
+    x, y = batch()
+    found = []
+    for named in (True, False):
+        network = gpt().double()
+        backbone = Logits(network) if named else network
+        torch.manual_seed(1)
+        model = cut(backbone, lg.dgl(), targets=y)
+        lg.local_backward(model, x, y)
+        scores = TASK.scores(TASK.metrics(model.eval()(x), y))
+        found.append(([p.grad for p in network.parameters()], scores))
+    assert found[0][1] == pytest.approx(found[1][1])
+    for a, b in zip(found[0][0], found[1][0], strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("coupling", [None, lg.MAN(0.9), lg.DeepMAN(0.9, depth=2)], ids=str)
 @pytest.mark.parametrize("shared", [None, "embedding", "readout"])
 @pytest.mark.parametrize("method", [lg.dgl(), lg.auglocal(depth=2), lg.lopt()], ids=lambda m: m.name)
@@ -439,6 +470,14 @@ def test_what_does_not_fit_is_said_in_one_sentence() -> None:
         expected = f"targets of shape {tuple(wrong.shape)} do not belong to an output for tokens of shape (3, 6): give"
         assert expected in said(lg.local_backward, model, x, wrong)
         assert expected in said(TASK.metrics, torch.zeros(3, CONTEXT, VOCABULARY), wrong)
+    larger = lg.LanguageModel(VOCABULARY + 1)
+    assert said(cut, Logits(network), lg.dgl(), larger) == (
+        "the backbone gives 30 logits a token for a vocabulary of 31: make it with 31 outputs"
+    )
+    assert "gives 30 logits a token for a vocabulary of 31" in said(cut, network, lg.dgl(), larger, targets=y)
+    assert "gives 30 logits a token" in said(lg.local_backward, cut(network, lg.dgl(), larger), x, y)
+    first = nn.Sequential(network.embedding, *network.layers, nn.Flatten(), nn.Linear(CONTEXT * WIDTH, VOCABULARY))
+    assert "gives (30,) for a sample, and a language model takes logits [length, 30]" in said(cut, first, lg.dgl())
     assert "2 tokens or more" in said(lg.LanguageModel, 1)
     assert "every 1 step or more" in said(lg.LanguageModel, 5, None, 0)
     assert "a value that is no token, and 29 is one of 30" in said(lg.LanguageModel, VOCABULARY, ignore_index=29)

@@ -114,7 +114,8 @@ class LanguageModel:
     """The task of a language model: the cross-entropy of the next token, mean over the tokens that count.
 
     Inputs are tokens, int64 [B, L], and targets the tokens that follow each of them, int64 [B, L]. The network gives
-    logits [B, L, vocabulary], or ends in `Readout`. A head is a layer norm and a readout, whatever head a method names.
+    logits [B, L, vocabulary], alone or as "logits" of a dictionary, or it ends in `Readout`. A head is a layer norm and
+    a readout, whatever head a method names.
 
     Attributes:
         vocabulary: The number of tokens, at least 2.
@@ -171,6 +172,29 @@ class LanguageModel:
         """
         nats = float(sums["nats"]) / max(1.0, float(sums["tokens"]))
         return {"loss": nats, "bits": nats / math.log(2), "perplexity": math.exp(nats)}
+
+    def check_output(self, gives: Any) -> None:
+        """Raises UserError unless the network gives logits of the whole vocabulary or more, or what `Readout` gives.
+
+        How many tokens a `Readout` knows is compared by the criterion.
+        """
+        match _logits(gives):
+            case Unread():
+                return
+            case (int(), int() as count):
+                self._check_count(count)
+                return
+        raise UserError(
+            f"the backbone gives {gives} for a sample, and a language model takes logits [length, {self.vocabulary}], "
+            "alone or as 'logits' of a dictionary: pass a criterion or a task of your own"
+        )
+
+    def _check_count(self, count: int) -> None:
+        if count < self.vocabulary:
+            raise UserError(
+                f"the backbone gives {count} logits a token for a vocabulary of {self.vocabulary}: make it with "
+                f"{self.vocabulary} outputs"
+            )
 
     def check_inputs(self, x: Tensor) -> None:
         """Raises UserError unless inputs are tokens of the vocabulary. Values are compared on the CPU only."""
@@ -232,9 +256,12 @@ class LanguageModel:
     def _loss(self, output: Any, targets: Tensor) -> Tensor:
         """The sum over all tokens that count of their cross-entropy, in nats, in float32 or wider.
 
-        Raises UserError unless there is one target for each token of the output.
+        Raises UserError unless each token of the output has one target, and a logit for each token of the vocabulary.
         """
-        tokens = tuple((output[0] if isinstance(output, tuple) else output).shape[:-1])
+        output = _logits(output)
+        first = output[0] if isinstance(output, tuple) else output
+        self._check_count(len(output[1]) if isinstance(output, tuple) else first.shape[-1])
+        tokens = tuple(first.shape[:-1])
         if tuple(targets.shape) != tokens:
             raise UserError(
                 f"targets of shape {tuple(targets.shape)} do not belong to an output for tokens of shape {tokens}: "
@@ -246,6 +273,11 @@ class LanguageModel:
         features, weight, bias = output
         rows = _wide(features.flatten(0, -2))
         return next_token_loss(rows, weight, bias, targets.flatten(), self.ignore_index)
+
+
+def _logits(output: Any) -> Any:
+    """What a network gives, or the logits in it where it gives a dictionary, as those of transformers do."""
+    return output["logits"] if isinstance(output, Mapping) and "logits" in output else output
 
 
 def _wide(t: Tensor) -> Tensor:
