@@ -466,6 +466,15 @@ def test_what_does_not_fit_is_said_in_one_sentence() -> None:
     assert "inputs have tokens from -100 to -100" in said(lg.local_backward, model, torch.full_like(x, -100), y)
     assert "targets must be the token behind each token" in said(lg.local_backward, model, x, y[:, 0])
     assert "targets must be the token behind each token" in said(lg.local_backward, model, x, y.float())
+    padded = x.clone()
+    padded[:, 3:] = -100
+    for copied in (x, padded):
+        assert said(lg.local_backward, model, x, copied) == (
+            "targets are a copy of the inputs, which a network learns by reading one token: give the token behind "
+            "each, x = tokens[:, :-1] and y = tokens[:, 1:]"
+        )
+    one = torch.zeros_like(x)
+    lg.local_backward(model, one, one)  # The same token over and over does follow itself.
     for wrong in (y[:, 1:], y[:, :1], torch.cat((y, y), 1)):
         expected = f"targets of shape {tuple(wrong.shape)} do not belong to an output for tokens of shape (3, 6): give"
         assert expected in said(lg.local_backward, model, x, wrong)

@@ -223,9 +223,9 @@ def check_step(
     check_call(entering, y, scale, autocast, backward)
     model.watch.check(model.backbone)
     shape = tuple(model.blocks[blocks[0] - 1].boundary.shape) if blocks[0] else model.image
-    if not blocks[0] and (check_inputs := getattr(model.task, "check_inputs", None)) is not None:
-        check_inputs(h)
     model.task.check_targets(y)
+    if not blocks[0] and (check_inputs := getattr(model.task, "check_inputs", None)) is not None:
+        check_inputs(h, y)
     counts = {len(leaf): None for leaf in tree_leaves(y) if isinstance(leaf, Tensor) and leaf.ndim}
     if tuple(h.shape[1:]) != shape or any(count != len(h) for count in counts):
         expected = " x ".join(map(str, ("batch", *shape)))

@@ -196,9 +196,21 @@ class LanguageModel:
                 f"{self.vocabulary} outputs"
             )
 
-    def check_inputs(self, x: Tensor) -> None:
-        """Raises UserError unless inputs are tokens of the vocabulary. Values are compared on the CPU only."""
+    def check_inputs(self, x: Tensor, targets: Tensor) -> None:
+        """Raises UserError unless inputs are tokens of the vocabulary, of which targets are no copy.
+
+        Values are compared on the CPU only.
+        """
         self._check("inputs", x)
+        if x.device.type == targets.device.type == "cpu" and x.shape == targets.shape:
+            counted = targets != self.ignore_index
+            if bool((counted & (targets != x)).any()):
+                return
+            if bool((counted[:, :-1] & (x[:, 1:] != x[:, :-1])).any()):  # A token that is repeated follows itself.
+                raise UserError(
+                    "targets are a copy of the inputs, which a network learns by reading one token: give the token "
+                    "behind each, x = tokens[:, :-1] and y = tokens[:, 1:]"
+                )
 
     def check_targets(self, targets: Any) -> None:
         """Raises UserError unless targets are int64 [B, L], tokens of the vocabulary or the ignored value.
