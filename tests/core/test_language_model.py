@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import localgrad as lg
+from localgrad.core import language_model
 from localgrad.core.boundary import Boundary
 from localgrad.core.language_model import SharedReadout, Unread, next_token_loss, plain_next_token_loss
 
@@ -45,7 +46,7 @@ def cut(network: nn.Module, method: lg.Method, task: lg.LanguageModel = TASK, **
 
 
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("count", [1, 5, 12, 23])  # One chunk has 23 * 8 // 30 tokens at most, which do not divide 23.
+@pytest.mark.parametrize("count", [1, 5, 12, 23])  # One chunk has 8 tokens, the width, which do not divide 23.
 def test_the_loss_in_chunks_is_the_plain_one(count: int, biased: bool) -> None:
     h = torch.randn(count, WIDTH, dtype=torch.float64)
     weight = 3 * torch.randn(VOCABULARY, WIDTH, dtype=torch.float64)
@@ -104,8 +105,21 @@ def test_the_loss_in_chunks_never_holds_all_logits() -> None:
         return lg.measure_peak(lambda: loss(h, weight, None, targets).backward()).total
 
     assert peak(plain_next_token_loss) > 2 * logits
-    # Features and readout, their gradients now and before, and logits as large as the features.
-    assert peak(next_token_loss) < 3 * 4 * (tokens + vocabulary) * width + 2 * 4 * tokens * width < logits / 4
+    # Features and readout, their gradients now and before, and the logits of a chunk, as large as the readout.
+    assert peak(next_token_loss) < 3 * 4 * (tokens + vocabulary) * width + 1.1 * 4 * vocabulary * width < logits / 3
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "vocabulary", "chunks"), [(512, 32, 4096, 16), (600, 300, 1024, 3), (64, 16, 32, 2)]
+)
+def test_the_loss_passes_over_the_readout_a_few_times(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, width: int, vocabulary: int, chunks: int
+) -> None:
+    made = []
+    monkeypatch.setattr(language_model, "_add", lambda *chunk: made.append(chunk))
+    h, weight = torch.zeros(tokens, width, requires_grad=True), torch.zeros(vocabulary, width)
+    next_token_loss(h, weight, None, torch.zeros(tokens, dtype=torch.int64))
+    assert len(made) == chunks
 
 
 def test_blocks_hold_no_logits_of_a_whole_batch() -> None:

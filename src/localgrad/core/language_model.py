@@ -16,6 +16,8 @@ from localgrad.core.boundary import Boundary
 from localgrad.core.errors import UserError
 from localgrad.core.sharded import whole
 
+CHUNK = 256  # For fewer tokens at a time, passing over a readout that is as wide takes longer than to compute with it.
+
 
 class Unread(NamedTuple):
     """What logits are made of: `features @ weight.T + bias`. The loss makes them a chunk of tokens at a time.
@@ -303,8 +305,8 @@ def next_token_loss(
     """Cross-entropy of `features @ weight.T + bias`, sum over the tokens that count, with few logits in memory.
 
     The logits of a chunk of tokens become their gradient in place, and that goes to the features and to the readout at
-    once. A chunk has as many tokens as make its logits as large as all features. The product is computed in the dtype
-    of the features.
+    once. A chunk has 256 tokens, or fewer if its logits would be larger than the readout, but at least as many as make
+    its logits as large as all features. The product is computed in the dtype of the features.
 
     Args:
         features: [N, width].
@@ -332,7 +334,7 @@ class _Chunks(torch.autograd.Function):
         wanted = [t if need else None for t, need in zip((features, weight, bias), ctx.needs_input_grad, strict=False)]
         gradients = [None if t is None else torch.zeros_like(t) for t in wanted]
         loss = features.new_zeros(())
-        rows = max(1, features.numel() // len(weight))
+        rows = max(min(CHUNK, weight.shape[1]), features.numel() // len(weight))
         for start in range(0, len(features), rows):
             h, chosen = features[start : start + rows], targets[start : start + rows, None]
             left_out = chosen == ignored
