@@ -185,6 +185,32 @@ def test_a_copy_of_a_model_shares_its_own_readout_and_goes_on_to_the_same_bits()
     assert shared.source.module is twins[1].backbone.readout is not network.readout
 
 
+def test_a_resumed_model_refreshes_its_shared_readouts_in_the_same_steps(tmp_path: Path) -> None:
+    x, y = batch()
+
+    def made() -> tuple[lg.LocalModel, torch.optim.Optimizer]:
+        network = gpt()
+        torch.manual_seed(1)
+        model = cut(network, lg.dgl(), lg.LanguageModel(VOCABULARY, network.readout, 3))
+        return model, torch.optim.SGD(lg.param_groups(model), lr=0.5)
+
+    def train(model: lg.LocalModel, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        for _ in range(steps):
+            lg.local_backward(model, x, y)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    straight, first, resumed = made(), made(), made()
+    train(*straight, 7)
+    train(*first, 4)
+    torch.save(first[0].state_dict(), tmp_path / "state.pt")
+    resumed[0].load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    train(*resumed, 3)
+    assert_same(state(straight[0]), state(resumed[0]))
+    shared = [m for m in resumed[0].auxiliaries.modules() if isinstance(m, SharedReadout)]
+    assert [m.turn for m in shared] == [7, 7]
+
+
 def test_large_embeddings_begin_with_small_logits() -> None:
     embedding, tokens = nn.Embedding(VOCABULARY, WIDTH), Boundary((CONTEXT, WIDTH), "NLC", 0)
     head = lg.LanguageModel(VOCABULARY, embedding).head(tokens).eval()
@@ -364,9 +390,13 @@ def test_metrics_of_half_precision_are_summed_in_float32(dtype: torch.dtype) -> 
     assert task.scores(task.metrics(unread, y))["bits"] == pytest.approx(wanted, rel=1e-6)
 
 
-def test_peaks_and_plans_take_tokens() -> None:
-    network, (x, y) = gpt(2), batch(64)
-    model = cut(network, lg.dgl(), coupling=lg.MAN())
+@pytest.mark.parametrize("way", ["coupled", "shared", "wide", "padded"])
+def test_peaks_and_plans_take_tokens(way: str) -> None:
+    network, (x, y) = gpt(2, vocabulary=600 if way == "wide" else VOCABULARY), batch(64)
+    if way == "padded":
+        y[:, 3:] = -100
+    task = lg.LanguageModel(600 if way == "wide" else VOCABULARY, network.readout if way == "shared" else None, 1)
+    model = cut(network, lg.dgl(), task, coupling=lg.MAN() if way == "coupled" else None)
 
     def optimizers(own: lg.LocalModel) -> list[torch.optim.Optimizer]:
         return [torch.optim.SGD(lg.param_groups(own), lr=0.1, momentum=0.9)]
@@ -381,13 +411,13 @@ def test_peaks_and_plans_take_tokens() -> None:
     step()
     measured = lg.measure_peak(step, model=model, optimizers=made).total
     assert lg.predict_peak(model, len(x), optimizers, targets=y).total == measured
-    planner = lg.Planner(network, x, method=lg.dgl(), targets=y, task=TASK, accumulate="never")
+    planner = lg.Planner(network, x, method=lg.dgl(), targets=y, task=task, accumulate="never")
     for plan in (planner.checkpointing, planner.even(2)):
         planned = plan.localize(network, x)
-        assert planned.task is TASK
+        assert planned.task is task
         lg.local_backward(planned, x, y)
     assert planner.checkpointing.peak < planner.bp.peak
-    assert "no plan can be made" in said(lg.plan, network, x, 2**20, method=lg.lopt(), targets=y, task=TASK)
+    assert "no plan can be made" in said(lg.plan, network, x, 2**20, method=lg.lopt(), targets=y, task=task)
 
 
 def test_the_code_of_the_page_on_tasks_runs(tmp_path: Path) -> None:

@@ -70,20 +70,19 @@ class SharedReadout(nn.Module):
 
     Attributes:
         source: That module, which is the backbone's.
-        turn: The number of steps so far.
+        turn: The number of steps so far, which is saved and loaded with the state. To read it from a tensor would make
+            the device wait.
     """
 
-    turn: Tensor
     weight: Tensor
     bias: Tensor | None
 
     def __init__(self, source: nn.Module, every: int) -> None:
         super().__init__()
-        self.source, self.every = _Reference(source), every
+        self.source, self.every, self.turn = _Reference(source), every, 0
         bias = cast("Tensor | None", getattr(source, "bias", None))
         self.register_buffer("weight", cast(Tensor, source.weight).detach().clone())
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
-        self.register_buffer("turn", torch.zeros((), dtype=torch.int64))
 
     def forward(self, h: Tensor) -> Any:
         made = Unread(h, self.weight, self.bias)
@@ -91,14 +90,20 @@ class SharedReadout(nn.Module):
 
     def follow(self) -> None:
         """Copies the source after every so many calls. It is called once for each step of the optimizer."""
-        if int(self.turn) % self.every == 0:
+        if self.turn % self.every == 0:
             self._copy()
         self.turn += 1
 
     def restart(self) -> None:
         """Copies the source and begins to count anew."""
         self._copy()
-        self.turn.zero_()
+        self.turn = 0
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.turn)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.turn = int(state)
 
     @torch.no_grad()
     def _copy(self) -> None:
