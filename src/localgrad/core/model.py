@@ -118,7 +118,7 @@ class LocalModel(nn.Module):
         return any(cast(Auxiliary, self.auxiliaries[k]).needs_images for k in blocks if k < len(self.auxiliaries))
 
     def move_averages(self, k: int | None = None, *, stepped: bool = False) -> None:
-        """Moves the averages of the couplings once.
+        """Moves the averages of the couplings once, and counts a step of shared readouts, which follow every n steps.
 
         Call it once before each optimizer step, and with `stepped=True` after it if a coupling has form="pull".
         `local_backward` makes these calls itself.
