@@ -112,18 +112,19 @@ def work(
     before = resident()
     torch.manual_seed(0)
     batch = example(settings, x)
+    behind = batch.roll(-1, 1)
     make = partial(model_of, settings, method, last)
     if ranks == 1:
         model = make()
-        peak = third_step(model, range(len(model.blocks)), lambda: lg.block_steps(model, batch, batch))
+        peak = third_step(model, range(len(model.blocks)), lambda: lg.block_steps(model, batch, behind))
     else:
         dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=ranks * shards)
         mesh = init_device_mesh("cpu", (ranks, shards), mesh_dim_names=("pipeline", "shards")) if shards > 1 else None
         stage = lg.Stage(make, [1] * ranks, mesh=mesh)
         if shards > 1:
             lg.shard(stage.model)
-        mine = batch.chunk(shards)[stage.row.rank]
-        peak = third_step(stage.model, stage.blocks, lambda: stage.block_steps(mine, mine))
+        own_x, own_y = (tokens.chunk(shards)[stage.row.rank] for tokens in (batch, behind))
+        peak = third_step(stage.model, stage.blocks, lambda: stage.block_steps(own_x, own_y))
         stage.finish()
         dist.destroy_process_group()
     torch.save((peak, resident() - before), f"{folder}/{rank}.pt")

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import localgrad as lg
@@ -21,28 +21,17 @@ import localgrad as lg
 BYTES, BATCH, WIDTH = 256, 8, 96
 
 
-class Logits(nn.Module):
-    """Tokens [B, L] to logits [B, L, 256], because `lg.LanguageModel` reads a tensor and not a dictionary."""
-
-    def __init__(self, network: Any) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.network(input_ids=tokens, use_cache=False)["logits"]
-
-
-def gpt2(context: int) -> Logits:
+def gpt2(context: int) -> GPT2LMHeadModel:
     size: Any = {"vocab_size": BYTES, "n_positions": context, "n_embd": WIDTH, "n_layer": 6, "n_head": 4}
     plain: Any = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None}
     # Of a readout that is tied to the embedding, the first block alone would train the table.
-    return Logits(GPT2LMHeadModel(GPT2Config(**size, **plain, tie_word_embeddings=False)))
+    return GPT2LMHeadModel(GPT2Config(**size, **plain, tie_word_embeddings=False))
 
 
-def llama(context: int) -> Logits:
+def llama(context: int) -> LlamaForCausalLM:
     size: Any = {"vocab_size": BYTES, "max_position_embeddings": context, "hidden_size": WIDTH, "num_hidden_layers": 6}
     more: Any = {"num_attention_heads": 4, "intermediate_size": 4 * WIDTH, "tie_word_embeddings": False}
-    return Logits(LlamaForCausalLM(LlamaConfig(**size, **more)))
+    return LlamaForCausalLM(LlamaConfig(**size, **more))
 
 
 def train(model: lg.LocalModel, text: lg.Text, steps: int) -> lg.PeakBytes:
@@ -76,14 +65,14 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--steps", type=int, default=60)
     args = parser.parse_args()
-    makers: dict[str, Callable[[int], Logits]] = {"GPT-2": gpt2, "Llama": llama}
+    makers: dict[str, Callable[[int], Any]] = {"GPT-2": gpt2, "Llama": llama}
     try:
         text, test = lg.read_text(args.text, context=args.context)
         for name, make in makers.items():
             for blocks in (1, args.blocks):
                 torch.manual_seed(0)
                 network = make(args.context)
-                task = lg.LanguageModel(BYTES, shared=network.network.lm_head if args.heads == "shared" else None)
+                task = lg.LanguageModel(BYTES, shared=network.lm_head if args.heads == "shared" else None)
                 how: Any = {"method": lg.bp()} if blocks == 1 else {"method": lg.dgl(), "coupling": lg.MAN(0.99)}
                 example = torch.zeros(BATCH, args.context, dtype=torch.int64)
                 model = lg.localize(network, blocks=blocks, example=example, task=task, **how)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import localgrad as lg
+from localgrad.core import language_model
 from localgrad.core.boundary import Boundary
 from localgrad.core.language_model import SharedReadout, Unread, next_token_loss, plain_next_token_loss
 
@@ -45,7 +46,7 @@ def cut(network: nn.Module, method: lg.Method, task: lg.LanguageModel = TASK, **
 
 
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("count", [1, 5, 12, 23])  # One chunk has 23 * 8 // 30 tokens at most, which do not divide 23.
+@pytest.mark.parametrize("count", [1, 5, 12, 23])  # One chunk has 8 tokens, the width, which do not divide 23.
 def test_the_loss_in_chunks_is_the_plain_one(count: int, biased: bool) -> None:
     h = torch.randn(count, WIDTH, dtype=torch.float64)
     weight = 3 * torch.randn(VOCABULARY, WIDTH, dtype=torch.float64)
@@ -62,6 +63,24 @@ def test_the_loss_in_chunks_is_the_plain_one(count: int, biased: bool) -> None:
     assert found[0].item() == pytest.approx(naive, rel=1e-12)
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("counted", [0, 1, 9, 23])
+def test_targets_of_the_ignored_value_do_not_count_in_chunks(counted: int) -> None:
+    h = torch.randn(23, WIDTH, dtype=torch.float64)
+    weight = torch.randn(VOCABULARY, WIDTH, dtype=torch.float64)
+    bias = torch.randn(VOCABULARY, dtype=torch.float64)
+    targets = torch.randint(VOCABULARY, (23,))
+    targets[torch.randperm(23)[counted:]] = -100
+    leaves = [t.requires_grad_() for t in (h, weight, bias)]
+    loss = next_token_loss(h, weight, bias, targets)
+    wanted = F.cross_entropy(F.linear(h, weight, bias), targets, ignore_index=-100, reduction="sum")
+    for a, b in zip(
+        (loss, *torch.autograd.grad(loss, leaves)), (wanted, *torch.autograd.grad(wanted, leaves)), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    of_h = torch.autograd.grad(next_token_loss(h, weight, bias, targets), h)[0]
+    assert not bool(of_h[targets == -100].any())
 
 
 def test_a_readout_that_is_not_trained_gets_no_gradient_and_large_logits_stay_finite() -> None:
@@ -86,8 +105,21 @@ def test_the_loss_in_chunks_never_holds_all_logits() -> None:
         return lg.measure_peak(lambda: loss(h, weight, None, targets).backward()).total
 
     assert peak(plain_next_token_loss) > 2 * logits
-    # Features and readout, their gradients now and before, and logits as large as the features.
-    assert peak(next_token_loss) < 3 * 4 * (tokens + vocabulary) * width + 2 * 4 * tokens * width < logits / 4
+    # Features and readout, their gradients now and before, and the logits of a chunk, as large as the readout.
+    assert peak(next_token_loss) < 3 * 4 * (tokens + vocabulary) * width + 1.1 * 4 * vocabulary * width < logits / 3
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "vocabulary", "chunks"), [(512, 32, 4096, 16), (600, 300, 1024, 3), (64, 16, 32, 2)]
+)
+def test_the_loss_passes_over_the_readout_a_few_times(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, width: int, vocabulary: int, chunks: int
+) -> None:
+    made = []
+    monkeypatch.setattr(language_model, "_add", lambda *chunk: made.append(chunk))
+    h, weight = torch.zeros(tokens, width, requires_grad=True), torch.zeros(vocabulary, width)
+    next_token_loss(h, weight, None, torch.zeros(tokens, dtype=torch.int64))
+    assert len(made) == chunks
 
 
 def test_blocks_hold_no_logits_of_a_whole_batch() -> None:
@@ -153,6 +185,32 @@ def test_a_copy_of_a_model_shares_its_own_readout_and_goes_on_to_the_same_bits()
     assert shared.source.module is twins[1].backbone.readout is not network.readout
 
 
+def test_a_resumed_model_refreshes_its_shared_readouts_in_the_same_steps(tmp_path: Path) -> None:
+    x, y = batch()
+
+    def made() -> tuple[lg.LocalModel, torch.optim.Optimizer]:
+        network = gpt()
+        torch.manual_seed(1)
+        model = cut(network, lg.dgl(), lg.LanguageModel(VOCABULARY, network.readout, 3))
+        return model, torch.optim.SGD(lg.param_groups(model), lr=0.5)
+
+    def train(model: lg.LocalModel, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        for _ in range(steps):
+            lg.local_backward(model, x, y)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    straight, first, resumed = made(), made(), made()
+    train(*straight, 7)
+    train(*first, 4)
+    torch.save(first[0].state_dict(), tmp_path / "state.pt")
+    resumed[0].load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    train(*resumed, 3)
+    assert_same(state(straight[0]), state(resumed[0]))
+    shared = [m for m in resumed[0].auxiliaries.modules() if isinstance(m, SharedReadout)]
+    assert [m.turn for m in shared] == [7, 7]
+
+
 def test_large_embeddings_begin_with_small_logits() -> None:
     embedding, tokens = nn.Embedding(VOCABULARY, WIDTH), Boundary((CONTEXT, WIDTH), "NLC", 0)
     head = lg.LanguageModel(VOCABULARY, embedding).head(tokens).eval()
@@ -161,6 +219,37 @@ def test_large_embeddings_begin_with_small_logits() -> None:
 
 
 # The task
+
+
+class Logits(nn.Module):
+    """A network that gives plain logits in a dictionary, as those of transformers do."""
+
+    def __init__(self, network: GPT) -> None:
+        super().__init__()
+        self.network, self.readout = network, nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.readout.weight = network.readout.weight
+
+    def forward(self, tokens: Tensor) -> dict[str, Tensor]:
+        h = self.network.embedding(tokens)
+        for layer in self.network.layers:
+            h = layer(h)
+        return {"logits": self.readout(self.network.norm(h))}
+
+
+def test_the_logits_of_a_dictionary_are_taken() -> None:
+    x, y = batch()
+    found = []
+    for named in (True, False):
+        network = gpt().double()
+        backbone = Logits(network) if named else network
+        torch.manual_seed(1)
+        model = cut(backbone, lg.dgl(), targets=y)
+        lg.local_backward(model, x, y)
+        scores = TASK.scores(TASK.metrics(model.eval()(x), y))
+        found.append(([p.grad for p in network.parameters()], scores))
+    assert found[0][1] == pytest.approx(found[1][1])
+    for a, b in zip(found[0][0], found[1][0], strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("coupling", [None, lg.MAN(0.9), lg.DeepMAN(0.9, depth=2)], ids=str)
@@ -244,6 +333,37 @@ def test_a_network_with_plain_logits_trains_alike_and_accumulates() -> None:
         torch.testing.assert_close(gradient, found[1][1][name], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_padding_does_not_count(plain: bool) -> None:
+    network, (x, y) = gpt().double(), batch()
+    if plain:
+        network.readout = nn.Linear(WIDTH, VOCABULARY, dtype=torch.float64)  # pyright: ignore[reportAttributeAccessIssue]
+    padded = y.clone()
+    padded[:, 4:] = -100
+    model = cut(network, lg.dgl())
+    out = lg.local_backward(model, x, padded)
+    found = gradients(model)
+    logits = (out.logits if plain else out.logits.logits()).detach()
+    wanted = F.cross_entropy(logits.flatten(0, 1), padded.flatten())
+    assert out.losses[-1].item() == pytest.approx(wanted.item(), rel=1e-12)
+    scores = TASK.scores(TASK.metrics(logits, padded))
+    assert scores == pytest.approx(TASK.scores(TASK.metrics(logits[:, :4], y[:, :4])))
+    assert scores["loss"] == pytest.approx(wanted.item())
+    other = torch.full_like(y, VOCABULARY + 5)
+    other[:, :4] = y[:, :4]
+    model.zero_grad()
+    with_other = cut(network, lg.dgl(), lg.LanguageModel(VOCABULARY, ignore_index=VOCABULARY + 5))
+    with_other.auxiliaries.load_state_dict(model.auxiliaries.state_dict())
+    lg.local_backward(with_other, x, other)
+    assert_same(found, gradients(with_other))
+    model = cut(network, lg.dgl())
+    network.zero_grad()
+    nothing = lg.local_backward(model, x, torch.full_like(y, -100))
+    assert not any(bool(loss) for loss in nothing.losses)
+    assert not any(bool(p.grad.any()) for p in model.parameters() if p.grad is not None)
+    assert TASK.scores(TASK.metrics(logits, torch.full_like(y, -100)))["loss"] == 0
+
+
 def test_metrics_add_up_to_bits_and_perplexity() -> None:
     logits, (_, y) = torch.randn(3, CONTEXT, VOCABULARY), batch()
     sums = TASK.metrics(logits, y)
@@ -258,9 +378,25 @@ def test_metrics_add_up_to_bits_and_perplexity() -> None:
     assert scores["perplexity"] == pytest.approx(math.exp(float(nats)))
 
 
-def test_peaks_and_plans_take_tokens() -> None:
-    network, (x, y) = gpt(2), batch(64)
-    model = cut(network, lg.dgl(), coupling=lg.MAN())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_metrics_of_half_precision_are_summed_in_float32(dtype: torch.dtype) -> None:
+    task, y = lg.LanguageModel(256), torch.randint(256, (8, 512))
+    logits = (torch.randn(8, 512, 256) / 2).to(dtype)
+    wanted = task.scores(task.metrics(logits.double(), y))["bits"]
+    assert task.scores(task.metrics(logits, y))["bits"] == pytest.approx(wanted, rel=1e-6)
+    unread = lg.Readout(WIDTH, 256, dtype=dtype)(torch.randn(8, 512, WIDTH).to(dtype))
+    exact = Unread(*(t.double() for t in unread))
+    wanted = task.scores(task.metrics(exact, y))["bits"]
+    assert task.scores(task.metrics(unread, y))["bits"] == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("way", ["coupled", "shared", "wide", "padded"])
+def test_peaks_and_plans_take_tokens(way: str) -> None:
+    network, (x, y) = gpt(2, vocabulary=600 if way == "wide" else VOCABULARY), batch(64)
+    if way == "padded":
+        y[:, 3:] = -100
+    task = lg.LanguageModel(600 if way == "wide" else VOCABULARY, network.readout if way == "shared" else None, 1)
+    model = cut(network, lg.dgl(), task, coupling=lg.MAN() if way == "coupled" else None)
 
     def optimizers(own: lg.LocalModel) -> list[torch.optim.Optimizer]:
         return [torch.optim.SGD(lg.param_groups(own), lr=0.1, momentum=0.9)]
@@ -275,13 +411,13 @@ def test_peaks_and_plans_take_tokens() -> None:
     step()
     measured = lg.measure_peak(step, model=model, optimizers=made).total
     assert lg.predict_peak(model, len(x), optimizers, targets=y).total == measured
-    planner = lg.Planner(network, x, method=lg.dgl(), targets=y, task=TASK, accumulate="never")
+    planner = lg.Planner(network, x, method=lg.dgl(), targets=y, task=task, accumulate="never")
     for plan in (planner.checkpointing, planner.even(2)):
         planned = plan.localize(network, x)
-        assert planned.task is TASK
+        assert planned.task is task
         lg.local_backward(planned, x, y)
     assert planner.checkpointing.peak < planner.bp.peak
-    assert "no plan can be made" in said(lg.plan, network, x, 2**20, method=lg.lopt(), targets=y, task=TASK)
+    assert "no plan can be made" in said(lg.plan, network, x, 2**20, method=lg.lopt(), targets=y, task=task)
 
 
 def test_the_code_of_the_page_on_tasks_runs(tmp_path: Path) -> None:
@@ -366,11 +502,38 @@ def test_what_does_not_fit_is_said_in_one_sentence() -> None:
     assert said(lg.local_backward, model, beyond, y) == (
         "inputs have tokens from 30 to 30, and the vocabulary has those from 0 to 29"
     )
-    assert "targets have tokens from 30 to 30" in said(lg.local_backward, model, x, beyond)
+    assert said(lg.local_backward, model, x, beyond) == (
+        "targets have tokens from 30 to 30, and the vocabulary has those from 0 to 29; -100 is a target that does not "
+        "count"
+    )
+    assert "targets have tokens from -1 to -1" in said(lg.local_backward, model, x, torch.full_like(y, -1))
+    assert "inputs have tokens from -100 to -100" in said(lg.local_backward, model, torch.full_like(x, -100), y)
     assert "targets must be the token behind each token" in said(lg.local_backward, model, x, y[:, 0])
     assert "targets must be the token behind each token" in said(lg.local_backward, model, x, y.float())
+    padded = x.clone()
+    padded[:, 3:] = -100
+    for copied in (x, padded):
+        assert said(lg.local_backward, model, x, copied) == (
+            "targets are a copy of the inputs, which a network learns by reading one token: give the token behind "
+            "each, x = tokens[:, :-1] and y = tokens[:, 1:]"
+        )
+    one = torch.zeros_like(x)
+    lg.local_backward(model, one, one)  # The same token over and over does follow itself.
+    for wrong in (y[:, 1:], y[:, :1], torch.cat((y, y), 1)):
+        expected = f"targets of shape {tuple(wrong.shape)} do not belong to an output for tokens of shape (3, 6): give"
+        assert expected in said(lg.local_backward, model, x, wrong)
+        assert expected in said(TASK.metrics, torch.zeros(3, CONTEXT, VOCABULARY), wrong)
+    larger = lg.LanguageModel(VOCABULARY + 1)
+    assert said(cut, Logits(network), lg.dgl(), larger) == (
+        "the backbone gives 30 logits a token for a vocabulary of 31: make it with 31 outputs"
+    )
+    assert "gives 30 logits a token for a vocabulary of 31" in said(cut, network, lg.dgl(), larger, targets=y)
+    assert "gives 30 logits a token" in said(lg.local_backward, cut(network, lg.dgl(), larger), x, y)
+    first = nn.Sequential(network.embedding, *network.layers, nn.Flatten(), nn.Linear(CONTEXT * WIDTH, VOCABULARY))
+    assert "gives (30,) for a sample, and a language model takes logits [length, 30]" in said(cut, first, lg.dgl())
     assert "2 tokens or more" in said(lg.LanguageModel, 1)
     assert "every 1 step or more" in said(lg.LanguageModel, 5, None, 0)
+    assert "a value that is no token, and 29 is one of 30" in said(lg.LanguageModel, VOCABULARY, ignore_index=29)
     assert "a module with one matrix" in said(lg.LanguageModel, VOCABULARY, network.norm)
     assert "shared has 30 tokens, and the vocabulary 31" in said(lg.LanguageModel, 31, network.readout)
     other = lg.LanguageModel(VOCABULARY, nn.Embedding(VOCABULARY, WIDTH + 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import re
 import runpy
@@ -17,9 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import localgrad as lg
 from localgrad.core.errors import UserError
+from localgrad.core.language_model import SharedReadout
 from localgrad.core.methods import METHODS
 from localgrad.scale.groups import Ranks
-from localgrad.scale.replicas import Replicas, SyncBatchNorm, _buckets, sync_batch_norm
+from localgrad.scale.replicas import Replicas, SyncBatchNorm, _buckets, share_values, sync_batch_norm
 
 STEPS, HALF = 3, 4
 
@@ -313,3 +315,27 @@ def test_models_that_differ_are_refused_on_every_rank(ranks: list[dict[str, Any]
     }.items():
         assert len(first[case]) == 2
         assert re.search(where, first[case][0]), first[case][0]
+
+
+def test_all_ranks_refresh_a_shared_readout_in_the_same_steps() -> None:
+    layers = [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2)]
+    network = nn.Sequential(nn.Embedding(12, 8), *layers, lg.Readout(8, 12))
+    task = lg.LanguageModel(12, cast(nn.Module, network[-1]))
+    x = torch.zeros(2, 5, dtype=torch.int64)
+    first = lg.localize(network, blocks=2, method=lg.dgl(), example=x, task=task)
+    first.move_averages()
+    other = copy.deepcopy(first)
+    first.move_averages()
+
+    class FromFirst:
+        """The messages of two ranks, as the second one gets them."""
+
+        def broadcast(self, tensors: list[Tensor]) -> None:
+            assert len(tensors) == len([*first.parameters(), *first.buffers()])
+
+        def broadcast_object(self, value: list[int]) -> list[int]:
+            assert value == [1]
+            return [m.turn for m in first.modules() if isinstance(m, SharedReadout)]
+
+    share_values(other, cast(Ranks, FromFirst()))
+    assert [m.turn for m in other.modules() if isinstance(m, SharedReadout)] == [2]

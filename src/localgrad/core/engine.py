@@ -84,7 +84,7 @@ def block_steps(
         loss = criterion(block[K-1](h), targets); backward(loss)
 
     The caller steps, clips, exchanges or drops the gradients of block k before it asks for the next block. It also
-    moves the averages of the couplings, once per optimizer step and before it:
+    moves the averages of couplings, and shared readouts, once per optimizer step and before it:
 
         for done in block_steps(model, x, y):
             model.move_averages(done.block)
@@ -135,11 +135,11 @@ def local_backward(
 ) -> StepResult:
     """Runs K isolated backward passes, which add the gradients of every block and auxiliary to `.grad`.
 
-    It loops over `block_steps` and moves the averages of the couplings. Call it once before each optimizer step. To
-    accumulate gradients over several batches, give `move_averages=False`, and call `model.move_averages()` once before
-    the optimizer steps. If `model.accumulate` is n, it takes the batch in n parts, one after another, so that
-    only the activations of one part are in memory. The gradients are those of the mean loss over the batch, if the
-    criterion is a mean over samples.
+    It loops over `block_steps` and moves the averages of couplings, and shared readouts. Call it once before each
+    optimizer step. To accumulate gradients over several batches, give `move_averages=False`, and call
+    `model.move_averages()` once before the optimizer steps. If `model.accumulate` is n, it takes the batch in n parts,
+    one after another, so that only the activations of one part are in memory. The gradients are those of the mean loss
+    over the batch, if the criterion is a mean over samples.
 
     Args:
         model: The result of `localize`.
@@ -149,7 +149,7 @@ def local_backward(
         scale: A factor for every loss before its backward pass. Default: 1.
         autocast: The dtype of each block's forward pass. Default: the model's own.
         backward: The function that runs the backward pass of a loss. Default: `loss.backward()`.
-        move_averages: Whether to move the averages of the couplings. Default: True.
+        move_averages: Whether to move the averages of the couplings, and shared readouts. Default: True.
 
     Returns:
         The losses of all blocks and the output of the network.
@@ -223,9 +223,9 @@ def check_step(
     check_call(entering, y, scale, autocast, backward)
     model.watch.check(model.backbone)
     shape = tuple(model.blocks[blocks[0] - 1].boundary.shape) if blocks[0] else model.image
-    if not blocks[0] and (check_inputs := getattr(model.task, "check_inputs", None)) is not None:
-        check_inputs(h)
     model.task.check_targets(y)
+    if not blocks[0] and (check_inputs := getattr(model.task, "check_inputs", None)) is not None:
+        check_inputs(h, y)
     counts = {len(leaf): None for leaf in tree_leaves(y) if isinstance(leaf, Tensor) and leaf.ndim}
     if tuple(h.shape[1:]) != shape or any(count != len(h) for count in counts):
         expected = " x ".join(map(str, ("batch", *shape)))

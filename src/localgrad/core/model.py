@@ -18,6 +18,7 @@ from localgrad.core.copies import computed
 from localgrad.core.couplings import MAN
 from localgrad.core.errors import UserError
 from localgrad.core.inputs import Inputs, main_input, targets_of
+from localgrad.core.language_model import LanguageModel
 from localgrad.core.rebuild import TensorReference
 from localgrad.core.table import table
 from localgrad.core.task import AnyLoss, Classification, Segmentation, Task
@@ -121,7 +122,7 @@ class LocalModel(nn.Module):
         return any(cast(Auxiliary, self.auxiliaries[k]).needs_images for k in blocks if k < len(self.auxiliaries))
 
     def move_averages(self, k: int | None = None, *, stepped: bool = False) -> None:
-        """Moves the averages of the couplings once.
+        """Moves the averages of the couplings once, and counts a step of shared readouts, which follow every n steps.
 
         Call it once before each optimizer step, and with `stepped=True` after it if a coupling has form="pull".
         `local_backward` makes these calls itself.
@@ -275,7 +276,8 @@ def _task(traced: Traced, task: Task | None) -> Task:
     gives = traced.cut.gives
     if task is None:
         task = Classification(gives[0] if isinstance(gives, tuple) and len(gives) == 1 else 2)
-    if isinstance(task, Classification | Segmentation) and type(task) in (Classification, Segmentation):
+    known = (Classification, Segmentation, LanguageModel)
+    if isinstance(task, known) and type(task) in known:
         task.check_output(gives)  # A subclass may read something else.
     return task
 

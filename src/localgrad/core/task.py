@@ -29,7 +29,7 @@ class Task(Protocol):
     Its targets are a tensor, or a tuple, list or dictionary of tensors, each with the batch as its first dimension.
     `lg.predsim()` also reads its `classes`, the number of classes, if it has any. Two methods more may be there:
     `head(boundary)` makes a whole head in the place of the method's own, as for a class of each pixel, or returns None,
-    and `check_inputs(x)` raises UserError for inputs that do not belong to the task.
+    and `check_inputs(x, targets)` raises UserError for inputs that do not belong to the task or to these targets.
     """
 
     def criterion(self, output: Any, targets: Any, /) -> Tensor:

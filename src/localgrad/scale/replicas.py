@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from localgrad.core.auxiliary import Auxiliary, Term
 from localgrad.core.errors import UserError
+from localgrad.core.language_model import SharedReadout
 from localgrad.core.model import LocalModel, localized
 from localgrad.scale.groups import Ranks
 
@@ -233,8 +234,13 @@ class _AllGather(torch.autograd.Function):
 
 
 def share_values(model: LocalModel, ranks: Ranks) -> None:
-    """Gives all ranks what the first one has of a model: parameters and buffers. All of them hold the same tensors."""
+    """Gives all ranks what the first one has of a model: parameters, buffers, and the turns of shared readouts. All of
+    them hold the same tensors."""
     ranks.broadcast([t for t in (*model.parameters(), *model.buffers()) if not t.is_meta])
+    shared = [module for module in model.modules() if isinstance(module, SharedReadout)]
+    turns = ranks.broadcast_object([module.turn for module in shared]) if shared else []
+    for module, turn in zip(shared, turns, strict=True):
+        module.turn = turn
 
 
 def gather_pairs(model: LocalModel, ranks: Ranks) -> None:
