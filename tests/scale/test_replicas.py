@@ -148,6 +148,29 @@ def test_a_synchronised_layer_has_the_weights_of_the_plain_one() -> None:
     assert sum(isinstance(m, SyncBatchNorm) for m in synced.modules()) == 7 + 2  # One a layer, and two in shortcuts.
 
 
+class Scaled(nn.BatchNorm2d):
+    """Does more than a batch norm."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def test_what_a_layer_does_after_its_norm_is_kept_or_refused() -> None:
+    plain, synced = (lg.build("timm:mobilenetv3_small_050", classes=10) for _ in range(2))
+    state = plain.state_dict()
+    synced.load_state_dict(state)
+    sync_batch_norm(synced)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in synced.modules())
+    assert list(synced.state_dict()) == list(state)
+    x = torch.randn(2, 3, 32, 32)
+    for mode in (True, False):
+        assert torch.equal(synced.train(mode)(x), plain.train(mode)(x))
+    network = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(Scaled(3)))
+    with pytest.raises(UserError, match=r"'1\.0' is a Scaled, which does more than a batch norm"):
+        sync_batch_norm(network)
+    assert type(network[0]) is nn.BatchNorm2d
+
+
 def test_buckets_keep_order_and_size_and_dtype() -> None:
     tensors = [torch.zeros(n) for n in (10, 10, 30, 5, 100, 1)]
     assert [[t.numel() for t in group] for group in _buckets(tensors, 4 * 40)] == [[10, 10], [30, 5], [100], [1]]

@@ -149,6 +149,8 @@ class SyncBatchNorm(_BatchNorm):
 
     Attributes:
         ranks: The ranks that share a batch, as a `Stage` sets them. Default: None, which is all ranks.
+
+    Modules within it, such as an activation, run after the norm.
     """
 
     ranks: Ranks | None = None
@@ -158,6 +160,12 @@ class SyncBatchNorm(_BatchNorm):
             raise ValueError(f"expected at least 2 dimensions, got {input.ndim}")
 
     def forward(self, input: Tensor) -> Tensor:
+        out = self._normed(input)
+        for after in self.children():
+            out = after(out)
+        return out
+
+    def _normed(self, input: Tensor) -> Tensor:
         ranks = self.ranks or Ranks.everyone()
         if ranks.count == 1 or not self.training:
             return super().forward(input)
@@ -190,15 +198,34 @@ def sync_batch_norm(network: nn.Module) -> nn.Module:
     """Replaces each batch norm in a network by a `SyncBatchNorm` with the same parameters and buffers, in place.
 
     Call it before `localize`, so that copies in couplings have the new layers too. It returns the network.
+
+    Raises:
+        UserError: A layer does something else after its norm than PyTorch's layers (nothing) and timm's (a dropout and
+            an activation).
     """
+    for path, layer in network.named_modules():
+        if isinstance(layer, _BatchNorm) and not (isinstance(layer, SyncBatchNorm) or _is_replaceable(layer)):
+            raise UserError(
+                f"'{path}' is a {type(layer).__name__}, which does more than a batch norm, so no SyncBatchNorm "
+                "replaces it: take a layer of PyTorch or timm, or group norm"
+            )
     for name, child in network.named_children():
         if isinstance(child, _BatchNorm) and not isinstance(child, SyncBatchNorm):
             twin = SyncBatchNorm(child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats)
             twin._parameters, twin._buffers, twin.training = child._parameters, child._buffers, child.training
+            twin._modules = child._modules
             setattr(network, name, twin)
         else:
             sync_batch_norm(child)
     return network
+
+
+def _is_replaceable(layer: nn.Module) -> bool:
+    """Whether a batch norm is what it is in PyTorch, or followed by the modules `drop` and `act`, as in timm."""
+    forward = type(layer).forward
+    if forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+        return not layer._modules
+    return forward.__module__.startswith("timm.layers.") and list(layer._modules) == ["drop", "act"]
 
 
 class _AllReduceSum(torch.autograd.Function):
