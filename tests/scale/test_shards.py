@@ -257,6 +257,32 @@ def with_pytorch() -> dict[str, Any]:
     return {"state": state, "read": gathered(other.backbone.state_dict(), keep=True), "logits": logits}
 
 
+def thawed(*, sharded: bool) -> dict[str, Any]:
+    """What a model has that was frozen in part when it was sharded, and trains all of it from the second step on."""
+    model = reader_of("reader")
+    frozen = [*model.blocks[0].parameters(), *(p for p in model.backbone.parameters() if not p.ndim)]
+    for p in frozen:
+        p.requires_grad_(False)
+    model.auxiliaries[0].requires_grad_(False)
+    if sharded:
+        lg.shard(model)
+    for step, (x, y) in enumerate(batches(model)):
+        rows = slice(dist.get_rank() * HALF, (dist.get_rank() + 1) * HALF) if sharded else slice(None)
+        lg.local_backward(model, x[rows], y[rows])
+        for p in model.parameters():
+            if p.grad is not None:
+                p.data.sub_(0.1 * p.grad)
+                p.grad = None
+        later = (*model.blocks[0].parameters(), *(p for p in model.backbone.parameters() if not p.ndim))
+        for p in (*later, *model.auxiliaries[0].heads.parameters()) if not step else ():
+            p.requires_grad_(True)
+    return gathered(model.backbone.state_dict(), keep=True)
+
+
+def thawed_on_ranks() -> dict[str, Any]:
+    return thawed(sharded=True)
+
+
 def refusals() -> list[str]:
     """What is said of sharded models, and of meshes."""
     model = lg.shard(model_of("man"))
@@ -285,7 +311,17 @@ def as_replicas_and_shards() -> dict[str, Any]:
 def all_of_it() -> dict[str, Any]:
     return {
         call.__name__: call()
-        for call in (together, memory, one_block, evaluated, norms, with_pytorch, refusals, as_replicas_and_shards)
+        for call in (
+            together,
+            memory,
+            one_block,
+            evaluated,
+            norms,
+            with_pytorch,
+            refusals,
+            as_replicas_and_shards,
+            thawed_on_ranks,
+        )
     }
 
 
@@ -305,6 +341,13 @@ def test_two_ranks_are_one_process_with_both_halves(name: str, ranks: list[dict[
     torch.testing.assert_close(first, expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     assert set(METHODS) <= {case.split()[0] for case in CASES}
+
+
+def test_what_was_frozen_as_it_was_sharded_can_be_trained_later(ranks: list[dict[str, Any]]) -> None:
+    expected, first = thawed(sharded=False), reader_of("reader").backbone.state_dict()
+    for rank in ranks:
+        torch.testing.assert_close(rank["thawed_on_ranks"], expected, rtol=1e-9, atol=1e-9)
+    assert not any(torch.equal(first[name], expected[name]) for name in expected)
 
 
 def test_a_mesh_of_two_dimensions_has_replicas_and_shards(ranks: list[dict[str, Any]]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from localgrad.core.auxiliary import Auxiliary
 from localgrad.core.blocks import Block
@@ -77,8 +77,10 @@ def shard(model: LocalModel, mesh: DeviceMesh | None = None) -> LocalModel:
     share_values(model, ranks)
     kept = set(_kept_whole(model))
     for parameter in kept:
-        if parameter.requires_grad:
-            parameter.register_hook(partial(_averaged, ranks))
+        if parameter.is_floating_point() or parameter.is_complex():
+            trained = parameter.requires_grad  # What is frozen now may be trained later.
+            parameter.requires_grad_(True).register_hook(partial(_averaged, ranks))
+            parameter.requires_grad_(trained)
     held = {id(p): (m, n) for k in range(len(model.blocks)) for part in model.parts(k) for m, n, p in _held(part)}
     places = [(m, n, *held[id(p)]) for m, n, p in _held(model.backbone) if id(p) in held]
     for k in range(len(model.blocks)):
@@ -208,11 +210,15 @@ def _without_views(part: nn.Module, entered: Any, output: Any) -> Any:
     return tree_map_only(Tensor, lambda t: Same.apply(t) if t.requires_grad and t._base is not None else t, output)
 
 
-def _reshard(part: nn.Module, *_: Any) -> None:
-    """Frees the whole parameters of a part if no backward pass will do so."""
-    if not torch.is_grad_enabled():
-        for module in _sharded(part):
-            module.reshard()
+def _reshard(part: nn.Module, entered: Any, output: Any) -> Any:
+    """Frees the whole parameters of a part if no backward pass will do so, as when all of them are frozen. A readout
+    hands its own on to the loss, which gets copies."""
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(output)):
+        return output
+    output = tree_map_only(nn.Parameter, lambda p: p.detach().clone(), output)
+    for module in _sharded(part):
+        module.reshard()
+    return output
 
 
 def _sharded(part: nn.Module) -> list[FSDPModule]:
