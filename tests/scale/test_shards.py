@@ -283,6 +283,38 @@ def thawed_on_ranks() -> dict[str, Any]:
     return thawed(sharded=True)
 
 
+class Mixed(nn.Sequential):
+    """Units of two dtypes."""
+
+    def __init__(self) -> None:
+        units = (nn.Sequential(nn.LayerNorm(8), InHalf(8, 8, dtype=torch.bfloat16)) for _ in range(3))
+        super().__init__(nn.Linear(8, 8), *units, nn.Linear(8, 3))
+
+
+class InHalf(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.bfloat16()).float()
+
+
+def slips() -> list[str]:
+    """What is said of an optimizer from before, of a state within `gather`, and of two dtypes in a unit."""
+    model = model_of("man++")
+    optimizer = optimizer_of(lg.param_groups(model))
+    with pytest.warns(UserWarning, match="before lg.shard, which the model no longer has: make optimizers after"):
+        lg.shard(model)
+    assert optimizer.param_groups
+    said = []
+    for module in (model, model.backbone):
+        with lg.gather(model), pytest.raises(UserError) as error:
+            module.state_dict()
+        said.append(str(error.value))
+    assert model.state_dict()
+    mixed = lg.localize(Mixed(), blocks=2, method=lg.dgl(), example=torch.zeros(2, 8))
+    with pytest.raises(UserError) as error:
+        lg.shard(mixed)
+    return [*said, str(error.value)]
+
+
 def refusals() -> list[str]:
     """What is said of sharded models, and of meshes."""
     model = lg.shard(model_of("man"))
@@ -321,6 +353,7 @@ def all_of_it() -> dict[str, Any]:
             refusals,
             as_replicas_and_shards,
             thawed_on_ranks,
+            slips,
         )
     }
 
@@ -419,6 +452,13 @@ def test_what_sharded_models_cannot_do_is_said(ranks: list[dict[str, Any]]) -> N
         "mesh takes all 2 ranks in one dimension, or in two that have names, and not a shape of (1,)",
     ]
     assert [rank["refusals"] for rank in ranks] == [said, said]
+
+
+def test_slips_are_named(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["slips"][0] == rank["slips"][1]
+        assert "a state made within lg.gather has shards" in rank["slips"][0]
+        assert "a unit of block 0 has parameters of torch.bfloat16 and torch.float32" in rank["slips"][2]
 
 
 def test_shards_need_a_process_group() -> None:
