@@ -274,7 +274,7 @@ def thawed(*, sharded: bool) -> dict[str, Any]:
                 p.data.sub_(0.1 * p.grad)
                 p.grad = None
         later = (*model.blocks[0].parameters(), *(p for p in model.backbone.parameters() if not p.ndim))
-        for p in (*later, *model.auxiliaries[0].heads.parameters()) if not step else ():
+        for p in (*later, *model.auxiliaries[0].get_submodule("heads").parameters()) if not step else ():
             p.requires_grad_(True)
     return gathered(model.backbone.state_dict(), keep=True)
 

@@ -5,17 +5,20 @@ It only needs a process group of `torch.distributed`: gloo on the CPU, or NCCL o
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from localgrad.core.auxiliary import Auxiliary, Term
-from localgrad.core.errors import UserError
+from localgrad.core.errors import UserError, callers_level
 from localgrad.core.model import LocalModel, localized
 from localgrad.scale.groups import Ranks
 
@@ -52,6 +55,12 @@ class Replicas:
 
     def __init__(self, model: LocalModel, *, bucket: int = BUCKET) -> None:
         model = localized(model, "Replicas")
+        if not dist.is_initialized() and os.environ.get("WORLD_SIZE", "1") != "1":
+            warnings.warn(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but there is no process group, so Replicas averages "
+                "nothing: call torch.distributed.init_process_group before",
+                stacklevel=callers_level(),
+            )
         self.ranks = Ranks.of(model)
         self.model = model
         self.bucket = bucket
@@ -69,8 +78,18 @@ class Replicas:
         Args:
             k: The number of the block. It must have its gradients.
             loss: The loss of the block, which is averaged too.
-            *more: Other scalars to average.
+            *more: Other scalars to average, of a dtype with fractions.
+
+        Raises:
+            UserError: Something to average is no such tensor.
         """
+        for value in (loss, *more):
+            if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+                given = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                raise UserError(
+                    f"Replicas.start averages tensors of floating-point numbers, as done.loss, not {given}: .float() "
+                    "makes one of a tensor, and torch.tensor(...) of a number"
+                )
         trained = [p for p in self._parameters[k] if p.requires_grad]
         missing, gradients = [], []
         have = torch.ones(len(trained), dtype=loss.dtype, device=loss.device)
@@ -86,7 +105,13 @@ class Replicas:
         self._pending[k] = _Pending([self._send(group) for group in groups], missing, have, gradients)
 
     def finish(self, k: int | None = None) -> None:
-        """Waits for the averages of block k. Default: those of all blocks that were started."""
+        """Waits for the averages of block k. Default: those of all blocks that were started.
+
+        Raises:
+            UserError: Block k was not started since the last time.
+        """
+        if k is not None and k not in self._pending:
+            raise UserError(f"nothing of block {k} is being averaged: call replicas.start({k}, loss) before")
         for block in list(self._pending) if k is None else [k]:
             pending = self._pending.pop(block)
             for tensors, flat, work in pending.buckets:
@@ -265,10 +290,12 @@ def share_values(model: LocalModel, ranks: Ranks) -> None:
 
 
 def gather_pairs(model: LocalModel, ranks: Ranks) -> None:
-    """Gives the images of all ranks to objectives that compare images with each other."""
+    """Gives the images of all ranks to objectives that compare images with each other. It may be called again."""
     for auxiliary in model.auxiliaries:
         terms = cast(Auxiliary, auxiliary).terms
         for name, term in terms.items():
+            if isinstance(term.objective, _GatheredObjective):
+                term = term.objective.term
             if term.pairs:
                 terms[name] = replace(term, objective=_GatheredObjective(term, ranks))
 
