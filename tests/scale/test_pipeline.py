@@ -308,8 +308,20 @@ def refused() -> list[str]:
     return said
 
 
+def linear(coupling: lg.MAN | None = None) -> lg.LocalModel:
+    torch.manual_seed(0)
+    return lg.localize(Follows(), blocks=4, method=GREEDY(), coupling=coupling, example=torch.zeros(2, 12))
+
+
+def shares_differ() -> str:
+    with pytest.raises(UserError) as told:
+        lg.Stage(linear, (2, 1, 1) if dist.get_rank() else (1, 2, 1))
+    return str(told.value)
+
+
 def all_of_it(file: Path) -> dict[str, Any]:
-    return {"refused": refused(), "moved": there_and_back(file), **piped([*CASES, *NETWORKS, *LANGUAGE])}
+    more = {call.__name__: call() for call in (shares_differ,)}
+    return {"refused": refused(), "moved": there_and_back(file), **more, **piped([*CASES, *NETWORKS, *LANGUAGE])}
 
 
 # Against one process
@@ -397,4 +409,6 @@ def test_what_cannot_be_a_pipeline_is_refused(trained: list[dict[str, Any]]) -> 
         "seed on each rank before"
     )
     assert [rank["refused"] for rank in trained] == [said] * 3
+    said_of_shares = "all ranks take the same shares, not [1, 2, 1] and [2, 1, 1]"
+    assert [rank["shares_differ"] for rank in trained] == [said_of_shares] * 3
     assert (lg.least_lag(), lg.least_lag(0), lg.least_lag(3)) == (2, 0, 6)

@@ -120,8 +120,8 @@ class Stage:
         reads_images: Whether this rank needs the inputs x.
 
     Raises:
-        UserError: The shares do not fit the model, or the mesh the ranks, the models differ, a coupling of form="pull"
-            has its source on another rank, or blocks of two ranks use the same parameters.
+        UserError: The shares do not fit the model, or the mesh the ranks, the models or the shares differ, a coupling of
+            form="pull" has its source on another rank, or blocks of two ranks use the same parameters.
     """
 
     def __init__(
@@ -137,11 +137,15 @@ class Stage:
         grid = Grid.of(mesh, timeout)
         self.ranks, self.row = grid.column, grid.row
         rank, count = self.ranks.rank, self.ranks.count
-        if len(shares) != count or sum(shares) != len(model.blocks) or min(shares) < 1:
-            raise UserError(f"shares {list(shares)} do not deal {len(model.blocks)} blocks out to {count} ranks")
         everyone = Ranks.everyone()
         refuse_unlike(model, everyone)
-        if len(set(everyone.all_gather_object(self._held.drawn))) > 1:
+        drawn, asked = zip(*everyone.all_gather_object((self._held.drawn, list(shares))), strict=True)
+        if any(other != asked[0] for other in asked):
+            different = " and ".join(str(one) for i, one in enumerate(asked) if one not in asked[:i])
+            raise UserError(f"all ranks take the same shares, not {different}")
+        if len(shares) != count or sum(shares) != len(model.blocks) or min(shares) < 1:
+            raise UserError(f"shares {list(shares)} do not deal {len(model.blocks)} blocks out to {count} ranks")
+        if len(set(drawn)) > 1:
             raise UserError(
                 "ranks must make the same model, but have drawn other random numbers: call torch.manual_seed with the "
                 "same seed on each rank before"
