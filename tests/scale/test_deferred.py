@@ -191,7 +191,21 @@ def _changed_later(network: nn.Module) -> None:
         source += 1
 
 
-@pytest.mark.parametrize("change", [_written_by_numpy, _saved, _changed_later])
+def _refilled_later(network: nn.Module) -> None:
+    """Reads each weight through one array of numpy, as readers of other formats do."""
+    array = np.empty((16, 16, 3, 3), np.float32)
+    with torch.no_grad():
+        for i, name in enumerate(("layer1.0.conv1.weight", "layer1.0.conv2.weight")):
+            array[...] = i
+            network.get_parameter(name).copy_(torch.from_numpy(array))
+
+
+def _many_at_once(network: nn.Module) -> None:
+    with torch.no_grad():
+        torch._foreach_add_(list(network.parameters()), 1.0)  # pyright: ignore[reportPrivateImportUsage]
+
+
+@pytest.mark.parametrize("change", [_written_by_numpy, _saved, _changed_later, _refilled_later, _many_at_once])
 def test_what_goes_past_pytorch_is_noticed(change: Callable[[nn.Module], None]) -> None:
     def make() -> lg.LocalModel:
         network = lg.CifarResNet(8)

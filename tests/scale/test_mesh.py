@@ -11,7 +11,7 @@ import torch
 from spawned import on_ranks
 from test_shards import grouped
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import localgrad as lg
 from localgrad.core.errors import UserError
@@ -134,8 +134,10 @@ def trained(case: str, how: str, before: dict[str, Tensor]) -> dict[str, Any]:
 def refused() -> list[str]:
     one_row = init_device_mesh("cpu", (4, 1), mesh_dim_names=("pipeline", "replicas"))
     plain, nameless = lg.Stage(model_of("man"), (1, 1, 1, 1), mesh=one_row), init_device_mesh("cpu", (2, 2))
+    crossed = DeviceMesh("cpu", [[0, 3], [1, 2]], mesh_dim_names=("pipeline", "replicas"))
     said = []
-    for call in (lambda: lg.shard(plain.model), lambda: lg.Stage(model_of("man"), SHARES, mesh=nameless)):
+    stages = [lambda mesh=mesh: lg.Stage(model_of("man"), SHARES, mesh=mesh) for mesh in (nameless, crossed)]
+    for call in (lambda: lg.shard(plain.model), *stages):
         with pytest.raises(UserError) as told:
             call()
         said.append(str(told.value))
@@ -202,5 +204,6 @@ def test_what_is_no_such_mesh_is_refused(ranks: list[dict[str, Any]]) -> None:
         "a rank of this pipeline shares its blocks with no other: give lg.Stage a mesh with rows",
         "mesh takes all 4 ranks in one to three dimensions that have names, the first of which is the pipeline, and "
         "not a shape of (2, 2)",
+        "mesh takes ranks whose numbers grow along its dimensions, as init_device_mesh gives, not [[0, 3], [1, 2]]",
     ]
     assert [rank["refused"] for rank in ranks] == [said] * 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Sequence
 from functools import cache, partial
 from importlib.util import find_spec
@@ -308,8 +309,86 @@ def refused() -> list[str]:
     return said
 
 
+def linear(coupling: lg.MAN | None = None) -> lg.LocalModel:
+    torch.manual_seed(0)
+    return lg.localize(Follows(), blocks=4, method=GREEDY(), coupling=coupling, example=torch.zeros(2, 12))
+
+
+def shares_differ() -> str:
+    with pytest.raises(UserError) as told:
+        lg.Stage(linear, (2, 1, 1) if dist.get_rank() else (1, 2, 1))
+    return str(told.value)
+
+
+def stepped(stage: lg.Stage, steps: range) -> None:
+    for step in steps:
+        torch.manual_seed(step)
+        for done in stage.block_steps(torch.randn(4, 12), torch.randint(10, (4,))):
+            stage.model.move_averages(done.block)
+            for p in stage.model.members(done.block):
+                if p.grad is not None:
+                    p.data.sub_(0.1 * p.grad)
+                    p.grad = None
+
+
+def taken_back() -> list[list[str]]:
+    """The names of what differs between a run and one of which some steps were taken back, case by case."""
+    found = []
+    for coupling in (None, lg.MAN(0.5), lg.MAN(0.5, lag=2), lg.MAN(0.5, lag=3, ema_every=2)):
+        stages = [lg.Stage(lambda coupling=coupling: linear(coupling), (2, 1, 1)) for _ in range(2)]
+        for stage in stages:
+            stepped(stage, range(4))
+        box = [stages[1].state_dict()]
+        dist.broadcast_object_list(box)
+        before = {name: t.clone() for name, t in box[0].items()}
+        stepped(stages[1], range(10, 13))
+        found.append(unlike(box[0], before))  # A state is no part of the model.
+        if coupling is not None and coupling.lag:
+            fresh = lg.Stage(lambda coupling=coupling: linear(coupling), (2, 1, 1))
+            fresh.load_state_dict(box[0])
+            with pytest.raises(UserError, match=r"after 4 steps, .* has taken 0: call stage.go_on\(4\)"):
+                stepped(fresh, range(1))
+        stages[1].load_state_dict(box[0])
+        stages[1].go_on(4)
+        for stage in stages:
+            stepped(stage, range(4, 9))
+            stage.finish()
+        one, other = (stage.state_dict() for stage in stages)
+        found.append(unlike(one, other))
+    return found
+
+
+def beside_others() -> list[list[str]]:
+    """Two stages that take turns, and messages of the user's own; then groups that end."""
+    stages, rank = [lg.Stage(lambda: linear(lg.MAN(0.5)), (2, 1, 1)) for _ in range(3)], dist.get_rank()
+    for step in range(3):
+        for stage in stages[:2]:
+            stepped(stage, range(step, step + 1))
+        own = torch.full((4, 12), 99.0)
+        if rank < 2:
+            dist.send(own, rank + 1)
+        if rank:
+            dist.recv(own.zero_(), rank - 1)
+        assert own.eq(99).all()
+    stepped(stages[2], range(3))
+    for stage in stages:
+        stage.finish()
+    states = [stage.state_dict() for stage in stages]
+    with pytest.raises(UserError, match="so no other stage can be made of it: give"):
+        lg.Stage(stages[0].model, (1, 1, 2))
+    del stage
+    tasks = Path("/proc/self/task")  # Linux has a folder there for each thread.
+    before = len(list(tasks.iterdir())) if tasks.exists() else 0
+    while stages:
+        stages.pop().close()
+    gc.collect()
+    assert not before or len(list(tasks.iterdir())) <= before - 6
+    return [unlike(states[2], other) for other in states[:2]]
+
+
 def all_of_it(file: Path) -> dict[str, Any]:
-    return {"refused": refused(), "moved": there_and_back(file), **piped([*CASES, *NETWORKS, *LANGUAGE])}
+    more = {call.__name__: call() for call in (shares_differ, taken_back, beside_others)}
+    return {"refused": refused(), "moved": there_and_back(file), **more, **piped([*CASES, *NETWORKS, *LANGUAGE])}
 
 
 # Against one process
@@ -362,6 +441,16 @@ def test_a_rank_holds_what_it_trains_and_what_its_averages_follow(case: str, tra
         assert len(expected) < 0.75 * len(model.state_dict())
 
 
+def test_steps_that_were_taken_back_leave_nothing(trained: list[dict[str, Any]]) -> None:
+    for rank in trained:
+        assert rank["taken_back"] == [[]] * 8
+
+
+def test_a_stage_has_messages_and_groups_of_its_own(trained: list[dict[str, Any]]) -> None:
+    for rank in trained:
+        assert rank["beside_others"] == [[], []]
+
+
 @pytest.mark.slow
 def test_so_is_a_pipeline_of_many_steps(tmp_path: Path) -> None:
     ranks = on_ranks(piped, tmp_path, list(LONG), count=3)
@@ -397,4 +486,6 @@ def test_what_cannot_be_a_pipeline_is_refused(trained: list[dict[str, Any]]) -> 
         "seed on each rank before"
     )
     assert [rank["refused"] for rank in trained] == [said] * 3
+    said_of_shares = "all ranks take the same shares, not [1, 2, 1] and [2, 1, 1]"
+    assert [rank["shares_differ"] for rank in trained] == [said_of_shares] * 3
     assert (lg.least_lag(), lg.least_lag(0), lg.least_lag(3)) == (2, 0, 6)

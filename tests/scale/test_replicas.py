@@ -97,7 +97,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def all_of_it() -> dict[str, Any]:
-    calls = (together, at_the_door, with_units_left_out, with_models_that_differ, the_example)
+    calls = (together, at_the_door, with_units_left_out, with_models_that_differ, said_and_twice, the_example)
     return {call.__name__: call() for call in calls}
 
 
@@ -150,6 +150,29 @@ def test_a_synchronised_layer_has_the_weights_of_the_plain_one() -> None:
     assert sum(isinstance(m, SyncBatchNorm) for m in synced.modules()) == 7 + 2  # One a layer, and two in shortcuts.
 
 
+class Scaled(nn.BatchNorm2d):
+    """Does more than a batch norm."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def test_what_a_layer_does_after_its_norm_is_kept_or_refused() -> None:
+    plain, synced = (lg.build("timm:mobilenetv3_small_050", classes=10) for _ in range(2))
+    state = plain.state_dict()
+    synced.load_state_dict(state)
+    sync_batch_norm(synced)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in synced.modules())
+    assert list(synced.state_dict()) == list(state)
+    x = torch.randn(2, 3, 32, 32)
+    for mode in (True, False):
+        assert torch.equal(synced.train(mode)(x), plain.train(mode)(x))
+    network = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(Scaled(3)))
+    with pytest.raises(UserError, match=r"'1\.0' is a Scaled, which does more than a batch norm"):
+        sync_batch_norm(network)
+    assert type(network[0]) is nn.BatchNorm2d
+
+
 def test_buckets_keep_order_and_size_and_dtype() -> None:
     tensors = [torch.zeros(n) for n in (10, 10, 30, 5, 100, 1)]
     assert [[t.numel() for t in group] for group in _buckets(tensors, 4 * 40)] == [[10, 10], [30, 5], [100], [1]]
@@ -193,6 +216,52 @@ def at_the_door() -> list[torch.Tensor]:
 def test_the_door_stands_on_every_rank(ranks: list[dict[str, Any]]) -> None:
     one, other = (rank["at_the_door"] for rank in ranks)
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def said_and_twice() -> dict[str, Any]:
+    """What is said of slips, and the losses of a model that was given to one `Replicas` and to two."""
+    found: dict[str, Any] = {"said": []}
+    x, y = torch.randn(4, 3, 8, 8), torch.arange(4)
+    for case in ("predsim", "infopro contrast"):
+        for times in (1, 2):
+            model = model_of(case, synced=False).float()
+            replicas = [Replicas(model) for _ in range(times)][-1]
+            torch.manual_seed(dist.get_rank())
+            x = torch.randn(4, 3, 8, 8)
+            for done in lg.block_steps(model, x, y):
+                replicas.start(done.block, done.loss)
+            replicas.finish()
+            found[f"{case} {times}"] = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    done = next(iter(lg.block_steps(model, x, y)))
+    number: Any = 0.5
+    calls = (
+        lambda: replicas.finish(0),
+        lambda: replicas.start(0, number),
+        lambda: replicas.start(0, done.loss, torch.tensor(3)),
+    )
+    for call in calls:
+        with pytest.raises(UserError) as error:
+            call()
+        found["said"].append(str(error.value))
+    return found
+
+
+def test_a_second_replicas_of_a_model_changes_nothing_and_slips_are_named(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        found = rank["said_and_twice"]
+        for case in ("predsim", "infopro contrast"):
+            torch.testing.assert_close(found[f"{case} 2"], found[f"{case} 1"], rtol=0, atol=0)
+        assert found["said"][0].startswith("nothing of block 0 is being averaged: call replicas.start(0, loss)")
+        assert "averages tensors of floating-point numbers, as done.loss, not float" in found["said"][1]
+        assert "averages tensors of floating-point numbers, as done.loss, not torch.int64" in found["said"][2]
+
+
+def test_replicas_without_a_group_beside_others_warn(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("dgl", synced=False)
+    Replicas(model)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.warns(UserWarning, match="WORLD_SIZE is 2, but there is no process group"):
+        Replicas(model)
 
 
 class Units(nn.Module):

@@ -257,6 +257,64 @@ def with_pytorch() -> dict[str, Any]:
     return {"state": state, "read": gathered(other.backbone.state_dict(), keep=True), "logits": logits}
 
 
+def thawed(*, sharded: bool) -> dict[str, Any]:
+    """What a model has that was frozen in part when it was sharded, and trains all of it from the second step on."""
+    model = reader_of("reader")
+    frozen = [*model.blocks[0].parameters(), *(p for p in model.backbone.parameters() if not p.ndim)]
+    for p in frozen:
+        p.requires_grad_(False)
+    model.auxiliaries[0].requires_grad_(False)
+    if sharded:
+        lg.shard(model)
+    for step, (x, y) in enumerate(batches(model)):
+        rows = slice(dist.get_rank() * HALF, (dist.get_rank() + 1) * HALF) if sharded else slice(None)
+        lg.local_backward(model, x[rows], y[rows])
+        for p in model.parameters():
+            if p.grad is not None:
+                p.data.sub_(0.1 * p.grad)
+                p.grad = None
+        later = (*model.blocks[0].parameters(), *(p for p in model.backbone.parameters() if not p.ndim))
+        for p in (*later, *model.auxiliaries[0].get_submodule("heads").parameters()) if not step else ():
+            p.requires_grad_(True)
+    return gathered(model.backbone.state_dict(), keep=True)
+
+
+def thawed_on_ranks() -> dict[str, Any]:
+    return thawed(sharded=True)
+
+
+class Mixed(nn.Sequential):
+    """Units of two dtypes."""
+
+    def __init__(self) -> None:
+        units = (nn.Sequential(nn.LayerNorm(8), InHalf(8, 8, dtype=torch.bfloat16)) for _ in range(3))
+        super().__init__(nn.Linear(8, 8), *units, nn.Linear(8, 3))
+
+
+class InHalf(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.bfloat16()).float()
+
+
+def slips() -> list[str]:
+    """What is said of an optimizer from before, of a state within `gather`, and of two dtypes in a unit."""
+    model = model_of("man++")
+    optimizer = optimizer_of(lg.param_groups(model))
+    with pytest.warns(UserWarning, match="before lg.shard, which the model no longer has: make optimizers after"):
+        lg.shard(model)
+    assert optimizer.param_groups
+    said = []
+    for module in (model, model.backbone):
+        with lg.gather(model), pytest.raises(UserError) as error:
+            module.state_dict()
+        said.append(str(error.value))
+    assert model.state_dict()
+    mixed = lg.localize(Mixed(), blocks=2, method=lg.dgl(), example=torch.zeros(2, 8))
+    with pytest.raises(UserError) as error:
+        lg.shard(mixed)
+    return [*said, str(error.value)]
+
+
 def refusals() -> list[str]:
     """What is said of sharded models, and of meshes."""
     model = lg.shard(model_of("man"))
@@ -285,7 +343,18 @@ def as_replicas_and_shards() -> dict[str, Any]:
 def all_of_it() -> dict[str, Any]:
     return {
         call.__name__: call()
-        for call in (together, memory, one_block, evaluated, norms, with_pytorch, refusals, as_replicas_and_shards)
+        for call in (
+            together,
+            memory,
+            one_block,
+            evaluated,
+            norms,
+            with_pytorch,
+            refusals,
+            as_replicas_and_shards,
+            thawed_on_ranks,
+            slips,
+        )
     }
 
 
@@ -305,6 +374,13 @@ def test_two_ranks_are_one_process_with_both_halves(name: str, ranks: list[dict[
     torch.testing.assert_close(first, expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     assert set(METHODS) <= {case.split()[0] for case in CASES}
+
+
+def test_what_was_frozen_as_it_was_sharded_can_be_trained_later(ranks: list[dict[str, Any]]) -> None:
+    expected, first = thawed(sharded=False), reader_of("reader").backbone.state_dict()
+    for rank in ranks:
+        torch.testing.assert_close(rank["thawed_on_ranks"], expected, rtol=1e-9, atol=1e-9)
+    assert not any(torch.equal(first[name], expected[name]) for name in expected)
 
 
 def test_a_mesh_of_two_dimensions_has_replicas_and_shards(ranks: list[dict[str, Any]]) -> None:
@@ -376,6 +452,13 @@ def test_what_sharded_models_cannot_do_is_said(ranks: list[dict[str, Any]]) -> N
         "mesh takes all 2 ranks in one dimension, or in two that have names, and not a shape of (1,)",
     ]
     assert [rank["refusals"] for rank in ranks] == [said, said]
+
+
+def test_slips_are_named(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["slips"][0] == rank["slips"][1]
+        assert "a state made within lg.gather has shards" in rank["slips"][0]
+        assert "a unit of block 0 has parameters of torch.bfloat16 and torch.float32" in rank["slips"][2]
 
 
 def test_shards_need_a_process_group() -> None:

@@ -9,6 +9,7 @@ Of these draws only the states of the generator are kept.
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -70,20 +71,22 @@ class Constant:
 
     Attributes:
         version: How often it had been changed by then.
+        digest: A checksum of its memory if others than PyTorch may write there, as into an array of numpy. Else None.
     """
 
     tensor: Tensor
     version: int
+    digest: int | None
 
     @classmethod
     def of(cls, tensor: Tensor) -> Constant:
         if tensor.is_meta:
             raise RuntimeError("a tensor without values was made elsewhere")
         own = tensor.clone() if tensor.numel() < SMALL else tensor
-        return cls(own, own._version)
+        return cls(own, own._version, _digest(own))
 
     def value(self) -> Tensor:
-        if self.tensor._version != self.version:
+        if self.tensor._version != self.version or _digest(self.tensor) != self.digest:
             raise RuntimeError("a tensor was changed in place after another one was computed from it")
         return self.tensor
 
@@ -173,6 +176,8 @@ class Deferred(TorchDispatchMode):
         written = list(_written(func, args, kwargs))
         gives = any("Tensor" in str(given.type) for given in func._schema.returns)
         if not gives or any(not self.knows(t) for t in written):  # It asks for values, or writes them somewhere.
+            if any(self.knows(t) for t in written):
+                raise RuntimeError(f"{func} writes into tensors that it does not return")
             return func(*self.real(args), **self.real(kwargs))
         device = torch.device(kwargs.get("device") or (self.device(known[0]) if known else CPU))
         if device == META:  # PyTorch itself names the device that it finds.
@@ -308,6 +313,14 @@ def _written(func: Any, args: tuple, kwargs: dict) -> Iterator[Tensor]:
             yield from (t for t in tree_leaves(given) if isinstance(t, Tensor))
     if func in NORMS:
         yield from (t for t in args[3:5] if isinstance(t, Tensor))
+
+
+def _digest(tensor: Tensor) -> int | None:
+    """`Constant.digest`. A storage of PyTorch's own can be resized, and one of another library's memory cannot."""
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        if tensor.device != CPU or tensor.untyped_storage().resizable():
+            return None
+        return zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _shape(tensor: Tensor) -> Tensor:

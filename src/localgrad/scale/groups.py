@@ -152,26 +152,39 @@ class Grid:
         """The grid of a mesh whose first dimension is the pipeline. All ranks call it.
 
         Args:
-            mesh: Such a mesh. Default: all ranks are the pipeline.
+            mesh: Such a mesh, along whose dimensions the numbers of ranks grow. Default: all ranks are the pipeline.
             timeout: The longest time to wait for a message in a new process group. Default: PyTorch's.
 
         Raises:
-            UserError: The mesh does not take all ranks, or has too many dimensions, or no names.
+            UserError: The mesh does not take all ranks, or has them in another order, or too many dimensions, or no
+                names.
         """
         everyone = Ranks.everyone()
         patient = Ranks(everyone.rank, everyone.count, timeout)
-        if mesh is None:
-            return cls(everyone, patient.part([range(everyone.count)]), Ranks())
+        if mesh is None:  # The group of all ranks is the user's, whose messages must not meet those of the pipeline.
+            every = [range(everyone.count)]
+            return cls(patient.part(every), patient.part(every), Ranks())
         names = mesh.mesh_dim_names
         if mesh.size() != everyone.count or mesh.ndim > 3 or names is None:
             raise UserError(
                 f"mesh takes all {everyone.count} ranks in one to three dimensions that have names, the first of which "
                 f"is the pipeline, and not a shape of {tuple(mesh.shape)}"
             )
-        keep_until_left(mesh)
         rows = mesh.mesh.reshape(mesh.shape[0], -1)
+        if any(line != sorted(line) for line in (*rows.tolist(), *rows.T.tolist())):
+            raise UserError(
+                "mesh takes ranks whose numbers grow along its dimensions, as init_device_mesh gives, not "
+                f"{rows.tolist()}"
+            )
+        keep_until_left(mesh)
         columns, own = rows.T.tolist(), mesh[names[1:]] if mesh.ndim > 1 else None
         return cls(patient.part(columns), patient.part(columns), patient.part(rows.tolist(), own))
+
+    def end(self) -> None:
+        """Ends the process groups. Their threads end when nothing refers to them any more."""
+        for ranks in (self.column, self.back, self.row):
+            if ranks.group is not None:
+                dist.destroy_process_group(ranks.group)
 
 
 def keep_until_left(mesh: DeviceMesh) -> None:

@@ -49,6 +49,11 @@ class Held:
             model, self._deferred = _built(model)
             self.drawn = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
         self.model = localized(model, "Stage")
+        if self.model.peers is not None:
+            raise UserError(
+                "the model of a stage has the weights of its own blocks alone, so no other stage can be made of it: "
+                "give lg.Stage the function that makes the model"
+            )
         for module in self.model.modules():
             if isinstance(module, nn.RNNBase):
                 # Weights that have weak references cannot be swapped.
@@ -127,7 +132,7 @@ class Held:
                 value = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
                 dist.recv(value, group_src=owner, group=ranks.group)
             if ranks.first:
-                state[name] = value.cpu()
+                state[name] = value.to("cpu", copy=owner == 0)  # What this rank itself trains will change.
         return state if ranks.first and self._row.first else {}
 
     def load_state_dict(self, module: nn.Module, state: Mapping[str, Any]) -> None:

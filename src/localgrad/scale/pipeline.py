@@ -37,6 +37,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from localgrad.core.auxiliary import Auxiliary
+from localgrad.core.couplings import Snapshots
 from localgrad.core.engine import BlockResult, check_step, run_blocks
 from localgrad.core.errors import UserError
 from localgrad.core.inputs import main_input, targets_of
@@ -88,7 +89,9 @@ class Stage:
 
     The result is that of one process in which each block's optimizer steps before the next block runs. If the lag of a
     coupling is below `least_lag(stage.hops)`, ranks wait for each other. Random numbers that a network draws while it
-    trains, as for dropout, are drawn on each rank.
+    trains, as for dropout, are drawn on each rank for its own blocks. So give a `DataLoader` that shuffles
+    `generator=torch.Generator().manual_seed(seed)`: it draws from the global generator else, and once a block has drawn
+    on one rank and not on another, these read different batches.
 
     With a mesh, the ranks of a row train the same blocks, each on its part of every batch, as replicas or shards:
 
@@ -109,8 +112,7 @@ class Stage:
         shares: The number of blocks that each rank trains, in order.
         mesh: A mesh of all ranks with named dimensions. The first one is the pipeline, and ranks along the others, of
             which there are one or two, train the same blocks. Default: all ranks are the pipeline.
-        timeout: The longest time to wait for a unit from another rank, and with a mesh for any message. Default:
-            PyTorch's.
+        timeout: The longest time to wait for a message. Default: PyTorch's.
 
     Attributes:
         model: The model. Tensors that this rank does not need are on the "meta" device.
@@ -120,8 +122,8 @@ class Stage:
         reads_images: Whether this rank needs the inputs x.
 
     Raises:
-        UserError: The shares do not fit the model, or the mesh the ranks, the models differ, a coupling of form="pull"
-            has its source on another rank, or blocks of two ranks use the same parameters.
+        UserError: The shares do not fit the model, or the mesh the ranks, the models or the shares differ, a coupling
+            of form="pull" has its source on another rank, or blocks of two ranks use the same parameters.
     """
 
     def __init__(
@@ -134,14 +136,18 @@ class Stage:
     ) -> None:
         self._held = model if isinstance(model, Held) else Held(model)
         self.model = model = self._held.model
-        grid = Grid.of(mesh, timeout)
+        self._grid = grid = Grid.of(mesh, timeout)
         self.ranks, self.row = grid.column, grid.row
         rank, count = self.ranks.rank, self.ranks.count
-        if len(shares) != count or sum(shares) != len(model.blocks) or min(shares) < 1:
-            raise UserError(f"shares {list(shares)} do not deal {len(model.blocks)} blocks out to {count} ranks")
         everyone = Ranks.everyone()
         refuse_unlike(model, everyone)
-        if len(set(everyone.all_gather_object(self._held.drawn))) > 1:
+        drawn, asked = zip(*everyone.all_gather_object((self._held.drawn, list(shares))), strict=True)
+        if any(other != asked[0] for other in asked):
+            different = " and ".join(str(one) for i, one in enumerate(asked) if one not in asked[:i])
+            raise UserError(f"all ranks take the same shares, not {different}")
+        if len(shares) != count or sum(shares) != len(model.blocks) or min(shares) < 1:
+            raise UserError(f"shares {list(shares)} do not deal {len(model.blocks)} blocks out to {count} ranks")
+        if len(set(drawn)) > 1:
             raise UserError(
                 "ranks must make the same model, but have drawn other random numbers: call torch.manual_seed with the "
                 "same seed on each rank before"
@@ -163,6 +169,7 @@ class Stage:
         self._sources = Sources(model, self.owners, grid)
         self._held.keep(grid, self.owners)
         self._device = self._held.device
+        self._loaded: int | None = None  # The steps of a state that was loaded, until the next step or `go_on`.
 
     def block_steps(
         self,
@@ -190,8 +197,17 @@ class Stage:
             An iterator over a `BlockResult` for each block of this rank, in order.
 
         Raises:
-            UserError: The batch has another size than the first one, or an argument is wrong.
+            UserError: The batch has another size than the first one, an argument is wrong, or `go_on` was forgotten.
         """
+        if self._loaded not in (
+            None,
+            self._sources.steps,
+        ):  # All ranks see the same numbers, so none waits for another.
+            raise UserError(
+                f"the state that was loaded is that after {self._loaded} steps, and this stage has taken "
+                f"{self._sources.steps}: call stage.go_on({self._loaded}) before the next step"
+            )
+        self._loaded = None
         if x is not None and images is None and self.model.needs_images(self.blocks):
             images = self.model.checks.images(self.model, main_input(x))
         y = targets_of(x, y)
@@ -277,11 +293,15 @@ class Stage:
 
     def load_state_dict(self, state: Mapping[str, Any], module: nn.Module | None = None) -> None:
         """Loads this rank's part of what `state_dict` gave, which is there on each rank. Call `go_on` afterwards."""
-        self._held.load_state_dict(self.model if module is None else module, state)
+        module = self.model if module is None else module
+        turns = [f"{name}.turn" for name, m in module.named_modules() if isinstance(m, Snapshots)]
+        self._loaded = max((int(state[turn]) for turn in turns if turn in state), default=None)
+        self._held.load_state_dict(module, state)
 
     def go_on(self, step: int) -> None:
         """Resumes after `step` steps of an earlier run. Call it on all ranks once they have loaded its state."""
         self._sources.resume(step)
+        self._loaded = None
 
     def finish(self) -> None:
         """Waits until all messages have arrived. All ranks call it after the same number of steps.
@@ -296,6 +316,11 @@ class Stage:
         if self._next_input is not None:
             self._next_input.wait()
             self._next_input = None
+
+    def close(self) -> None:
+        """Ends the process groups of this stage, for a process that makes another one. All ranks call it after
+        `finish`. Neither the stage nor its model can be used with other ranks afterwards."""
+        self._grid.end()
 
     def _refuse_shared(self) -> None:
         """Raises UserError if a block reads parameters of another rank, because they would be out of date."""

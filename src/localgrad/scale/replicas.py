@@ -5,17 +5,20 @@ It only needs a process group of `torch.distributed`: gloo on the CPU, or NCCL o
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from localgrad.core.auxiliary import Auxiliary, Term
-from localgrad.core.errors import UserError
+from localgrad.core.errors import UserError, callers_level
 from localgrad.core.language_model import SharedReadout
 from localgrad.core.model import LocalModel, localized
 from localgrad.scale.groups import Ranks
@@ -53,6 +56,12 @@ class Replicas:
 
     def __init__(self, model: LocalModel, *, bucket: int = BUCKET) -> None:
         model = localized(model, "Replicas")
+        if not dist.is_initialized() and os.environ.get("WORLD_SIZE", "1") != "1":
+            warnings.warn(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but there is no process group, so Replicas averages "
+                "nothing: call torch.distributed.init_process_group before",
+                stacklevel=callers_level(),
+            )
         self.ranks = Ranks.of(model)
         self.model = model
         self.bucket = bucket
@@ -70,8 +79,18 @@ class Replicas:
         Args:
             k: The number of the block. It must have its gradients.
             loss: The loss of the block, which is averaged too.
-            *more: Other scalars to average.
+            *more: Other scalars to average, of a dtype with fractions.
+
+        Raises:
+            UserError: Something to average is no such tensor.
         """
+        for value in (loss, *more):
+            if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+                given = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                raise UserError(
+                    f"Replicas.start averages tensors of floating-point numbers, as done.loss, not {given}: .float() "
+                    "makes one of a tensor, and torch.tensor(...) of a number"
+                )
         trained = [p for p in self._parameters[k] if p.requires_grad]
         missing, gradients = [], []
         have = torch.ones(len(trained), dtype=loss.dtype, device=loss.device)
@@ -87,7 +106,13 @@ class Replicas:
         self._pending[k] = _Pending([self._send(group) for group in groups], missing, have, gradients)
 
     def finish(self, k: int | None = None) -> None:
-        """Waits for the averages of block k. Default: those of all blocks that were started."""
+        """Waits for the averages of block k. Default: those of all blocks that were started.
+
+        Raises:
+            UserError: Block k was not started since the last time.
+        """
+        if k is not None and k not in self._pending:
+            raise UserError(f"nothing of block {k} is being averaged: call replicas.start({k}, loss) before")
         for block in list(self._pending) if k is None else [k]:
             pending = self._pending.pop(block)
             for tensors, flat, work in pending.buckets:
@@ -150,6 +175,8 @@ class SyncBatchNorm(_BatchNorm):
 
     Attributes:
         ranks: The ranks that share a batch, as a `Stage` sets them. Default: None, which is all ranks.
+
+    Modules within it, such as an activation, run after the norm.
     """
 
     ranks: Ranks | None = None
@@ -159,6 +186,12 @@ class SyncBatchNorm(_BatchNorm):
             raise ValueError(f"expected at least 2 dimensions, got {input.ndim}")
 
     def forward(self, input: Tensor) -> Tensor:
+        out = self._normed(input)
+        for after in self.children():
+            out = after(out)
+        return out
+
+    def _normed(self, input: Tensor) -> Tensor:
         ranks = self.ranks or Ranks.everyone()
         if ranks.count == 1 or not self.training:
             return super().forward(input)
@@ -191,15 +224,34 @@ def sync_batch_norm(network: nn.Module) -> nn.Module:
     """Replaces each batch norm in a network by a `SyncBatchNorm` with the same parameters and buffers, in place.
 
     Call it before `localize`, so that copies in couplings have the new layers too. It returns the network.
+
+    Raises:
+        UserError: A layer does something else after its norm than PyTorch's layers (nothing) and timm's (a dropout and
+            an activation).
     """
+    for path, layer in network.named_modules():
+        if isinstance(layer, _BatchNorm) and not (isinstance(layer, SyncBatchNorm) or _is_replaceable(layer)):
+            raise UserError(
+                f"'{path}' is a {type(layer).__name__}, which does more than a batch norm, so no SyncBatchNorm "
+                "replaces it: take a layer of PyTorch or timm, or group norm"
+            )
     for name, child in network.named_children():
         if isinstance(child, _BatchNorm) and not isinstance(child, SyncBatchNorm):
             twin = SyncBatchNorm(child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats)
             twin._parameters, twin._buffers, twin.training = child._parameters, child._buffers, child.training
+            twin._modules = child._modules
             setattr(network, name, twin)
         else:
             sync_batch_norm(child)
     return network
+
+
+def _is_replaceable(layer: nn.Module) -> bool:
+    """Whether a batch norm is what it is in PyTorch, or followed by the modules `drop` and `act`, as in timm."""
+    forward = type(layer).forward
+    if forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+        return not layer._modules
+    return forward.__module__.startswith("timm.layers.") and list(layer._modules) == ["drop", "act"]
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -244,10 +296,12 @@ def share_values(model: LocalModel, ranks: Ranks) -> None:
 
 
 def gather_pairs(model: LocalModel, ranks: Ranks) -> None:
-    """Gives the images of all ranks to objectives that compare images with each other."""
+    """Gives the images of all ranks to objectives that compare images with each other. It may be called again."""
     for auxiliary in model.auxiliaries:
         terms = cast(Auxiliary, auxiliary).terms
         for name, term in terms.items():
+            if isinstance(term.objective, _GatheredObjective):
+                term = term.objective.term
             if term.pairs:
                 terms[name] = replace(term, objective=_GatheredObjective(term, ranks))
 

@@ -8,6 +8,8 @@ once a step, and that the average of a shard is the shard of the average, so tha
 from __future__ import annotations
 
 import contextlib
+import warnings
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -19,13 +21,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from localgrad.core.auxiliary import Auxiliary
 from localgrad.core.blocks import Block
 from localgrad.core.checks import StepChecks
 from localgrad.core.couplings import Snapshots
-from localgrad.core.errors import UserError
+from localgrad.core.errors import UserError, callers_level
 from localgrad.core.model import LocalModel, localized
 from localgrad.core.rebuild import FrozenReference
 from localgrad.core.sharded import is_sharded, whole
@@ -51,6 +53,9 @@ def shard(model: LocalModel, mesh: DeviceMesh | None = None) -> LocalModel:
         with lg.gather(model):                    # all ranks
             model.eval()(x)
 
+    Make optimizers after it, because `fully_shard` makes new parameters, and an optimizer of the old ones trains
+    nothing.
+
     Averages of couplings are sharded alike. Buffers are not, and those of the first rank count. Parameters that a block
     shares with another one, and those of no dimension, stay whole on every rank, with averaged gradients. Objectives
     that compare images with each other (`Term.pairs`) get the images of all ranks.
@@ -65,7 +70,8 @@ def shard(model: LocalModel, mesh: DeviceMesh | None = None) -> LocalModel:
         `model` itself.
 
     Raises:
-        UserError: There is no process group, the mesh is no such one, or the models of the ranks differ.
+        UserError: There is no process group, the mesh is no such one, the models of the ranks differ, or parameters
+            that are sharded together have several dtypes.
     """
     model = localized(model, "shard")
     if not dist.is_initialized():
@@ -76,9 +82,13 @@ def shard(model: LocalModel, mesh: DeviceMesh | None = None) -> LocalModel:
     refuse_unlike(model, ranks)
     share_values(model, ranks)
     kept = set(_kept_whole(model))
+    _refuse_mixed(model, kept)
+    were = [weakref.ref(p) for p in model.parameters() if p.requires_grad and p not in kept]
     for parameter in kept:
-        if parameter.requires_grad:
-            parameter.register_hook(partial(_averaged, ranks))
+        if parameter.is_floating_point() or parameter.is_complex():
+            trained = parameter.requires_grad  # What is frozen now may be trained later.
+            parameter.requires_grad_(True).register_hook(partial(_averaged, ranks))
+            parameter.requires_grad_(trained)
     held = {id(p): (m, n) for k in range(len(model.blocks)) for part in model.parts(k) for m, n, p in _held(part)}
     places = [(m, n, *held[id(p)]) for m, n, p in _held(model.backbone) if id(p) in held]
     for k in range(len(model.blocks)):
@@ -94,6 +104,13 @@ def shard(model: LocalModel, mesh: DeviceMesh | None = None) -> LocalModel:
     model.checks = StepChecks()
     model.checks.copies.note(model)
     model.sharded = places
+    now = {id(p) for p in model.parameters()}
+    if (old := [ref() for ref in were if id(ref()) not in now]) and all(p is not None for p in old):
+        warnings.warn(
+            "an optimizer, or a list, has the parameters as they were before lg.shard, which the model no longer has: "
+            "make optimizers after lg.shard",
+            stacklevel=callers_level(),
+        )
     return model
 
 
@@ -115,7 +132,8 @@ def _mesh(model: LocalModel, ranks: Ranks, mesh: DeviceMesh | None) -> DeviceMes
 def gather(model: LocalModel) -> Iterator[None]:
     """Gathers the parameters of a sharded network on every rank, to evaluate it without gradients. All ranks call it.
 
-    Within the context, each rank calls `model` or `model.backbone` as often as it likes.
+    Within the context, each rank calls `model` or `model.backbone` as often as it likes. A whole state is made outside
+    of it, by `get_model_state_dict` of `torch.distributed.checkpoint.state_dict`.
 
     Args:
         model: The model. If it is not sharded, this only disables gradients.
@@ -124,11 +142,12 @@ def gather(model: LocalModel) -> Iterator[None]:
     if places and model.peers is not None:
         raise UserError("a stage of a pipeline has some of the blocks: stage.forward evaluates through all of them")
     sharded = [module for block in model.blocks for module in _sharded(block)]
+    no_state = model.backbone.register_state_dict_pre_hook(_refuse_state) if places else contextlib.nullcontext()
     try:
         for module in sharded:
             module.unshard()
         _follow(places)
-        with torch.no_grad():
+        with torch.no_grad(), cast(Any, no_state):
             yield
     finally:
         for module in sharded:
@@ -178,6 +197,23 @@ def _alone(part: nn.Module, kept: set[nn.Parameter]) -> list[nn.Module]:
     return [unit for unit in alone if not kept.issuperset(unit.parameters())]
 
 
+def _refuse_mixed(model: LocalModel, kept: set[nn.Parameter]) -> None:
+    """Raises UserError if trained parameters that are sharded together have several dtypes."""
+    for k in range(len(model.blocks)):
+        for part in model.parts(k):
+            alone, left = _alone(part, kept), set(part.parameters()) - kept
+            for module in (*alone, part):
+                own = left.intersection(module.parameters())
+                left -= own
+                dtypes = sorted({str(p.dtype) for p in own if p.requires_grad})
+                if len(dtypes) > 1:
+                    where = f"a unit of block {k}" if isinstance(part, Block) else f"the auxiliary of block {k}"
+                    raise UserError(
+                        f"{where} has parameters of {' and '.join(dtypes)}, but shards have one dtype: convert them to "
+                        "one before localize, and take autocast for the other"
+                    )
+
+
 def _contiguous(module: nn.Module) -> None:
     """`fully_shard` takes parameters in no other memory format."""
     for parameter in module.parameters():
@@ -208,11 +244,15 @@ def _without_views(part: nn.Module, entered: Any, output: Any) -> Any:
     return tree_map_only(Tensor, lambda t: Same.apply(t) if t.requires_grad and t._base is not None else t, output)
 
 
-def _reshard(part: nn.Module, *_: Any) -> None:
-    """Frees the whole parameters of a part if no backward pass will do so."""
-    if not torch.is_grad_enabled():
-        for module in _sharded(part):
-            module.reshard()
+def _reshard(part: nn.Module, entered: Any, output: Any) -> Any:
+    """Frees the whole parameters of a part if no backward pass will do so, as when all of them are frozen. A readout
+    hands its own on to the loss, which gets copies."""
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(output)):
+        return output
+    output = tree_map_only(nn.Parameter, lambda p: p.detach().clone(), output)
+    for module in _sharded(part):
+        module.reshard()
+    return output
 
 
 def _sharded(part: nn.Module) -> list[FSDPModule]:
@@ -252,6 +292,14 @@ def _follow(places: Iterable[Place]) -> None:
     """Gives the network the parameters that its blocks have now."""
     for module, name, own, key in places:
         module._parameters[name] = own._parameters[key]
+
+
+def _refuse_state(*_: Any) -> None:
+    """Refuses a state of a network within `gather`. PyTorch would shard the network again for it."""
+    raise UserError(
+        "a state made within lg.gather has shards: outside of it, get_model_state_dict(model.backbone, "
+        "options=StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint.state_dict makes a whole one"
+    )
 
 
 def _refuse(network: nn.Module, *_: Any) -> None:

@@ -161,8 +161,10 @@ class Sources:
 
     def resume(self, step: int) -> None:
         """Sets the state that this rank would have after `step` steps, from the loaded model."""
+        self.wait()
         self.steps = self._posted = step
         for route in self.routes.values():
+            route.messages.clear()  # Those of steps that are taken back.
             route.received = max(0, step - 1) // route.every
             if route.user == self.rank and step and step % route.every == 0:
                 route.messages.append((None, route.pack()))  # The owner had sent this state before the run stopped.
