@@ -90,8 +90,8 @@ class Stage:
     The result is that of one process in which each block's optimizer steps before the next block runs. If the lag of a
     coupling is below `least_lag(stage.hops)`, ranks wait for each other. Random numbers that a network draws while it
     trains, as for dropout, are drawn on each rank for its own blocks. So give a `DataLoader` that shuffles
-    `generator=torch.Generator().manual_seed(seed)`: it draws from the global generator else, and once a block has drawn
-    on one rank and not on another, these read different batches.
+    `generator=torch.Generator().manual_seed(seed)`. Otherwise it draws from the global generator, and once a block has
+    drawn on one rank and not on another, these read different batches.
 
     With a mesh, the ranks of a row train the same blocks, each on its part of every batch, as replicas or shards:
 
@@ -199,15 +199,13 @@ class Stage:
         Raises:
             UserError: The batch has another size than the first one, an argument is wrong, or `go_on` was forgotten.
         """
-        if self._loaded not in (
-            None,
-            self._sources.steps,
-        ):  # All ranks see the same numbers, so none waits for another.
+        loaded, taken, self._loaded = self._loaded, self._sources.steps, None
+        if loaded is not None and loaded != taken:  # All ranks see the same numbers, so none waits for another.
+            self._loaded = loaded
             raise UserError(
-                f"the state that was loaded is that after {self._loaded} steps, and this stage has taken "
-                f"{self._sources.steps}: call stage.go_on({self._loaded}) before the next step"
+                f"the state that was loaded is that after {loaded} steps, and this stage has taken {taken}: call "
+                f"stage.go_on({loaded}) before the next step"
             )
-        self._loaded = None
         if x is not None and images is None and self.model.needs_images(self.blocks):
             images = self.model.checks.images(self.model, main_input(x))
         y = targets_of(x, y)
