@@ -23,7 +23,7 @@ import tyro
 from loop import local_step, run_missing, train
 from torch import Tensor
 
-from localgrad.core.auxiliary import full_precision
+from localgrad.core.boundary import full_precision
 from localgrad.core.engine import autocasting
 from localgrad.core.model import LocalModel
 from localgrad.run import data as data_room

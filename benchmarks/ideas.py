@@ -20,7 +20,7 @@ from loop import run_missing, train
 from torch import Tensor
 from torch.nn import functional as F
 
-from localgrad.core.auxiliary import full_precision
+from localgrad.core.boundary import full_precision
 from localgrad.core.engine import autocasting
 from localgrad.core.model import LocalModel
 from localgrad.run import data as data_room

@@ -29,7 +29,7 @@ from torch.distributed.pipelining import (
 )
 
 import localgrad as lg
-from localgrad.core.auxiliary import full_precision
+from localgrad.core.boundary import full_precision
 from localgrad.core.engine import autocasting
 from localgrad.scale.memory import MemoryMeter
 from localgrad.scale.messages import Layouts

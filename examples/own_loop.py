@@ -45,7 +45,7 @@ def train(model: lg.LocalModel, epochs: int, file: Path) -> float:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (len(loader) // ACCUMULATE))
     best = 0.0
     for epoch in range(1, epochs + 1):
-        optimizer.zero_grad()  # of a last batch without a second one
+        optimizer.zero_grad()  # The last batch of an epoch may have had no second one.
         for number, (x, y) in enumerate(loader, 1):
             last = number % ACCUMULATE == 0
             for done in lg.block_steps(model, x, y, scale=1 / ACCUMULATE):

@@ -181,5 +181,5 @@ def test_a_dictionary_for_each_sample_is_refused(counts: tuple[int, ...]) -> Non
     network = nn.Sequential(*(nn.Linear(3, 3) for _ in range(3)))
     model = lg.localize(network, **how)
     for call in (lambda: lg.local_backward(model, x, targets), lambda: lg.localize(network, **how, targets=targets)):
-        assert said(call).startswith("targets are a list of dictionaries, and each tensor in targets has the batch as")
+        assert said(call).startswith("targets are a list with a dictionary for each sample, but each tensor must")
     lg.local_backward(model, x, [{"weight": torch.ones(B)} for _ in range(B)])

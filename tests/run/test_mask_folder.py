@@ -77,7 +77,7 @@ def spoil(folder: Path, what: str) -> None:
             "colours",
             "masks/train/0.png has pixels of mode RGB, but one byte a pixel is wanted",
         ),
-        ("turned", "images/train/0.png is turned or mirrored by its EXIF data, and its mask is not: turn the pixels"),
+        ("turned", "images/train/0.png is turned or mirrored by its EXIF data, and its mask may not be: turn"),
         ("missing", "images/train/0.png has no mask: "),
         ("empty", "images/val holds no image: what is read ends in .jpg"),
         ("one", "must name 2 to 255 classes, one a line and no two alike, and has 1 names"),

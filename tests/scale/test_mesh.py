@@ -204,6 +204,6 @@ def test_what_is_no_such_mesh_is_refused(ranks: list[dict[str, Any]]) -> None:
         "a rank of this pipeline shares its blocks with no other: give lg.Stage a mesh with rows",
         "mesh takes all 4 ranks in one to three dimensions that have names, the first of which is the pipeline, and "
         "not a shape of (2, 2)",
-        "mesh takes ranks whose numbers grow along its dimensions, as init_device_mesh gives, not [[0, 3], [1, 2]]",
+        "the ranks of mesh must ascend along each dimension, as those of init_device_mesh do, not [[0, 3], [1, 2]]",
     ]
     assert [rank["refused"] for rank in ranks] == [said] * 4

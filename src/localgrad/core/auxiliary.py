@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from localgrad.core.blocks import Origin, Unit
-from localgrad.core.boundary import MAIN, Boundary, main_of
+from localgrad.core.boundary import MAIN, Boundary, full_precision, main_of
 from localgrad.core.couplings import Momentum
 from localgrad.core.errors import UserError, callers_level
 from localgrad.core.language_model import SharedReadout
@@ -231,11 +231,6 @@ class Auxiliary(nn.Module):
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """The block's loss: the weighted sum of its objectives."""
         return torch.stack([self.terms[name].weight * loss for name, loss in losses.items()]).sum()
-
-
-def full_precision(x: Tensor) -> Tensor:
-    """Converts half precision, which autocast may leave, to float32."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def cast_head(module: nn.Module, dtype: torch.dtype) -> torch.dtype:

@@ -180,3 +180,8 @@ class ClassToken(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         return h[:, 0]
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """Converts half precision, which autocast may leave, to float32."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -238,10 +238,11 @@ class StepChecks:
 
     def images(self, model: LocalModel, x: Tensor) -> Tensor:
         """The images that decoders reconstruct of inputs x. The first ones are looked at."""
+        images = model.method.images(x)
         if not self._seen:
             self._seen = True
             model.method.warn_of_values(x)
-        return model.method.images(x)
+        return images
 
     def check_size(self, model: LocalModel, batch_size: int) -> None:
         """Raises UserError for a batch of one sample if a batch norm would see one value a channel."""

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from localgrad.core.auxiliary import Auxiliary, full_precision
+from localgrad.core.auxiliary import Auxiliary
 from localgrad.core.blocks import Block
-from localgrad.core.boundary import detached, main_of
+from localgrad.core.boundary import detached, full_precision, main_of
 from localgrad.core.checks import check_call
 from localgrad.core.copies import undisturbed
 from localgrad.core.errors import UserError
@@ -149,7 +149,7 @@ def local_backward(
         scale: A factor for every loss before its backward pass. Default: 1.
         autocast: The dtype of each block's forward pass. Default: the model's own.
         backward: The function that runs the backward pass of a loss. Default: `loss.backward()`.
-        move_averages: Whether to move the averages of the couplings, and shared readouts. Default: True.
+        move_averages: Whether to move the averages of couplings and to count a step of shared readouts. Default: True.
 
     Returns:
         The losses of all blocks and the output of the network.

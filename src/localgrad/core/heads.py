@@ -104,7 +104,7 @@ def dense(boundary: Boundary, shape: tuple[int, ...]) -> nn.Sequential:
     if len(shape) == 2:
         if boundary.layout == "NLC" and boundary.shape[0] == shape[0]:
             return nn.Sequential(nn.LayerNorm(boundary.channels), nn.Linear(boundary.channels, shape[1]))
-        if boundary.layout == "NCL" and boundary.shape[1] == shape[1]:
+        if boundary.layout == "NCL" and boundary.shape[1] == shape[1] != shape[0]:
             return nn.Sequential(nn.Conv1d(boundary.channels, shape[0], 1))
     elif boundary.layout == "NCDHW" and len(shape) == 4:
         return nn.Sequential(nn.Conv3d(boundary.channels, shape[0], 1), nn.Upsample(shape[1:], mode="trilinear"))

@@ -185,17 +185,19 @@ def targets_of(batch: Any, targets: Any) -> Any:
 
 
 def check_batched(targets: Any, count: int) -> None:
-    """Raises UserError for a dictionary for each of `count` samples, as torchvision's detection takes targets.
+    """Raises UserError if targets are a list with a dictionary for each of `count` samples, as in torchvision's
+    detection.
 
-    A dictionary whose tensors have a row for each sample is taken, unless it has "boxes": an image may have as many.
+    A list of dictionaries whose tensors have a row for each sample is taken, unless each has "boxes" [N, 4], of which
+    an image may have as many as there are images.
     """
     if not (isinstance(targets, list | tuple) and targets and all(isinstance(t, Mapping) for t in targets)):
         return
     lengths = {len(leaf) for leaf in tree_leaves(targets) if isinstance(leaf, Tensor) and leaf.ndim}
-    each = len(targets) == count and (lengths != {count} or all("boxes" in t for t in targets))
+    each = len(targets) == count and (lengths != {count} or all("boxes" in t and t["boxes"].ndim == 2 for t in targets))
     if each or len(lengths) > 1:
         raise UserError(
-            "targets are a list of dictionaries, and each tensor in targets has the batch as its first dimension: pad "
-            'the samples to as many rows and stack them, as "boxes" [B, N, 4] and "labels" [B, N] in '
-            "examples/detection.py"
+            "targets are a list with a dictionary for each sample, but each tensor must have the batch as its first "
+            'dimension: pad all samples to the same number of rows and stack them, such as "boxes" [B, N, 4] and '
+            '"labels" [B, N] in examples/detection.py'
         )

@@ -43,7 +43,7 @@ class Train:
     nproc: int = 1
     """Number of processes on this machine that share each batch. For several machines: torchrun -m localgrad train."""
     pipeline: int = 1
-    """Stages of a pipeline, each one process, or N with --nproc N. Needs --step-as-you-go, and --lag 2 with MAN."""
+    """Stages of a pipeline, each of N processes with --nproc N. Needs --step-as-you-go; with MAN, --lag 2 is faster."""
     shard: bool = False
     """With --nproc, each process holds a part of the weights, gradients, optimizer states and averages."""
     restarts: int = 0

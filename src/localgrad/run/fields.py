@@ -59,7 +59,7 @@ class MethodFields:
     blocks: str = "4"
     """How many blocks, or the last unit of each: layer1.4,layer2.4; auto fits a --budget."""
     head: str = "auto"
-    """Local classifier: dgl, 0c1f to 2c2f (2 convolutions, 2 linear layers), 1c2f@4 (pooled to 4x4), or auto."""
+    """Local classifier: dgl, 0c1f, 1c1f, 1c2f (1 convolution, 2 linear), 1c3f, 2c2f; 1c2f@4 pools to 4x4; or auto."""
     momentum: float = 0.995
     """Momentum of the coupling's EMA: 0 copies the source, 1 never moves."""
     branches: Literal["both", "learnable", "ema"] = "both"

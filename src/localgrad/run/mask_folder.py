@@ -79,7 +79,7 @@ def _pair(path: Path, mask_path: Path, size: int, classes: int) -> tuple[Tensor,
     image, mask = _readable(path, decode), _readable(mask_path, _decode_mask)
     if _is_turned(path):
         raise UserError(
-            f"{printable(str(path))} is turned or mirrored by its EXIF data, and its mask is not: turn the pixels "
+            f"{printable(str(path))} is turned or mirrored by its EXIF data, and its mask may not be: turn the pixels "
             "themselves or remove the orientation from the EXIF data, whichever fits the mask"
         )
     if image.size != mask.size:

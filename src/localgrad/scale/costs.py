@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from localgrad.core.auxiliary import Auxiliary, full_precision
-from localgrad.core.boundary import main_of
+from localgrad.core.auxiliary import Auxiliary
+from localgrad.core.boundary import full_precision, main_of
 from localgrad.core.engine import autocasting
 from localgrad.core.errors import UserError
 from localgrad.core.model import LocalModel

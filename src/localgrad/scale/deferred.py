@@ -316,7 +316,7 @@ def _written(func: Any, args: tuple, kwargs: dict) -> Iterator[Tensor]:
 
 
 def _digest(tensor: Tensor) -> int | None:
-    """`Constant.digest`. A storage of PyTorch's own can be resized, and one of another library's memory cannot."""
+    """The value of `Constant.digest`. PyTorch's own memory can be resized, and that of other libraries cannot."""
     with _disable_current_modes(), torch._C.DisableTorchFunction():
         if tensor.device != CPU or tensor.untyped_storage().resizable():
             return None

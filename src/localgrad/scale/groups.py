@@ -173,7 +173,7 @@ class Grid:
         rows = mesh.mesh.reshape(mesh.shape[0], -1)
         if any(line != sorted(line) for line in (*rows.tolist(), *rows.T.tolist())):
             raise UserError(
-                "mesh takes ranks whose numbers grow along its dimensions, as init_device_mesh gives, not "
+                "the ranks of mesh must ascend along each dimension, as those of init_device_mesh do, not "
                 f"{rows.tolist()}"
             )
         keep_until_left(mesh)

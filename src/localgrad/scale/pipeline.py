@@ -112,7 +112,7 @@ class Stage:
         shares: The number of blocks that each rank trains, in order.
         mesh: A mesh of all ranks with named dimensions. The first one is the pipeline, and ranks along the others, of
             which there are one or two, train the same blocks. Default: all ranks are the pipeline.
-        timeout: The longest time to wait for a message. Default: PyTorch's.
+        timeout: The longest time to wait for a message. Default: PyTorch's, and not that of `init_process_group`.
 
     Attributes:
         model: The model. Tensors that this rank does not need are on the "meta" device.
@@ -142,9 +142,8 @@ class Stage:
         everyone = Ranks.everyone()
         refuse_unlike(model, everyone)
         drawn, asked = zip(*everyone.all_gather_object((self._held.drawn, list(shares))), strict=True)
-        if any(other != asked[0] for other in asked):
-            different = " and ".join(str(one) for i, one in enumerate(asked) if one not in asked[:i])
-            raise UserError(f"all ranks take the same shares, not {different}")
+        if len(given := dict.fromkeys(map(str, asked))) > 1:
+            raise UserError(f"all ranks take the same shares, not {' and '.join(given)}")
         if len(shares) != count or sum(shares) != len(model.blocks) or min(shares) < 1:
             raise UserError(f"shares {list(shares)} do not deal {len(model.blocks)} blocks out to {count} ranks")
         if len(set(drawn)) > 1:
@@ -199,13 +198,13 @@ class Stage:
         Raises:
             UserError: The batch has another size than the first one, an argument is wrong, or `go_on` was forgotten.
         """
-        loaded, taken, self._loaded = self._loaded, self._sources.steps, None
-        if loaded is not None and loaded != taken:  # All ranks see the same numbers, so none waits for another.
-            self._loaded = loaded
+        loaded, taken = self._loaded, self._sources.steps
+        if loaded not in (None, taken):  # All ranks see the same numbers, so none waits for another.
             raise UserError(
                 f"the state that was loaded is that after {loaded} steps, and this stage has taken {taken}: call "
                 f"stage.go_on({loaded}) before the next step"
             )
+        self._loaded = None
         if x is not None and images is None and self.model.needs_images(self.blocks):
             images = self.model.checks.images(self.model, main_input(x))
         y = targets_of(x, y)
@@ -293,11 +292,12 @@ class Stage:
         """Loads this rank's part of what `state_dict` gave, which is there on each rank. Call `go_on` afterwards."""
         module = self.model if module is None else module
         turns = [f"{name}.turn" for name, m in module.named_modules() if isinstance(m, Snapshots)]
-        self._loaded = max((int(state[turn]) for turn in turns if turn in state), default=None)
+        self._loaded = max((int(state[turn]) for turn in turns if turn in state), default=self._loaded)
         self._held.load_state_dict(module, state)
 
     def go_on(self, step: int) -> None:
-        """Resumes after `step` steps of an earlier run. Call it on all ranks once they have loaded its state."""
+        """Resumes after `step` steps of an earlier run. Call it on all ranks, after the same number of steps, once they
+        have loaded its state."""
         self._sources.resume(step)
         self._loaded = None
 

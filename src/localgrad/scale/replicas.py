@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any, cast
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from localgrad.core.auxiliary import Auxiliary, Term
+from localgrad.core.auxiliary import Auxiliary
 from localgrad.core.errors import UserError, callers_level
 from localgrad.core.language_model import SharedReadout
 from localgrad.core.model import LocalModel, localized
@@ -300,10 +300,10 @@ def gather_pairs(model: LocalModel, ranks: Ranks) -> None:
     for auxiliary in model.auxiliaries:
         terms = cast(Auxiliary, auxiliary).terms
         for name, term in terms.items():
-            if isinstance(term.objective, _GatheredObjective):
-                term = term.objective.term
             if term.pairs:
-                terms[name] = replace(term, objective=_GatheredObjective(term, ranks))
+                gathered = isinstance(term.objective, _GatheredObjective)
+                own = cast(Any, term.objective).objective if gathered else term.objective
+                terms[name] = replace(term, objective=_GatheredObjective(own, ranks))
 
 
 @dataclass(frozen=True)
@@ -314,12 +314,12 @@ class _GatheredObjective:
     over ranks that have all computed the same. The average over the ranks is then the full gradient.
     """
 
-    term: Term
+    objective: Callable[[Any, Any], Tensor]
     ranks: Ranks
 
     def __call__(self, output: Tensor, against: Tensor) -> Tensor:
         gathered = cast(Tensor, _AllGather.apply(output.contiguous(), self.ranks))
-        return self.term.objective(gathered, cast(Tensor, _AllGather.apply(against, self.ranks)))
+        return self.objective(gathered, cast(Tensor, _AllGather.apply(against, self.ranks)))
 
 
 def _buckets(tensors: Sequence[Tensor], size: int) -> list[list[Tensor]]:

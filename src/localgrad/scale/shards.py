@@ -83,7 +83,8 @@ def shard(model: LocalModel, mesh: DeviceMesh | None = None) -> LocalModel:
     share_values(model, ranks)
     kept = set(_kept_whole(model))
     _refuse_mixed(model, kept)
-    were = [weakref.ref(p) for p in model.parameters() if p.requires_grad and p not in kept]
+    # An optimizer of the whole network has all of these. One of a part of it is not noticed.
+    were = [weakref.ref(p) for p in model.backbone.parameters() if p.requires_grad and p not in kept]
     for parameter in kept:
         if parameter.is_floating_point() or parameter.is_complex():
             trained = parameter.requires_grad  # What is frozen now may be trained later.
@@ -142,12 +143,13 @@ def gather(model: LocalModel) -> Iterator[None]:
     if places and model.peers is not None:
         raise UserError("a stage of a pipeline has some of the blocks: stage.forward evaluates through all of them")
     sharded = [module for block in model.blocks for module in _sharded(block)]
-    no_state = model.backbone.register_state_dict_pre_hook(_refuse_state) if places else contextlib.nullcontext()
     try:
         for module in sharded:
             module.unshard()
         _follow(places)
-        with torch.no_grad(), cast(Any, no_state):
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            if places:
+                stack.enter_context(model.backbone.register_state_dict_pre_hook(_refuse_state))
             yield
     finally:
         for module in sharded:
@@ -209,8 +211,8 @@ def _refuse_mixed(model: LocalModel, kept: set[nn.Parameter]) -> None:
                 if len(dtypes) > 1:
                     where = f"a unit of block {k}" if isinstance(part, Block) else f"the auxiliary of block {k}"
                     raise UserError(
-                        f"{where} has parameters of {' and '.join(dtypes)}, but shards have one dtype: convert them to "
-                        "one before localize, and take autocast for the other"
+                        f"{where} has parameters of {' and '.join(dtypes)}, but all parameters of a shard have one "
+                        "dtype: convert them before localize, and compute in the other dtype by autocast"
                     )
 
 
