@@ -59,8 +59,8 @@ def as_loss(
         images: The images that decoders reconstruct, as in `block_steps`. Default: x, un-normalised.
         autocast: The dtype of each block's forward pass. Default: that of an enclosing `torch.autocast`, whose cache of
             cast weights is not used, or else the model's own.
-        move_averages: Whether to move the averages of couplings and to count a step of shared readouts. That is right if
-            the optimizer steps after each loss. To accumulate the gradients of several losses, give False, and call
+        move_averages: Whether to move the averages of couplings and to count a step of shared readouts. That is right
+            if the optimizer steps after each loss. To accumulate the gradients of several losses, give False, and call
             `model.move_averages()` before each step:
             `optimizer.register_step_pre_hook(lambda *_: model.move_averages())`. Default: True.
 
