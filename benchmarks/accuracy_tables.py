@@ -200,7 +200,19 @@ def ideas() -> str:
     return table(["idea", "weight", "blocks", "head", "test error, %", "seed", "peak memory"], body)
 
 
+def cosines() -> str:
+    """The cosine of local and true gradients for each block but the last, after the first and after the last epoch."""
+    runs: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    for row in read_results("cosines_fashion_small.csv"):
+        method = name_of("dgl" if row["coupling"] == "none" else f"dgl+{row['coupling']}")
+        found = runs.setdefault((method, row["blocks"], row["head"], row["error"]), {})
+        found.setdefault(row["epoch"], []).append(row["cosine"])
+    body = [[*way, *(", ".join(epochs[e][:-1]) for e in ("1", "6"))] for way, epochs in runs.items()]
+    return table(["method", "blocks", "head", "test error, %", "cosines after 1 epoch", "after 6 epochs"], body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "cosines": cosines,
     "accuracy": accuracy, "pairs": pairs, "heads": heads, "accumulation": accumulation, "ideas": ideas,
     "others": partial(_learned, _of_others), "ablation": partial(_learned, _of_ablation),
     "long": partial(_learned, _of_long),

@@ -45,6 +45,7 @@ class Settings:
     """Train the runs that the table lacks. Ctrl-C stops them, and the same command continues them."""
 
     blocks: str = "4,16"
+    """Numbers of blocks, of even cuts."""
     seeds: str = "0"
     out: Path = Path("results/cosines_fashion_small.csv")
     jobs: int = 2
