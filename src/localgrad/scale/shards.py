@@ -85,11 +85,7 @@ def shard(model: LocalModel, mesh: DeviceMesh | None = None) -> LocalModel:
     _refuse_mixed(model, kept)
     # An optimizer of the whole network has all of these. One of a part of it is not noticed.
     were = [weakref.ref(p) for p in model.backbone.parameters() if p.requires_grad and p not in kept]
-    for parameter in kept:
-        if parameter.is_floating_point() or parameter.is_complex():
-            trained = parameter.requires_grad  # What is frozen now may be trained later.
-            parameter.requires_grad_(True).register_hook(partial(_averaged, ranks))
-            parameter.requires_grad_(trained)
+    _average_gradients(kept, ranks)
     held = {id(p): (m, n) for k in range(len(model.blocks)) for part in model.parts(k) for m, n, p in _held(part)}
     places = [(m, n, *held[id(p)]) for m, n, p in _held(model.backbone) if id(p) in held]
     for k in range(len(model.blocks)):
@@ -181,7 +177,7 @@ def _shard_part(part: nn.Module, mesh: DeviceMesh, kept: set[nn.Parameter]) -> N
         if isinstance(module, Snapshots):  # No forward pass runs them, so they are not gathered with the rest.
             for state in module.states:
                 fully_shard(state, mesh=mesh, ignored_params=kept)
-    for module in (*_alone(part, kept), part):
+    for module in _sharded_together(part, kept):
         module.register_forward_hook(_without_views)
         fully_shard(module, mesh=mesh, reshard_after_forward=False, ignored_params=kept)
     part.register_forward_hook(_reshard)
@@ -189,22 +185,31 @@ def _shard_part(part: nn.Module, mesh: DeviceMesh, kept: set[nn.Parameter]) -> N
     cast(Any, fully_shard.state(part))._lazy_init()
 
 
-def _alone(part: nn.Module, kept: set[nn.Parameter]) -> list[nn.Module]:
-    """The units of a block that are sharded one by one. The rest of the block is sharded together, which is what
-    several of its units use, and so is an auxiliary."""
+def _average_gradients(kept: set[nn.Parameter], ranks: Ranks) -> None:
+    """Averages the gradients of parameters that stay whole, also of those that are frozen now and trained later."""
+    for parameter in kept:
+        if parameter.is_floating_point() or parameter.is_complex():
+            trained = parameter.requires_grad
+            parameter.requires_grad_(True).register_hook(partial(_averaged, ranks))
+            parameter.requires_grad_(trained)
+
+
+def _sharded_together(part: nn.Module, kept: set[nn.Parameter]) -> list[nn.Module]:
+    """The modules whose parameters are sharded together, less those of modules before them: units of a block, and last
+    the block, with what several of its units use. An auxiliary is one."""
     if not isinstance(part, Block):
-        return []
+        return [part]
     uses = Counter(p for unit in part for p in set(unit.parameters()))
     alone = [unit for unit in part if all(uses[p] == 1 for p in unit.parameters())]
-    return [unit for unit in alone if not kept.issuperset(unit.parameters())]
+    return [*(unit for unit in alone if not kept.issuperset(unit.parameters())), part]
 
 
 def _refuse_mixed(model: LocalModel, kept: set[nn.Parameter]) -> None:
     """Raises UserError if trained parameters that are sharded together have several dtypes."""
     for k in range(len(model.blocks)):
         for part in model.parts(k):
-            alone, left = _alone(part, kept), set(part.parameters()) - kept
-            for module in (*alone, part):
+            left = set(part.parameters()) - kept
+            for module in _sharded_together(part, kept):
                 own = left.intersection(module.parameters())
                 left -= own
                 dtypes = sorted({str(p.dtype) for p in own if p.requires_grad})
